@@ -1,0 +1,127 @@
+"""`dsv3c.compile`: a model in, the same model with compiled layers out."""
+
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from dsv3c import families
+from dsv3c.backend import Backend
+from dsv3c.capture import Unit, Units
+from dsv3c.debug import debug_config
+from dsv3c.errors import CompileError
+from dsv3c.numerics import Recipe
+from dsv3c.passes import Pass, Pipeline, default
+from dsv3c.tuning.targets import Target, resolve
+from dsv3c.weights import QuantizedWeights
+
+Model = TypeVar("Model", bound=nn.Module)
+
+PRECISIONS = ("auto", "exact", "fp8")
+
+
+@dataclass
+class Compilation:
+    """What belongs to one compiled model besides its modules."""
+
+    precision: str
+    target: Target
+    pipeline: Pipeline
+    weights: QuantizedWeights | None
+    units: Units
+    backends: dict[Unit, Backend]
+    notes: list[str]
+
+
+def compile(  # the name users type
+    model: Model,
+    *,
+    target: str = "auto",
+    precision: str = "auto",
+    skip: Collection[str] = (),
+    passes: Sequence[Pass] | None = None,
+) -> Model:
+    """The same model with its layers compiled; `model` itself stays eager.
+
+    The result is of the same class, with the same call, config, `generate`, `state_dict` and Parameter objects. Nothing is
+    compiled before the first call. `result.weights_changed()` says that weights were written behind torch's back
+    (through `.data`), so that their FP8 copies are made again.
+
+    Args:
+        model: a dsv3c.DeepseekV3, or transformers' DeepseekV3ForCausalLM as it is.
+        target: "auto" (this machine), or a name in tuning/targets; decides what the report predicts.
+        precision: "exact" (the model's own dtype, nothing quantised), "fp8" (DeepSeek-V3's recipe; on a CPU emulated),
+            or "auto": fp8 on compute capability 9.0 and up, else exact.
+        skip: names of passes to leave out.
+        passes: replaces the default list of passes.
+
+    Raises:
+        CompileError: an unknown model, target or precision, or a model set up so that it cannot be captured whole.
+        PassError: an unknown name in `skip`.
+    """
+    families.check(model)
+    resolved, notes = _precision(precision, model)
+    recipe = _recipe(model)
+    pipeline = Pipeline.of(default(resolved, recipe) if passes is None else passes, (*skip, *debug_config().skip))
+    weights = QuantizedWeights(recipe) if pipeline.quantizes else None
+    dump = debug_config().dump
+    backends: dict[Unit, Backend] = {}
+
+    def backend(unit: Unit) -> Backend:
+        backends[unit] = Backend(unit, pipeline, weights, dump and dump / unit.name)
+        return backends[unit]
+
+    units = Units(backend)
+    compiled = _shallow_copy(model, {})
+    for _, layer in families.layers(compiled):
+        layer.forward = families.call_of(layer).forward(layer, units.runner(layer))
+    compiled._dsv3c = Compilation(resolved, resolve(target), pipeline, weights, units, backends, notes)
+    compiled.weights_changed = weights.forget if weights else lambda: None
+    return compiled
+
+
+def compilation_of(model: nn.Module) -> Compilation:
+    """Raises CompileError for a model that `compile` did not return."""
+    found = model.__dict__.get("_dsv3c")
+    if found is None:
+        raise CompileError(f"expected a model returned by dsv3c.compile, found an eager {type(model).__name__}")
+    return found
+
+
+def _precision(precision: str, model: nn.Module) -> tuple[str, list[str]]:
+    if precision not in PRECISIONS:
+        raise CompileError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
+    device = next(model.parameters()).device
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if precision == "auto":
+        return ("fp8" if capable else "exact"), []
+    if precision == "fp8" and not capable:
+        note = f"FP8 is emulated on {device.type}: the numbers are those of the recipe, the speed is not"
+        warnings.warn(f"dsv3c.compile: {note}", stacklevel=3)
+        return precision, [note]
+    return precision, []
+
+
+def _recipe(model: nn.Module) -> Recipe:
+    """V3's recipe; V3.1's checkpoints ask for power-of-two scales."""
+    quantization = getattr(model.config, "quantization_config", None) or {}
+    scale_format = quantization.get("scale_fmt") if isinstance(quantization, dict) else None
+    return Recipe(pow2=scale_format == "ue8m0")
+
+
+def _shallow_copy(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """The same tree of modules over the same tables of parameters and buffers: whatever is assigned to a parameter of one
+    is seen by the other, but hooks and forwards are their own."""
+    if id(module) not in memo:
+        new = memo[id(module)] = module.__class__.__new__(module.__class__)
+        shared = ("_parameters", "_buffers")
+        new.__dict__.update(
+            {k: v if k in shared or not isinstance(v, dict) else v.copy() for k, v in module.__dict__.items()}
+        )
+        new.__dict__["_modules"] = {
+            name: child and _shallow_copy(child, memo) for name, child in module._modules.items()
+        }
+    return memo[id(module)]

@@ -1,0 +1,170 @@
+"""How a family of models meets the compiler: where its layers are, and how one is called with tensors alone.
+
+The compiled unit is a decoder layer, as a function of its parameters and of tensors: no Cache object, no layer index.
+A `LayerCall` says how to get there from the layer's own signature and back. Two families: ours, and transformers'
+unmodified DeepseekV3.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dsv3c.errors import CompileError
+
+Outputs = Tensor | tuple[Tensor, ...]
+RunUnit = Callable[..., Outputs]
+
+
+class LayerCall(Protocol):
+    """The tensor-only call of one class of layers."""
+
+    symbolic: tuple[tuple[int, ...], ...]  # for each argument, the dimensions whose sizes vary between calls
+
+    def trace(self, call: Callable[..., Outputs], *tensors: Tensor | None) -> Outputs:
+        """What is captured: `call` is the layer's own forward, its parameters already in place."""
+
+    def forward(self, layer: nn.Module, run: RunUnit) -> Callable[..., Outputs]:
+        """A forward with the layer's own signature that computes with `run(*tensors)`."""
+
+
+class OurLayer:
+    """DecoderLayer.forward(x_BTD, cos_BTr, sin_BTr, mask_B1TS, past_BPL) is such a call already."""
+
+    symbolic = ((0, 1), (0, 1), (0, 1), (0, 2, 3), (0, 1))
+
+    def trace(self, call, *tensors):
+        return call(*tensors)
+
+    def forward(self, layer, run):
+        signature = inspect.signature(type(layer).forward)
+
+        def forward(*args, **kwargs):
+            bound = signature.bind(layer, *args, **kwargs)
+            bound.apply_defaults()
+            return run(*bound.args[1:])
+
+        return forward
+
+
+class OurMTPLayer(OurLayer):
+    """MTPLayer.forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask_B1TS)."""
+
+    symbolic = ((0, 1), (0, 1), (0, 1), (0, 1), (0, 2, 3))
+
+
+class TransformersLayer:
+    """DeepseekV3DecoderLayer, whose attention updates a Cache: captured with a stand-in that keeps the new entries.
+
+    The tensors: x [B, T, D], cos and sin [1 or B, T, r], mask [B, 1, T, S], and the layer's cached latents
+    [B, 1, P, kv_lora] and roped keys [B, 1, P, rope].
+    """
+
+    symbolic = ((0, 1), (0, 1), (0, 1), (0, 2, 3), (0, 2), (0, 2))
+
+    def trace(self, call, x, cos, sin, mask, past_latent, past_rope):
+        cache = _NewEntries(past_latent, past_rope)
+        x = call(x, attention_mask=mask, past_key_values=cache, position_embeddings=(cos, sin))
+        return x, cache.latent, cache.rope
+
+    def forward(self, layer, run):
+        eager = type(layer).forward
+        index = layer.self_attn.layer_idx
+
+        def forward(
+            hidden_states,
+            attention_mask=None,
+            position_ids=None,
+            past_key_values=None,
+            use_cache=False,
+            position_embeddings=None,
+            **kwargs,
+        ):
+            past = _past_of(past_key_values, index)
+            if past is None or any(value is not None and value is not False for value in kwargs.values()):
+                # A cache that is not a plain growing one, or arguments of other attention kernels: transformers' own code.
+                return eager(
+                    layer, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings,
+                    **kwargs,
+                )  # fmt: skip
+            mask = attention_mask.contiguous() if attention_mask is not None else None
+            hidden_states, latent, rope = run(hidden_states, *position_embeddings, mask, *past)
+            if past_key_values is not None:
+                past_key_values.update(latent, rope, index)
+            return hidden_states
+
+        return forward
+
+
+class _NewEntries:
+    """Stands in for a transformers Cache while one layer is captured: joins past and new, and keeps the new."""
+
+    def __init__(self, past_latent: Tensor | None, past_rope: Tensor | None) -> None:
+        self.past_latent, self.past_rope = past_latent, past_rope
+
+    def update(self, latent: Tensor, rope: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        self.latent, self.rope = latent.detach(), rope.detach()
+        if self.past_latent is None:
+            return latent, rope
+        return torch.cat((self.past_latent, latent), 2), torch.cat((self.past_rope, rope), 2)
+
+
+def _past_of(cache, index: int) -> tuple[Tensor | None, Tensor | None] | None:
+    """The layer's entries in a DynamicCache, (None, None) if there are none; None for other kinds of cache."""
+    if cache is None:
+        return None, None
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return None
+    if index >= len(layers) or not layers[index].is_initialized:
+        return (None, None) if type(cache).__name__ == "DynamicCache" else None
+    entry = layers[index]
+    if type(entry).__name__ != "DynamicLayer":
+        return None
+    return (entry.keys, entry.values) if entry.keys.numel() else (None, None)
+
+
+CALLS: dict[str, LayerCall] = {
+    "DecoderLayer": OurLayer(),
+    "MTPLayer": OurMTPLayer(),
+    "DeepseekV3DecoderLayer": TransformersLayer(),
+}
+
+
+def call_of(layer: nn.Module) -> LayerCall:
+    return CALLS[type(layer).__name__]
+
+
+def check(model: nn.Module) -> None:
+    """Raises CompileError for a model that is of neither family, or is set up in a way that cannot be captured whole."""
+    if not any(True for _ in layers(model)):
+        raise CompileError(
+            f"dsv3c.compile: expected a dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM, found "
+            f"{type(model).__module__}.{type(model).__name__}; try dsv3c.load(checkpoint)"
+        )
+    config = getattr(model, "config", None)
+    experts = getattr(config, "_experts_implementation", None)
+    if experts not in (None, "grouped_mm", "batched_mm"):
+        raise CompileError(
+            f"config.experts_implementation: expected one that is captured whole, found {experts!r}; "
+            f"try model.set_experts_implementation('grouped_mm')"
+        )
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "sdpa", "eager"):
+        raise CompileError(
+            f"config.attn_implementation: expected 'sdpa' or 'eager', found {attention!r}; "
+            f"try model.set_attn_implementation('sdpa')"
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise CompileError(
+            f"config.attention_dropout: expected 0, found {config.attention_dropout}; DeepSeek-V3 trains without dropout"
+        )
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that are compiled, by path."""
+    for path, module in model.named_modules():
+        if type(module).__name__ in CALLS:
+            yield path, module

@@ -1,0 +1,47 @@
+"""What DeepSeek-V3 is trained with besides the next token: bias update, balance loss, MTP loss. Plain functions.
+
+Shape suffixes: B sequences, T tokens, V vocabulary, E experts, K experts per token.
+Sources: DeepSeek-V3 report (arXiv 2412.19437) §2.1.2, §2.2 and §4.2 (the weights).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+
+
+def update_bias(bias_E: Tensor, num_tokens_per_expert_E: Tensor, *, speed: float = 0.001) -> Tensor:
+    """The router's correction bias after a step: `speed` less for overloaded experts, `speed` more for the others.
+
+    Counts are over the whole batch (summed over ranks and micro-batches); an expert at the mean stays. Returns float32
+    [E], to be copied into `router.e_score_correction_bias`. §2.1.2, "auxiliary-loss-free load balancing".
+    """
+    load_E = num_tokens_per_expert_E.double()
+    return bias_E + speed * torch.sign(load_E.mean() - load_E).to(bias_E.dtype)
+
+
+def sequence_balance_loss(scores_BTE: Tensor, topk_idx_BTK: Tensor, *, alpha: float = 1e-4) -> Tensor:
+    """The complementary sequence-wise balance loss, α Σ_e f_e P_e, averaged over the batch; a scalar.
+
+    f_e: the share of a sequence's T·K choices that went to expert e, times E; P_e: its mean score, scores normalised
+    over all experts. scores: sigmoid of the router's logits, [B, T, E], float32. Only P carries a gradient. Balanced
+    routing gives α. Equations 17 to 20.
+    """
+    _, tokens, experts = scores_BTE.shape
+    chosen_BR = topk_idx_BTK.flatten(1)
+    f_BE = scores_BTE.new_zeros(len(chosen_BR), experts)
+    f_BE = f_BE.scatter_add(1, chosen_BR, torch.ones_like(chosen_BR, dtype=f_BE.dtype)) * experts / chosen_BR.shape[1]
+    p_BE = (scores_BTE / scores_BTE.sum(dim=-1, keepdim=True)).sum(dim=1) / tokens
+    return alpha * (f_BE * p_BE).sum(dim=-1).mean()
+
+
+def mtp_loss(mtp_logits: Tensor, labels_BT: Tensor, *, weight: float = 0.3) -> Tensor:
+    """`weight` times the mean cross entropy of the token after the next one; a scalar, at least float32.
+
+    mtp_logits: [B, T - 1, V] as the model returns them; labels: the input_ids [B, T], -100 where a token is not to be
+    predicted. V3 used weight 0.3 for its first 10T tokens, then 0.1. Equations 24 and 25.
+    """
+    logits = mtp_logits[:, :-1].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return weight * F.cross_entropy(logits, labels_BT[:, 2:].flatten(), ignore_index=IGNORED)

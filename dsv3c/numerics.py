@@ -1,0 +1,168 @@
+"""Formats, the recipe, and the error bounds that every numerics test uses.
+
+One word, one meaning: `scale_inv` multiplies to dequantise (x ≈ x_fp8 · scale_inv). A *tile* is 1×128 values of an
+activation or gradient, a *block* 128×128 values of a weight; each has one float32 scale_inv.
+
+The bounds are derived here and nowhere else; a test file holds no tolerance. `norm` below is sqrt(Σ_k a_k² b_k²) of the
+dequantised operands: the size of a sum of products whose signs are random, hence the natural unit of its errors.
+"""
+
+from dataclasses import dataclass
+from math import log, sqrt
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+TILE = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is quantised how. The defaults are DeepSeek-V3's (report §3.3): E4M3 for everything, online amax.
+
+    `amax_floor` keeps scale_inv of an all-zero tile finite. V3's is 1e-4; on a gradient that would round all of dy ~
+    1e-8 to zero, which is what a mean over millions of tokens, or no loss scale, looks like. So gradients have their
+    own:
+    2^-64, small enough for any gradient, large enough that products of two scale_invs are normal float32 numbers.
+    `pow2` rounds scale_inv up to a power of two (ue8m0): the division is then exact.
+    """
+
+    amax_floor: float = 1e-4
+    gradient_amax_floor: float = 2.0**-64
+    pow2: bool = False
+
+
+def ceil_div(n, d):
+    """⌈n/d⌉, for ints and SymInts."""
+    return (n + d - 1) // d
+
+
+def round_up(n, d):
+    """The least multiple of d that is at least n, for ints and SymInts."""
+    return ceil_div(n, d) * d
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of rounding to nearest in the normal range: half the spacing at 1 (2^-4 for E4M3)."""
+    return torch.finfo(dtype).eps / 2
+
+
+def cast_bound(x: Tensor, scale_inv: Tensor) -> Tensor:
+    """Largest |x − q·scale_inv|, element by element; `scale_inv` broadcast to x's shape.
+
+    q rounds x/scale_inv to E4M3: relative error 2^-4 in the normal range, and half the subnormal spacing, 2^-10, below
+    it. The float32 division before it, and saturation at 448 where that division rounded up, cost 2^-23 of |x| each.
+    """
+    x, scale_inv = x.double().abs(), scale_inv.double()
+    rounded = torch.maximum(unit_roundoff(E4M3) * x, 2.0**-10 * scale_inv)
+    return rounded + 2.0**-22 * x
+
+
+def quantized_gemm_rms() -> float:
+    """RMS error, in units of `norm`, that quantising both operands of a product adds, whatever computes it.
+
+    Each factor's relative error is at most 2^-4 and uniform within its interval, hence 2^-4/sqrt(3) in RMS; two
+    independent factors. Subnormals add at most 2^-10/448 · 128 of a block's RMS (amax ≤ 128 · RMS in 128×128 values).
+    """
+    relative = unit_roundoff(E4M3) / sqrt(3)
+    subnormal = 2.0**-10 / E4M3_MAX * TILE
+    return sqrt(2 * (relative**2 + subnormal**2))
+
+
+def accumulate_rms(contraction: int, device: str) -> float:
+    """RMS error of the sum itself, in units of `norm`, for products exact to float32 and signs that are random.
+
+    CPU: dequantised operands (3 roundings a term), then one float32 sum in any order: `contraction` additions, each
+    rounding a partial sum that is at most `norm` in RMS. Errors of independent roundings add as squares.
+
+    CUDA: one instruction of a Hopper tensor core adds 32 products and the accumulator after shifting all 33 to the
+    largest exponent and cutting at 13 fraction bits (V3 report §3.3.2: "around 14 bits"). A cut costs at most 2^-13
+    of the largest addend, 2^-13/sqrt(3) in RMS. That addend squared is at most the sum of a product's and the partial
+    sum's square, both at most norm² of the 128 values; 4 instructions, 33 cuts each. Sums of 128 are then promoted: a
+    float32 product of two scale_invs, and a fused multiply-add per 128 of the contraction.
+    """
+    u = unit_roundoff(torch.float32)
+    if device == "cpu":
+        return u * sqrt(contraction + 3)
+    cut = 2.0**-13 / sqrt(3) * sqrt(4 * 33 * 2)
+    return sqrt(cut**2 + u**2 * (ceil_div(contraction, TILE) + 2))
+
+
+def gemm_bounds(reference: Tensor, norm: Tensor, dtype: torch.dtype, contraction: int) -> tuple[Tensor, float]:
+    """How far a GEMM may be from `reference`, its float64 value on the same quantised operands.
+
+    Returns the bound of |out − reference| element by element, and of the RMS of (out − reference)/norm over all
+    elements. The output is rounded once: u(dtype)·|reference|. The sum's error is a sum of many bounded independent
+    errors, so it passes 8 times its RMS with probability below 2·exp(−32) ≈ 3e-14 (Hoeffding): never, in a test of
+    10^9 elements.
+    """
+    u = unit_roundoff(dtype)
+    accumulated = accumulate_rms(contraction, reference.device.type)
+    reached = norm > 0
+    ratio = (reference[reached] / norm[reached]).square().mean() if reached.any() else reference.new_zeros(())
+    element = u * reference.abs() + 8 * accumulated * norm * (1 + u)
+    return element, sqrt(u**2 * float(ratio) + accumulated**2)
+
+
+# -- model bounds --
+
+# In float32 our model may be so many times farther from its float64 evaluation than transformers' model is: the same
+# mathematics in another order of operations. transformers is as far from itself (eager and sdpa attention, experts in a
+# loop and grouped, one pass and a cached one): factors of 1 to 8 between its own variants were measured.
+MODEL_DISTANCE = 8.0
+
+
+def float64_agreement(float32_distance: float) -> float:
+    """How far two float64 evaluations of one model may be apart, given how far a float32 evaluation is from them.
+
+    Rounding errors are proportional to the unit roundoff to first order, so each float64 evaluation is within
+    MODEL_DISTANCE times the float32 distance, scaled by the ratio of the two roundoffs; and there are two of them.
+    """
+    return 2 * MODEL_DISTANCE * float32_distance * unit_roundoff(torch.float64) / unit_roundoff(torch.float32)
+
+
+def distance(out: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(RMS error, largest error), both over the RMS of `reference`."""
+    error, rms = (out.double() - reference.double()).abs(), reference.double().square().mean().sqrt()
+    return float(error.square().mean().sqrt() / rms), float(error.max() / rms)
+
+
+def experts_rms(hidden_size: int, width: int, dtype: torch.dtype) -> float:
+    """RMS distance of the routed experts' output from a float64 evaluation, over the output's RMS.
+
+    Rounded to dtype: gate (silu at most doubles its relative error), up, silu, the product, down, the weighted sum: 7,
+    and the routing weight's product. Each dot product accumulates in at least float32, √terms roundings in RMS: gate's,
+    doubled, up's, and down's. The reference accumulates too, which matters for float64 alone.
+    """
+    accumulator = unit_roundoff(torch.promote_types(dtype, torch.float32))
+    return 8 * unit_roundoff(dtype) + 2 * accumulator * (3 * sqrt(hidden_size) + sqrt(width))
+
+
+def routing_weight_bound(terms: int, magnitude: float, experts: int, dtype: torch.dtype, value: float) -> float:
+    """Largest distance of a routing weight `value` from another evaluation of it.
+
+    A logit, a sum of `terms` products whose absolute values sum up to `magnitude`, is off by terms·u·magnitude. The
+    logarithm of a sigmoid or softmax score changes by at most twice that, that of a quotient by scores twice as much,
+    in both evaluations. Sums over experts, and the few other operations, add a rounding each.
+    """
+    return (8 * terms * magnitude + 2 * experts + 16) * unit_roundoff(dtype) * value
+
+
+def positive_sum_bound(terms: int, dtype: torch.dtype, value: float) -> float:
+    """Largest error of `value`, a sum of so many positive terms of a few products and quotients each.
+
+    Every partial sum is at most the whole: one rounding per addition, and 8 for the factors and the references' own.
+    """
+    return (terms + 8) * unit_roundoff(dtype) * value
+
+
+def cross_entropy_bound(logits: Tensor) -> float:
+    """Largest error of log Σ exp(x) − x_label over the V logits of a row.
+
+    exp(x) has relative error (2 + |x|)u, the sum of V positive terms V·u more; the logarithm turns relative into
+    absolute error, and adds a rounding of its value, at most |x| + log V, as does the difference.
+    """
+    size, largest = logits.shape[-1], float(logits.abs().max())
+    return unit_roundoff(logits.dtype) * (size + 2 + 4 * largest + 2 * log(size))

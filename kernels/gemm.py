@@ -1,0 +1,285 @@
+"""FP8 GEMMs with block scales: y = x wᵀ, dx = dy w, dw = dyᵀ x.
+
+The contraction goes in blocks of 128, the tile size: one chain of tensor core instructions, whose sum is then
+promoted, acc += product · x_scale_inv · w_scale_inv in float32 on the ordinary cores. (The tensor cores keep only
+about 14 bits of a sum, V3 report §3.3.2.) FP8 operands must have the contraction contiguous, so dx needs wᵀ,
+transposed here on the fly.
+
+What limits the kernel: 128×128 of output per 128 of contraction need 32 KB of operands, and about 7 TB/s flow from
+the L2 cache into the multiprocessors, so a tile of 128×128 cannot pass ~900 TFLOPS and one of 256×128 can reach
+~1200. A tile has up to two halves of `rows`×`columns`, one product at a time, so that two accumulators and one
+product fit in 255 registers. The promotion is a volatile instruction: else the compiler starts the second product
+before it has used up the first, and spills.
+
+cuBLASLt, behind `torch.nn.functional.scaled_mm`, has the same semantics and is taken whenever its alignments hold.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from dsv3c.kernels.quantize import column_major
+from torch import Tensor
+from torch.nn.functional import ScalingType, pad
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dsv3c.numerics import E4M3, TILE, ceil_div, round_up
+
+
+class Config(NamedTuple):
+    """How a tile is computed. Changes the speed and never the numbers."""
+
+    rows: int  # of a half
+    columns: int
+    halves: int  # one below the other; the tile has halves · rows rows
+    num_warps: int
+    num_stages: int  # blocks of the contraction in flight
+
+    @property
+    def block_m(self) -> int:
+        return self.halves * self.rows
+
+
+# Every member compiles for sm_90 without spills, with 3.6 and 3.7 of Triton (tested). Two sets, as a w with scales
+# per row (1×128, weight gradients) needs more registers than one with 128×128 blocks.
+SPACE = (
+    Config(64, 64, 1, 4, 4),
+    Config(64, 128, 1, 4, 3),
+    Config(64, 128, 1, 4, 4),
+    Config(64, 128, 2, 4, 3),
+    Config(128, 128, 1, 8, 4),
+    Config(128, 128, 2, 8, 4),
+)
+SPACE_TILED = (Config(64, 64, 2, 4, 3), Config(64, 128, 1, 4, 3), Config(128, 128, 1, 8, 4))
+
+
+@triton.jit
+def _promote(product, x_scale_inv, w_scale_inv, acc):
+    """acc + product · (x_scale_inv · w_scale_inv), not to be moved."""
+    product, scale_inv = tl.broadcast(product, x_scale_inv * w_scale_inv)
+    return tl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale_inv, acc], dtype=tl.float32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def tile_product(
+    x_desc, w_desc, x_scale_inv_ptr, w_scale_inv_ptr, x_row, x_end, w_row, w_end, w_scale_inv_step, x_scale_inv_step,
+    first_block, num_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, W_TILED: tl.constexpr,
+):  # fmt: skip
+    """float32 sums of x[x_row:] · w[w_row:]ᵀ over `num_blocks` blocks of 128 from `first_block` on; a pair of halves.
+
+    Rows of x from x_end on, and of w from w_end on, give sums that must not be stored. The pointers are to the scales
+    of row 0 (w_row's block, if not W_TILED) in the first block; the steps lead to the next block.
+    """
+    rows = x_row + tl.arange(0, ROWS)
+    above, below = rows < x_end, rows + ROWS < x_end
+    x_scale_inv_ptr += rows
+    if W_TILED:
+        w_rows = w_row + tl.arange(0, COLUMNS)
+        w_scale_inv_ptr += w_rows
+    acc0 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    acc1 = acc0
+    next0 = tl.load(x_scale_inv_ptr, mask=above & (num_blocks > 0), other=0.0)
+    next1 = next0
+    if HALVES == 2:
+        next1 = tl.load(x_scale_inv_ptr + ROWS, mask=below & (num_blocks > 0), other=0.0)
+    for i in range(num_blocks):
+        k = (first_block + i) * 128
+        w = w_desc.load([w_row, k])
+        x0 = x_desc.load([x_row, k])
+        if HALVES == 2:
+            x1 = x_desc.load([x_row + ROWS, k])
+        scale0, scale1 = next0, next1
+        if W_TILED:
+            w_scale_inv = tl.load(w_scale_inv_ptr, mask=w_rows < w_end, other=0.0)[None, :]
+        else:
+            w_scale_inv = tl.load(w_scale_inv_ptr)
+        w_scale_inv_ptr += w_scale_inv_step
+        x_scale_inv_ptr += x_scale_inv_step
+        more = i + 1 < num_blocks
+        next0 = tl.load(x_scale_inv_ptr, mask=above & more, other=0.0)
+        if HALVES == 2:
+            next1 = tl.load(x_scale_inv_ptr + ROWS, mask=below & more, other=0.0)
+        acc0 = _promote(tl.dot(x0, w.T), scale0[:, None], w_scale_inv, acc0)
+        if HALVES == 2:
+            acc1 = _promote(tl.dot(x1, w.T), scale1[:, None], w_scale_inv, acc1)
+    return acc0, acc1
+
+
+@triton.jit
+def store_tile(y_ptr, acc0, acc1, row, end, column, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr):
+    """Both halves to row-major y [.., N], rows from `end` on left alone."""
+    rows = row + tl.arange(0, ROWS)[:, None]
+    columns = column + tl.arange(0, COLUMNS)[None, :]
+    out = y_ptr + rows.to(tl.int64) * N + columns
+    tl.store(out, acc0.to(y_ptr.dtype.element_ty), mask=(rows < end) & (columns < N))
+    if HALVES == 2:
+        rows += ROWS
+        out = y_ptr + rows.to(tl.int64) * N + columns
+        tl.store(out, acc1.to(y_ptr.dtype.element_ty), mask=(rows < end) & (columns < N))
+
+
+@triton.jit
+def swizzle(tile, num_m, num_n):
+    """Number → (m, n), eight rows of tiles at a time, so that tiles in flight share operands in the L2 cache."""
+    band = tile // (8 * num_n)
+    height = tl.minimum(num_m - 8 * band, 8)
+    tile -= band * 8 * num_n
+    return 8 * band + tile % height, tile // height
+
+
+@triton.jit
+def _gemm_kernel(
+    x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, M, N, K, x_scale_inv_step, w_scale_inv_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, W_TILED: tl.constexpr,
+):  # fmt: skip
+    num_m, num_n, blocks = tl.cdiv(M, HALVES * ROWS), tl.cdiv(N, COLUMNS), tl.cdiv(K, 128)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        m, n = swizzle(tile, num_m, num_n)
+        row, column = m * HALVES * ROWS, n * COLUMNS
+        w_ptr = w_scale_inv_ptr if W_TILED else w_scale_inv_ptr + column // 128 * blocks
+        acc0, acc1 = tile_product(
+            x_desc, w_desc, x_scale_inv_ptr, w_ptr, row, M, column, N, w_scale_inv_step, x_scale_inv_step,
+            0, blocks, ROWS, COLUMNS, HALVES, W_TILED,
+        )  # fmt: skip
+        store_tile(y_ptr, acc0, acc1, row, M, column, N, ROWS, COLUMNS, HALVES)
+
+
+@triton.jit
+def _transpose_kernel(w_ptr, t_ptr, rows4, columns4, ROWS4: tl.constexpr, COLUMNS4: tl.constexpr):
+    """Bytes of w [4·rows4, 4·columns4], as words of 4 columns, to its transpose as words of 4 rows; one matrix a z."""
+    row = tl.program_id(1) * ROWS4 + tl.arange(0, ROWS4)[:, None]
+    column = tl.program_id(0) * COLUMNS4 + tl.arange(0, COLUMNS4)[None, :]
+    matrix = tl.program_id(2).to(tl.int64) * rows4 * columns4 * 4
+    inside = (row < rows4) & (column < columns4)
+    w_ptr += matrix + (4 * row).to(tl.int64) * columns4 + column
+    a = tl.load(w_ptr, mask=inside)
+    b = tl.load(w_ptr + columns4, mask=inside)
+    c = tl.load(w_ptr + 2 * columns4, mask=inside)
+    d = tl.load(w_ptr + 3 * columns4, mask=inside)
+    t_ptr += matrix + (4 * column).to(tl.int64) * rows4 + row
+    ab, cd = _permute(a, b, 0x5140), _permute(c, d, 0x5140)
+    tl.store(t_ptr, _permute(ab, cd, 0x5410), mask=inside)
+    tl.store(t_ptr + rows4, _permute(ab, cd, 0x7632), mask=inside)
+    ab, cd = _permute(a, b, 0x7362), _permute(c, d, 0x7362)
+    tl.store(t_ptr + 2 * rows4, _permute(ab, cd, 0x5410), mask=inside)
+    tl.store(t_ptr + 3 * rows4, _permute(ab, cd, 0x7632), mask=inside)
+
+
+@triton.jit
+def _permute(a, b, SELECT: tl.constexpr):
+    """Four of the eight bytes of a (0–3) and b (4–7), lowest digit first."""
+    select = tl.full(a.shape, SELECT, tl.int32)
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, select], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it, such that the copy engine takes its rows: 16-byte aligned, contiguous within."""
+    if x.stride(-1) == 1 and x.stride(-2) % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    *batch, R, K = x.shape
+    return x.new_empty(*batch, R, round_up(K, 16))[..., :K].copy_(x)
+
+
+def descriptor(x_RK: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x_RK, [rows, TILE])
+
+
+def transpose(w_NK: Tensor) -> Tensor:
+    """FP8 [.., N, K] → contiguous [.., K, N]."""
+    *batch, N, K = w_NK.shape
+    if N % 4 or K % 4:
+        return w_NK.view(torch.uint8).mT.contiguous().view(E4M3)
+    t_KN = w_NK.new_empty(*batch, K, N)
+    grid = (ceil_div(K, TILE), ceil_div(N, TILE), w_NK.numel() // (N * K))
+    words = w_NK.contiguous().view(torch.int32), t_KN.view(torch.int32)
+    _transpose_kernel[grid](*words, N // 4, K // 4, TILE // 4, TILE // 4)
+    return t_KN
+
+
+def gemm(
+    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, dtype: torch.dtype, out: Tensor
+) -> None:
+    """Launcher of `dsv3c::gemm`."""
+    if _cublaslt_takes(x_fp8, w_fp8, out):
+        cublaslt(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out)
+    else:
+        launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, SPACE[0] if len(x_fp8) <= 64 else SPACE[3])
+
+
+def gemm_dgrad(
+    dy_fp8: Tensor, dy_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, dtype: torch.dtype, out: Tensor
+) -> None:
+    """Launcher of `dsv3c::gemm_dgrad`."""
+    gemm(dy_fp8, dy_scale_inv, transpose(w_fp8), w_scale_inv.mT, dtype, out)
+
+
+def gemm_wgrad(
+    dyt_fp8: Tensor, dyt_scale_inv: Tensor, xt_fp8: Tensor, xt_scale_inv: Tensor, dtype: torch.dtype, out: Tensor
+) -> None:
+    """Launcher of `dsv3c::gemm_wgrad`."""
+    if _cublaslt_takes(dyt_fp8, xt_fp8, out):
+        cublaslt(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, out, w_tiled=True)
+    else:
+        launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, out, SPACE_TILED[1], w_tiled=True)
+
+
+def launch(
+    x_fp8: Tensor,
+    x_scale_inv: Tensor,
+    w_fp8: Tensor,
+    w_scale_inv: Tensor,
+    out: Tensor,
+    config: Config,
+    w_tiled: bool = False,
+) -> None:
+    """Our kernel. w's scales are of 1×128 tiles if `w_tiled`, else of 128×128 blocks."""
+    (M, K), N = x_fp8.shape, len(w_fp8)
+    if out.numel() == 0:
+        return
+    if K == 0:
+        out.zero_()
+        return
+    x_scale_inv = column_major(x_scale_inv)
+    w_scale_inv = column_major(w_scale_inv) if w_tiled else w_scale_inv.contiguous()
+    grid = (ceil_div(M, config.block_m) * ceil_div(N, config.columns),)
+    _gemm_kernel[grid](
+        descriptor(aligned(x_fp8), config.rows), descriptor(aligned(w_fp8), config.columns), out,
+        x_scale_inv, w_scale_inv, M, N, K, x_scale_inv.stride(1), w_scale_inv.stride(1),
+        config.rows, config.columns, config.halves, w_tiled, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _cublaslt_takes(x_fp8: Tensor, w_fp8: Tensor, out: Tensor) -> bool:
+    (M, K), N = x_fp8.shape, len(w_fp8)
+    return (
+        out.dtype in (torch.bfloat16, torch.float32)
+        and M % 4 == 0
+        and N % 16 == 0
+        and K % TILE == 0
+        and min(M, N, K) > 0
+        and x_fp8.is_contiguous()
+        and w_fp8.is_contiguous()
+        and torch.cuda.get_device_capability(out.device)[0] == 9
+    )
+
+
+def cublaslt(
+    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, w_tiled: bool = False
+) -> None:
+    """cuBLASLt. It wants 128×128 scales as (K-blocks rounded up to 4, N-blocks), strides (1, that); other layouts give
+    silently wrong results (pytorch #166752)."""
+    if w_tiled:
+        w_recipe, w_scale_inv = ScalingType.BlockWise1x128, column_major(w_scale_inv)
+    else:
+        w_recipe = ScalingType.BlockWise128x128
+        w_scale_inv = pad(w_scale_inv, (0, -w_scale_inv.shape[1] % 4)).contiguous().t()
+    # What F.scaled_mm calls; that has no `out`.
+    torch.ops.aten._scaled_mm_v2.out(
+        x_fp8, w_fp8.t(), [column_major(x_scale_inv)], [ScalingType.BlockWise1x128.value], [],
+        [w_scale_inv], [w_recipe.value], [], None, out.dtype, out=out,
+    )  # fmt: skip

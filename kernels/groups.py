@@ -1,0 +1,46 @@
+"""Which rows a tile of a grouped operator has, found on the device: a host that waited for `offs` would stall the
+stream.
+
+Every group is cut into tiles of `block` rows, the last one short; groups without rows have no tile. Tiles are numbered
+through all groups. There are at most ⌈R/block⌉ + E of them, which is what the host allocates and launches for.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv3c.numerics import ceil_div
+
+
+@triton.jit
+def _tile_map_kernel(offs_ptr, tiles_ptr, first_ptr, E, bound, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
+    """Program e numbers the tiles of group e; program E writes the total."""
+    e = tl.program_id(0)
+    group = tl.arange(0, GROUPS)
+    end = tl.load(offs_ptr + group, mask=group < E, other=0)
+    start = tl.load(offs_ptr + group - 1, mask=(group > 0) & (group < E), other=0)
+    count = tl.cdiv(end - start, BLOCK)
+    first = tl.sum(tl.where(group < e, count, 0))
+    tl.store(first_ptr + e, first)
+    start = tl.sum(tl.where(group == e, start, 0))
+    end = tl.sum(tl.where(group == e, end, 0))
+    count = tl.cdiv(end - start, BLOCK)
+    for i in range(0, count, 32):
+        tile = i + tl.arange(0, 32)
+        mine = tile < count
+        tl.store(tiles_ptr + first + tile, e, mask=mine)
+        tl.store(tiles_ptr + bound + first + tile, start + tile * BLOCK, mask=mine)
+        tl.store(tiles_ptr + 2 * bound + first + tile, end, mask=mine)
+
+
+def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
+    """`tiles` int32 [3, ⌈rows/block⌉ + E]: each tile's group, its first row, and the end of its group's rows;
+    `first` int32 [E + 1]: each group's first tile, then the number of tiles. Tiles from that number on are not written.
+    """
+    E = len(offs)
+    bound = ceil_div(rows, block) + E
+    tiles = torch.empty((3, bound), dtype=torch.int32, device=offs.device)
+    first = torch.empty(E + 1, dtype=torch.int32, device=offs.device)
+    _tile_map_kernel[(E + 1,)](offs, tiles, first, E, bound, block, triton.next_power_of_2(E), num_warps=1)
+    return tiles, first

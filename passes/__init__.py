@@ -1,0 +1,24 @@
+"""Graph rewrites: the contract and runner, the literal pipelines, one pass a file."""
+
+from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
+from dsv3c.passes.pipeline import Pipeline, default
+from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
+from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
+from dsv3c.passes.raise_attention import RaiseAttention
+
+__all__ = [
+    "Pass",
+    "PassError",
+    "Pipeline",
+    "QuantizeBeforeGather",
+    "QuantizeGroupedLinear",
+    "QuantizeLinear",
+    "RaiseAttention",
+    "Record",
+    "Skipped",
+    "Tier",
+    "WeightInput",
+    "default",
+    "run",
+    "text",
+]

@@ -1,0 +1,46 @@
+"""The passes, in order: one line each, one list a level and precision. Nothing is added or reordered elsewhere."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from dsv3c.numerics import Recipe
+from dsv3c.passes.contract import Level, Pass, select
+from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
+from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
+from dsv3c.passes.raise_attention import RaiseAttention
+
+
+def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
+    """The passes of a precision, `"exact"` or `"fp8"`. The raising ones run on the captured graph (L0), the others on the
+    joint graph of forward and backward, in inference on the forward graph (L1)."""
+    if precision == "exact":
+        return (RaiseAttention(),)
+    return (
+        RaiseAttention(),
+        QuantizeLinear(recipe),
+        QuantizeGroupedLinear(recipe),
+        QuantizeBeforeGather(),
+    )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The passes of one compiled model, split by the level they run at."""
+
+    captured: tuple[Pass, ...]
+    joint: tuple[Pass, ...]
+
+    @classmethod
+    def of(cls, passes: Sequence[Pass], skip: Collection[str] = ()) -> "Pipeline":
+        """Raises PassError for an unknown name in `skip`."""
+        chosen = select(passes, skip)
+        return cls(*(tuple(step for step in chosen if step.level is level) for level in Level))
+
+    @property
+    def quantizes(self) -> bool:
+        return any(hasattr(step, "weights") for step in self.joint)
+
+    def with_weights(self, weights: tuple[WeightInput, ...]) -> "Pipeline":
+        """The same passes, told where in the graph's inputs the quantised weights are."""
+        joint = tuple(replace(step, weights=weights) if hasattr(step, "weights") else step for step in self.joint)
+        return replace(self, joint=joint)

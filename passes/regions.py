@@ -1,0 +1,50 @@
+"""Which part of the model a node belongs to, read from the module stack that Dynamo keeps on every node.
+
+Identity, not pattern: the stack names the module call a node came from, on our model and on transformers' unmodified one,
+and survives AOTAutograd into the backward graph.
+"""
+
+from dataclasses import dataclass
+
+from torch import fx
+
+# Class of a module -> kind of its region. The first block is ours, the second transformers'.
+REGIONS = {
+    "DecoderLayer": "layer",
+    "Attention": "attention",
+    "MLP": "mlp",
+    "MoE": "moe",
+    "Router": "router",
+    "Experts": "experts",
+    "RMSNorm": "norm",
+    "MTPLayer": "mtp",
+    "Float8Experts": "experts",
+    "Float8Linear": "linear",
+    "Linear": "linear",
+    "DeepseekV3DecoderLayer": "layer",
+    "DeepseekV3Attention": "attention",
+    "DeepseekV3MLP": "mlp",
+    "DeepseekV3MoE": "moe",
+    "DeepseekV3TopkRouter": "router",
+    "DeepseekV3Experts": "experts",
+    "DeepseekV3RMSNorm": "norm",
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """One module call: `kind` from REGIONS, `path` relative to the unit, such as `mlp.shared_experts.up_proj`."""
+
+    kind: str
+    path: str
+
+
+def region_of(node: fx.Node) -> Region | None:
+    """The innermost recognised region of `node`; None for a node of no recognised module."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    for path, module_class in reversed(stack.values()):
+        name = module_class if isinstance(module_class, str) else module_class.__name__
+        kind = REGIONS.get(name.rpartition(".")[2])
+        if kind:
+            return Region(kind, path.partition("]")[2].removeprefix(".") or kind)
+    return None

@@ -1,0 +1,73 @@
+"""What passes over aten graphs share: reading through transposes, and inserting operators with their values."""
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from dsv3c.passes.contract import PassError
+
+aten = torch.ops.aten
+
+# Metadata of a rewritten node that its replacement keeps: region, source, forward or backward, user annotations.
+_KEPT = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace", "partitioner_tag", "custom", "seq_nr")
+
+
+def through_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The node under any transposes of the last two dimensions, and whether they add up to one transpose."""
+    transposed = False
+    while node.op == "call_function" and _swaps_last_two(node):
+        node, transposed = node.args[0], not transposed
+    return node, transposed
+
+
+def _swaps_last_two(node: fx.Node) -> bool:
+    if node.target is aten.t.default:
+        return True
+    rank = value(node).dim()
+    identity = list(range(rank))
+    swapped = identity[:-2] + identity[-2:][::-1]
+    if node.target is aten.permute.default:
+        return [d % rank for d in node.args[1]] == swapped
+    if node.target is aten.transpose.int:
+        return rank >= 2 and {d % rank for d in node.args[1:]} == set(identity[-2:])
+    return False
+
+
+def is_backward(node: fx.Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def value(node: fx.Node) -> torch.Tensor:
+    return node.meta["val"]
+
+
+def insert(at: fx.Node, target: Callable, *args) -> fx.Node:
+    """A call of `target` just before `at`, with its value inferred and `at`'s region and source.
+
+    Raises:
+        PassError: the graph carries no fake values to infer from.
+    """
+    graph = at.graph
+    fake_mode = next((v.fake_mode for n in graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor)), None)
+    if fake_mode is None:
+        raise PassError(f"{target}: expected a graph whose nodes carry fake values, found none; try tracing with AOTAutograd")
+    with graph.inserting_before(at):
+        node = graph.call_function(target, args)
+    node.meta = {key: at.meta[key] for key in _KEPT if key in at.meta}
+    with fake_mode:
+        node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]))
+    return node
+
+
+def insert_pair(at: fx.Node, target: Callable, *args) -> tuple[fx.Node, fx.Node]:
+    """`insert` for an operator with two results: (x_fp8, x_scale_inv)."""
+    both = insert(at, target, *args)
+    return insert(at, operator.getitem, both, 0), insert(at, operator.getitem, both, 1)
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)

@@ -1,0 +1,73 @@
+"""What the compiler knows of a GPU: one data file a target, and the roofline time of an operator on it."""
+
+import json
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+from dsv3c.errors import CompileError
+
+_FOLDER = Path(__file__).parent / "targets"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A data file of tuning/targets. `flops` and the rates are the datasheet's; `achievable` the fraction of each that
+    large kernels reach, with its source in `sources`."""
+
+    name: str
+    device: str
+    arch: str
+    sms: int
+    clock_mhz: int
+    shared_memory_per_block_bytes: int
+    registers_per_sm: int
+    flops: dict[str, float]
+    hbm_bytes: int
+    hbm_bytes_per_s: float
+    l2_bytes: int
+    nvlink_bytes_per_s: float
+    nic_bytes_per_s: float
+    achievable: dict[str, float]
+    sources: tuple[str, ...]
+
+    def roofline_us(self, flops: float, moved_bytes: float, dtype: str) -> float:
+        """Microseconds for `flops` in `dtype` ("bf16", "fp8", "fp32") and `moved_bytes` of device memory, whichever is
+        longer, at the achievable rates. A prediction."""
+        compute = flops / (self.flops[dtype] * self.achievable[dtype])
+        memory = moved_bytes / (self.hbm_bytes_per_s * self.achievable["hbm"])
+        return 1e6 * max(compute, memory)
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
+
+
+@cache
+def load(name: str) -> Target:
+    """Raises CompileError for an unknown target."""
+    if name not in names():
+        near = get_close_matches(name, names(), 1) or names()
+        raise CompileError(f"target: expected one of {', '.join(['auto', *names()])}, found {name!r}; try {near[0]}")
+    fields = json.loads((_FOLDER / f"{name}.json").read_text())
+    return Target(**{**fields, "sources": tuple(fields["sources"])})
+
+
+def resolve(name: str) -> Target:
+    """`load`, with "auto" for this machine's GPU, or the CPU.
+
+    Raises:
+        CompileError: an unknown target, or "auto" on a GPU that has no data file.
+    """
+    if name != "auto":
+        return load(name)
+    import torch
+
+    if not torch.cuda.is_available():
+        return load("cpu")
+    device = torch.cuda.get_device_name()
+    for candidate in names():
+        if load(candidate).device.split()[1:2] == device.split()[1:2]:
+            return load(candidate)
+    raise CompileError(f"target: expected a GPU of {', '.join(names())}, found {device}; try target='h100'")
