@@ -12,6 +12,7 @@ can end.
 from collections import deque
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import pairwise
 
 from dsv3c.schedules.program import Action, Cell, Kind, Overlap, Program, ScheduleError
 
@@ -21,7 +22,8 @@ def _require(name: str, fits: bool, expected: str, found: str, remedy: str) -> N
         raise ScheduleError(f"{name}: expected {expected}, found {found}; try {remedy}")
 
 
-def _at_least_one(name: str, num_ranks: int, num_microbatches: int) -> None:
+def at_least_one(name: str, num_ranks: int, num_microbatches: int) -> None:
+    """Raise ScheduleError for no ranks or no micro-batches."""
     _require(name, num_ranks >= 1, "1 rank or more", str(num_ranks), "--ranks 1")
     _require(name, num_microbatches >= 1, "1 micro-batch or more", str(num_microbatches), "--microbatches 1")
 
@@ -42,7 +44,10 @@ class _Row:
         return Action(stage, kind, microbatch)
 
     def add(self, kind: Kind, stage: int) -> None:
-        self.cells.append(self._take(kind, stage))
+        if kind == "W":
+            self.weight(stage)
+        else:
+            self.cells.append(self._take(kind, stage))
 
     def overlap(self, forward_stage: int, backward_stage: int) -> None:
         self.cells.append(Overlap(self._take("F", forward_stage), self._take("B", backward_stage)))
@@ -64,7 +69,7 @@ def gpipe(num_ranks: int, num_microbatches: int) -> Program:
     Bubble (P-1)(F+B): the last rank waits (P-1)F for its first input, and its last gradient climbs (P-1)B.
     Activations n. Source: Huang et al., arXiv:1811.06965.
     """
-    _at_least_one("gpipe", num_ranks, num_microbatches)
+    at_least_one("gpipe", num_ranks, num_microbatches)
     kinds: tuple[Kind, ...] = ("F", "B")
     return tuple(
         tuple(Action(rank, kind, m) for kind in kinds for m in range(num_microbatches)) for rank in range(num_ranks)
@@ -77,24 +82,25 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Program:
     Bubble (P-1)(F+B), as GPipe's: the order changes memory, not time. Activations of rank r min(P-r, n): a micro-batch
     is back at rank r when P-1-r later ones have set out. Source: Narayanan et al., arXiv:2006.09503.
     """
-    _at_least_one("1f1b", num_ranks, num_microbatches)
+    at_least_one("1f1b", num_ranks, num_microbatches)
     return interleaved(num_ranks, num_microbatches, stages_per_rank=1)
 
 
 def interleaved(num_ranks: int, num_microbatches: int, stages_per_rank: int = 2) -> Program:
-    """Interleaved 1F1B: rank r holds the v stages r, P+r, 2P+r, ... and runs 1F1B over them, P micro-batches a round.
+    """Interleaved 1F1B: rank r holds the v stages r, P+r, 2P+r, ... and runs 1F1B over them, round by round.
 
-    Bubble (P-1)(F+B) where F and B are a v-th of what 1F1B's stages cost: start and end are 1F1B's, with smaller
-    stages. Exact where P divides n, or v = 1; other n are dealt into n // P rounds of nearly equal size.
-    Activations of rank r (v-1)P + 2(P-1-r) + 1 (v > 1, P divides n, at most vn): it runs ahead by v-1 rounds and one
-    micro-batch more per stage to the last rank and back. Source: Narayanan et al., arXiv:2104.04473.
+    A round are P micro-batches, or up to twice as many where P does not divide n: n // P rounds of nearly equal size.
+    Bubble (P-1)(F+B) where n >= P, and F and B are a v-th of what 1F1B's stages cost: it starts and ends like 1F1B,
+    with smaller stages. Activations of rank r (v-1)m + 2(P-1-r) + 1 for v > 1 and m in the longest round, vn at most:
+    it runs ahead by v-1 rounds, and by one on the way to the last rank and one on the way back for each rank between.
+    Source: Narayanan et al., arXiv:2104.04473.
     """
-    _at_least_one("interleaved", num_ranks, num_microbatches)
+    at_least_one("interleaved", num_ranks, num_microbatches)
     num_rounds = max(1, num_microbatches // num_ranks)
     cuts = [num_microbatches * i // num_rounds for i in range(num_rounds + 1)]
-    rounds = [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    rounds = [range(a, b) for a, b in pairwise(cuts)]
     local = range(stages_per_rank)
-    ahead = 1 if stages_per_rank == 1 else 2  # without later stages of its own, a rank needs no reply before the next
+    ahead = 1 if stages_per_rank == 1 else 2  # per rank on the way out and, if later stages are waiting for it, back
 
     def row(rank: int) -> tuple[Cell, ...]:
         stages = [i * num_ranks + rank for i in local]
@@ -115,7 +121,7 @@ def zb1p(num_ranks: int, num_microbatches: int) -> Program:
     Activations min(P, n) on every rank: the r weight gradients put off are what 1F1B holds less on rank r.
     Source: Qi et al., arXiv:2401.10241.
     """
-    _at_least_one("zb1p", num_ranks, num_microbatches)
+    at_least_one("zb1p", num_ranks, num_microbatches)
 
     def row(rank: int) -> tuple[Cell, ...]:
         cells = _Row()
@@ -135,7 +141,7 @@ def zb1p(num_ranks: int, num_microbatches: int) -> Program:
 
 
 def zbv(num_ranks: int, num_microbatches: int) -> Program:
-    """ZB-V: rank r holds stages r and 2P-1-r, so that the last stage is on rank 0 and its backwards start there at once.
+    """ZB-V: rank r holds stages r and 2P-1-r; the last stage is on rank 0, where its backwards start at once.
 
     Bubble (P-1)max(I, 2(I-W)) where W <= F <= I and n >= 2P-1. With F = I = W that is (P-1)F, and all of it is the wait
     for the first input: rank r starts r F after rank 0 and ends as much later, so that ranks which need not stop
@@ -144,7 +150,7 @@ def zbv(num_ranks: int, num_microbatches: int) -> Program:
     Activations min(2P, 2n), of stages half as large as 1F1B's: the same memory.
     Source: Qi et al., arXiv:2401.10241, section 6.
     """
-    _at_least_one("zbv", num_ranks, num_microbatches)
+    at_least_one("zbv", num_ranks, num_microbatches)
     longest = max(num_microbatches, 2 * num_ranks - 1)  # fewer micro-batches: the same order with the others left out
 
     def row(rank: int) -> tuple[Cell, ...]:
@@ -152,8 +158,8 @@ def zbv(num_ranks: int, num_microbatches: int) -> Program:
         cells = _Row()
 
         def add(*words: str) -> None:
-            for kind, stage in ((word[0], up if word[1] == "1" else down) for word in words):
-                cells.weight(stage) if kind == "W" else cells.add(kind, stage)  # type: ignore[arg-type]
+            for word in words:
+                cells.add(word[0], up if word[1] == "1" else down)  # type: ignore[arg-type]
 
         for _ in range(2 * (num_ranks - rank) - 1):
             add("F0")
@@ -178,20 +184,21 @@ def zbv(num_ranks: int, num_microbatches: int) -> Program:
 
 
 def dualpipev(num_ranks: int, num_microbatches: int) -> Program:
-    """DualPipeV: DualPipe cut in half. Rank r holds stages r and 2P-1-r; forwards of one overlap backwards of the other.
+    """DualPipeV, DualPipe cut in half: rank r holds stages r and 2P-1-r, and overlaps the forwards of each with the
+    backwards of the other.
 
-    Bubble (P-1)(F&B+F-2W) where W <= F <= I and F&B >= F+I: the last rank waits (P-1)F for its first input; P-1 times
-    in the cooldown it has only a B to do while the others overlap one with an F: it idles F&B-B; and after its last I
-    the gradient climbs (P-1)I while it has P-1 more W than rank 0 to do: it idles (P-1)(I-W). With F = I that is the
-    published (P-1)(F&B+B-3W) (their PP counts stages, 2P of them). A rank r < P-1 overlaps P-2-r pairs less than the
-    last one and idles less by as much: all idle alike only if F&B = F+B.
+    Bubble (P-1)(F&B+B-3W) where W <= F = I (their PP counts stages, 2P of them). The last rank, which idles most, waits
+    (P-1)F for its first input; P-1 times in the cooldown it has only a B to do while others overlap one with an F: it
+    idles F&B-B; and after its last I the gradient climbs (P-1)I while it has P-1 more W to do than rank 0: it idles
+    (P-1)(I-W). In all (P-1)(F&B+F-2W). A rank r < P-1 overlaps P-2-r pairs less than the last one, so works longer and
+    idles less by what these would save. With F < I, gradients are waited for between pairs, too.
     Activations 2P+1: 2P forwards before the first backward, one more while a pair is under way.
     Source: Sea AI Lab's "cut in half", github.com/deepseek-ai/DualPipe.
 
     Raises:
         ScheduleError: fewer than 2P micro-batches; the main step would be cut off before the last rank reaches it.
     """
-    _at_least_one("dualpipev", num_ranks, num_microbatches)
+    at_least_one("dualpipev", num_ranks, num_microbatches)
     least = 2 * num_ranks
     _require(
         "dualpipev",
@@ -241,7 +248,8 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Program:
 
     The first half of the ranks does what DualPipeV does on P/2 ranks with n/2 micro-batches, but what came back from
     the turn there comes from the other half's first ranks here; the second half is its mirror image. So bubble and
-    activations are DualPipeV's: (P/2-1)(F&B+B-3W) where W <= F = I, and P+1. Parameters: two stages' on every rank.
+    activations are DualPipeV's on half the ranks: (P/2-1)(F&B+B-3W) where W <= F = I, and P+1. Every rank has the
+    parameters of two stages, twice what it would need without directions.
     Source: DeepSeek-V3 report, arXiv:2412.19437, section 3.2.1; github.com/deepseek-ai/DualPipe.
 
     Raises:
@@ -289,14 +297,23 @@ GENERATORS: dict[str, Callable[[int, int], Program]] = {
 }
 
 
-def generate(name: str, num_ranks: int, num_microbatches: int) -> Program:
-    """The program of the generator of that name, spelt with or without capitals and hyphens.
+def canonical(name: str) -> str:
+    """The key in GENERATORS of a name spelt with capitals, hyphens or underscores.
 
     Raises:
-        ScheduleError: unknown name; ranks or micro-batches that do not fit.
+        ScheduleError: unknown name.
     """
     key = name.lower().replace("-", "").replace("_", "")
     if key not in GENERATORS:
         close = (get_close_matches(key, GENERATORS) or ["dualpipe"])[0]
         raise ScheduleError(f"schedule: expected one of {', '.join(GENERATORS)}, found '{name}'; try {close}")
-    return GENERATORS[key](num_ranks, num_microbatches)
+    return key
+
+
+def generate(name: str, num_ranks: int, num_microbatches: int) -> Program:
+    """The program of the generator of that name.
+
+    Raises:
+        ScheduleError: unknown name; ranks or micro-batches that do not fit.
+    """
+    return GENERATORS[canonical(name)](num_ranks, num_microbatches)

@@ -4,11 +4,13 @@ The edges that no program writes down: a forward waits for the stage before; a b
 the stage after; W for its I. An overlapped pair waits for what both wait for, and delivers both when it ends.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 from dsv3c.schedules.program import Action, Cell, Overlap, Program, ScheduleError, actions, grid
+
+NEVER = -1
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,7 @@ class Graph:
     cells: list[Cell]
     rank: list[int]
     rows: list[range]
-    needs: list[list[int]]
-    messages: list[tuple[int, int, Action]]  # from node, to node of another rank, the action there that needs it
+    needs: list[tuple[int, ...]]
     placement: dict[tuple[int, int], int]  # (stage, direction) -> rank
     num_stages: int
     num_microbatches: list[int]  # of each direction
@@ -28,6 +29,17 @@ class Graph:
     def failure(self, node: int, message: str) -> ScheduleError:
         """An error at a node."""
         return failure(self.program, self.rank[node], node - self.rows[self.rank[node]].start, message)
+
+    def messages(self) -> Iterator[tuple[int, int, Action]]:
+        """What ranks send each other: (from node, to node, the action there that needs it)."""
+        for node, required in enumerate(self.needs):
+            for source in dict.fromkeys(required):
+                if self.rank[source] == self.rank[node]:
+                    continue
+                for a, b in product(actions(self.cells[node]), actions(self.cells[source])):
+                    same = (a.kind == "F", a.microbatch, a.direction) == (b.kind == "F", b.microbatch, b.direction)
+                    if same and a.stage - b.stage == (1 if a.kind == "F" else -1):
+                        yield source, node, a
 
 
 def failure(rows: Sequence[Sequence[object]], rank: int, step: int, message: str) -> ScheduleError:
@@ -41,23 +53,27 @@ def graph(program: Program) -> Graph:
     Raises:
         ScheduleError: an action twice or missing, a stage on two ranks, a pair that is not a forward and a backward.
     """
+    if not program or not all(program):
+        raise ScheduleError("program: expected a cell or more on every rank, found none; try fewer ranks")
     cells = [cell for row in program for cell in row]
-    flat = [(node, a) for node, cell in enumerate(cells) for a in actions(cell)]
+    flat = [a for cell in cells for a in actions(cell)]
+    nodes = [node for node, cell in enumerate(cells) for _ in actions(cell)]  # of flat
     rank = [r for r, row in enumerate(program) for _ in row]
-    ends = [0, *accumulate(map(len, program))]
-    rows = [range(start, end) for start, end in pairwise(ends)]
-    stages = max((a.stage for _, a in flat), default=-1) + 1
-    microbatches = [0] * (max((a.direction for _, a in flat), default=0) + 1)
-    for _, a in flat:
+    rows = [range(start, end) for start, end in pairwise([0, *accumulate(map(len, program))])]
+    if odd := next((a for a in flat if min(a.stage, a.microbatch) < 0 or a.direction not in (0, 1)), None):
+        raise ScheduleError(f"program: expected stages and micro-batches from 0, directions 0 and 1, found {odd!r}")
+    stages = max(a.stage for a in flat) + 1
+    microbatches = [0] * (max(a.direction for a in flat) + 1)
+    for a in flat:
         microbatches[a.direction] = max(microbatches[a.direction], a.microbatch + 1)
-    value = Graph(program, cells, rank, rows, [[] for _ in cells], [], {}, stages, microbatches)
+    value = Graph(program, cells, rank, rows, [()] * len(cells), {}, stages, microbatches)
 
     # Who makes what: the output of a forward, the input gradient (B or I), the weight gradient (B or W). Numbers for
     # (stage, micro-batch) and direction, a stage's in a row and the next stage's after it: tuples take twice as long.
     width = max(microbatches)
-    numbers = [(a.direction * stages + a.stage) * width + a.microbatch for _, a in flat]
+    numbers = [(a.direction * stages + a.stage) * width + a.microbatch for a in flat]
     makers: dict[str, dict[int, int]] = {"F": {}, "I": {}, "W": {}}
-    for (node, a), number in zip(flat, numbers, strict=True):
+    for node, a, number in zip(nodes, flat, numbers, strict=True):
         if (home := value.placement.setdefault((a.stage, a.direction), rank[node])) != rank[node]:
             raise value.failure(node, f"expected {a} on rank {home}, where stage {a.stage} is, found it here")
         for kind in "IW" if a.kind == "B" else a.kind:
@@ -70,19 +86,15 @@ def graph(program: Program) -> Graph:
     if any(len(made) < stages * sum(microbatches) for made in makers.values()):
         raise _missing(value, makers, width)
 
-    for (node, a), number in zip(flat, numbers, strict=True):
-        source = None  # what the rank of another stage makes, perhaps the same
+    output, gradient = makers["F"], makers["I"]
+    for node, a, number in zip(nodes, flat, numbers, strict=True):
         if a.kind == "W":
-            value.needs[node].append(makers["I"][number])
+            value.needs[node] += (gradient[number],)
         elif a.kind == "F":
-            source = makers["F"][number - width] if a.stage > 0 else None
+            value.needs[node] += (output[number - width],) if a.stage > 0 else ()
         else:
-            value.needs[node].append(makers["F"][number])
-            source = makers["I"][number + width] if a.stage < stages - 1 else None
-        if source is not None:
-            value.needs[node].append(source)
-            if rank[source] != rank[node]:
-                value.messages.append((source, node, a))
+            later = (gradient[number + width],) if a.stage < stages - 1 else ()
+            value.needs[node] += (output[number], *later)
     return value
 
 
@@ -109,84 +121,88 @@ def held(row: Sequence[Cell], units: Sequence[int]) -> list[int]:
     """What a rank holds in each step: ``units[stage]`` a micro-batch, from the start of F to the end of B or W."""
     now, steps = 0, []
     for cell in row:
-        now += sum(units[a.stage] for a in actions(cell) if a.kind == "F")
+        first, last = (cell.forward, cell.backward) if isinstance(cell, Overlap) else (cell, cell)
+        now += units[first.stage] if first.kind == "F" else 0
         steps.append(now)
-        now -= sum(units[a.stage] for a in actions(cell) if a.kind in "BW")
+        now -= units[last.stage] if last.kind in "BW" else 0
     return steps
 
 
 def earliest(
     rows: Sequence[Sequence[int]], durations: Sequence[int], needs: Sequence[Sequence[int]], lag: int = 0
-) -> tuple[list[int | None], list[int | None]]:
+) -> tuple[list[int], list[int | None]]:
     """When every node starts, if each row runs its nodes in order and none waits longer than it must.
 
     A node starts when the one before it in its row has ended, and those it needs, ``lag`` later if of another row.
-    A node may stand in two rows, which then meet in it, or in none. Returns the starts, None for a node that never can,
-    and for each node the one that held it up last.
+    Returns the starts, NEVER for a node that cannot, and for each node the one that held it up last.
     """
-    home = [-1] * len(needs)
-    users: list[list[int]] = [[] for _ in needs]
-    waiting = [len(required) for required in needs]
-    for node, required in enumerate(needs):
-        for need in required:
-            users[need].append(node)
-    for r, row in enumerate(rows):
-        for node in row:
-            home[node] = r
-        for before, node in pairwise(row):
-            users[before].append(node)
-            waiting[node] += 1
-
-    begin = [0] * len(needs)
+    home = {node: r for r, row in enumerate(rows) for node in row} if lag else {}
+    starts = [NEVER] * len(needs)
     cause: list[int | None] = [None] * len(needs)
-    starts: list[int | None] = [None] * len(needs)
-    ready = [node for node, count in enumerate(waiting) if count == 0]
-    while ready:
-        node = ready.pop()
-        starts[node] = begin[node]
-        end = begin[node] + durations[node]
-        for user in users[node]:
-            there = end + lag if home[user] != home[node] else end
-            if cause[user] is None or there > begin[user]:
-                begin[user], cause[user] = there, node
-            waiting[user] -= 1
-            if not waiting[user]:
-                ready.append(user)
+    step = [0] * len(rows)
+    asleep: dict[int, list[int]] = {}  # node -> the rows whose next node needs it
+    awake = list(range(len(rows)))
+    while awake:
+        r = awake.pop()
+        row = rows[r]
+        while step[r] < len(row):
+            node, before = row[step[r]], row[step[r] - 1] if step[r] else None
+            start = 0 if before is None else starts[before] + durations[before]
+            for need in needs[node]:
+                if starts[need] == NEVER:
+                    asleep.setdefault(need, []).append(r)
+                    break
+                there = starts[need] + durations[need] + (lag if lag and home[need] != r else 0)
+                if before is None or there > start:
+                    start, before = there, need
+            else:
+                starts[node], cause[node] = start, before
+                step[r] += 1
+                awake += asleep.pop(node, ())
+                continue
+            break
     return starts, cause
 
 
-def deadlock(
+def start_times(
+    rows: Sequence[Sequence[int]],
+    durations: Sequence[int],
+    needs: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[object]],
+    lag: int = 0,
+) -> tuple[list[int], list[int | None]]:
+    """``earliest``, for nodes that all must start; ``labels[r][step]`` is what ``rows[r][step]`` is called.
+
+    Raises:
+        ScheduleError: nodes that wait for each other in a circle.
+    """
+    starts, cause = earliest(rows, durations, needs, lag)
+    if NEVER in starts:
+        raise _circle(rows, needs, starts, labels)
+    return starts, cause
+
+
+def _circle(
     rows: Sequence[Sequence[int]],
     needs: Sequence[Sequence[int]],
-    starts: Sequence[int | None],
+    starts: Sequence[int],
     labels: Sequence[Sequence[object]],
 ) -> ScheduleError:
-    """The error for nodes that never start: a circle of nodes that wait for each other.
-
-    ``labels[r][step]`` is the text of ``rows[r][step]``; a node in no row has none.
-    """
+    """The error for nodes that never start."""
     place = {node: (r, step) for r, row in enumerate(rows) for step, node in enumerate(row)}
-    before: dict[int, dict[int, int]] = {}  # per node: the row it waits in -> the node in front of it
-    for r, row in enumerate(rows):
-        for earlier, later in pairwise(row):
-            before.setdefault(later, {})[earlier] = r
+    before = {node: previous for row in rows for previous, node in pairwise(row)}
 
     path: list[int] = []
-    node = next(i for i in place if starts[i] is None)
+    node = next(i for i in place if starts[i] == NEVER)
     while node not in path:
         path.append(node)
-        behind = [*needs[node], *before.get(node, ())]
-        node = next(i for i in behind if starts[i] is None)
+        behind = [*needs[node], before.get(node, node)]
+        node = next(i for i in behind if starts[i] == NEVER)
     circle = path[path.index(node) :]
 
-    # Of the steps that only wait for the one in front of them in the same row, the first is enough.
-    edges = [before.get(a, {}).get(b) for a, b in zip(circle, [*circle[1:], circle[0]], strict=True)]
-    turns = [i for i, edge in enumerate(edges) if edge is None or edge != edges[i - 1]]
-    names = [
-        f"{labels[place[i][0]][place[i][1]]} (rank {place[i][0]}, step {place[i][1]})"
-        for i in (circle[t] for t in [*turns, turns[0]])
-        if i in place
-    ]
-    rank, step = place[next(circle[t] for t in turns if circle[t] in place)]
+    # Of nodes that only wait for the one in front of them in their row, the first is enough.
+    only_behind = [b not in needs[a] for a, b in zip(circle, [*circle[1:], circle[0]], strict=True)]
+    turns = [node for i, node in enumerate(circle) if not (only_behind[i] and only_behind[i - 1])]
+    names = [f"{labels[r][step]} (rank {r}, step {step})" for r, step in (place[i] for i in [*turns, turns[0]])]
     found = " for ".join(names if len(names) <= 6 else [*names[:5], "..."])
-    return failure(labels, rank, step, f"expected an order that runs, found waiting in a circle: {found}")
+    return failure(labels, *place[turns[0]], f"expected an order that runs, found waiting in a circle: {found}")

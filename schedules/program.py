@@ -89,8 +89,8 @@ def from_text(text: str, where: str = "program") -> Program:
         for word in re.finditer(r"[^\s,]+", line):
             if (cell := _cell(word[0])) is None:
                 raise ScheduleError(
-                    f"{where}:{number}:{word.start() + 1}: expected an action such as 2F0 or an overlapped pair such as "
-                    f"(0F7;7B3), found '{word[0]}'; try the form that --text prints"
+                    f"{where}:{number}:{word.start() + 1}: expected an action such as 2F0 or an overlapped pair such "
+                    f"as (0F7;7B3), found '{word[0]}'; try the form that --text prints"
                 )
             yield cell
 

@@ -1,13 +1,13 @@
 """The simulator: a program and integer costs -> exact start times, bubbles, memory, critical path.
 
-Every rank runs its row in order, each cell as soon as what it needs is there (graph.py). Sends take time but no compute:
-a result is on another rank ``comm`` ticks after it is made. A tick is whatever unit the costs are in.
+Every rank runs its row in order, each cell as soon as what it needs is there (graph.py). Sends take time, no compute: a
+result is on another rank ``comm`` ticks after it is made. A tick is whatever unit the costs are in.
 """
 
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from dsv3c.schedules.graph import deadlock, earliest, graph, held
+from dsv3c.schedules.graph import graph, held, start_times
 from dsv3c.schedules.program import Cell, Overlap, Program, ScheduleError
 
 PerStage = int | tuple[int, ...]
@@ -22,9 +22,9 @@ class Cost:
     """Ticks and memory of a stage: an integer for all stages alike, or a tuple with one per stage.
 
     ``backward`` is the full backward and ``weight`` its weight gradient, so that I costs the rest; ``overlapped`` is a
-    pair, or a table ``[forward's stage][backward's stage]``; ``comm`` an activation's or gradient's way to another rank;
-    ``activation`` what a micro-batch holds on a stage from the start of F to the end of B or W, ``parameters`` what a
-    copy of the stage holds, both in one unit of memory.
+    pair, or a table ``[forward's stage][backward's stage]``; ``comm`` the way of an activation or gradient to another
+    rank; ``activation`` what a micro-batch holds on a stage from the start of F to the end of B or W, ``parameters``
+    what a copy of the stage holds, both in one unit of memory.
 
     Raises:
         ScheduleError: no integer, a negative one, tuples of different lengths, a weight gradient dearer than its
@@ -102,11 +102,12 @@ class Span:
 class Timeline:
     """What the simulator found; everything per rank is a tuple in the order of ranks."""
 
+    cost: Cost
     rows: tuple[tuple[Span, ...], ...]
     activations: tuple[int, ...]  # most micro-batches' activations held at a time, over the rank's stages
     memory: tuple[int, ...]  # most memory held at a time, parameters included, in the cost's unit
     copies: tuple[int, ...]  # stages held, each direction counting
-    critical_path: tuple[tuple[int, int], ...]  # (rank, step) from a first cell to the last one to end, each held up by the one before
+    critical_path: tuple[tuple[int, int], ...]  # (rank, step) of cells that each hold up the next, the last ends last
 
     @cached_property
     def makespan(self) -> int:
@@ -127,22 +128,25 @@ def simulate(program: Program, cost: Cost) -> Timeline:
             number of stages.
     """
     g = graph(program)
-    stages = {field: cost.per_stage(field, g.num_stages) for field in ("activation", "parameters", "forward", "backward")}
+    activation, parameters, *_ = (
+        cost.per_stage(field, g.num_stages) for field in ("activation", "parameters", "forward", "backward", "weight")
+    )
     durations = [cost.ticks(cell) for cell in g.cells]
-    starts, cause = earliest(g.rows, durations, g.needs, cost.comm)
-    if None in starts:
-        raise deadlock(g.rows, g.needs, starts, program)
+    starts, cause = start_times(g.rows, durations, g.needs, program, cost.comm)
     ends = [start + ticks for start, ticks in zip(starts, durations, strict=True)]
 
     path = [max(range(len(ends)), key=ends.__getitem__)]
     while (before := cause[path[-1]]) is not None:
         path.append(before)
-    of_rank = [[stage for (stage, _), rank in g.placement.items() if rank == r] for r in range(len(program))]
-    parameters = [sum(stages["parameters"][stage] for stage in own) for own in of_rank]
+    owned = [[stage for (stage, _), rank in g.placement.items() if rank == r] for r in range(len(program))]
     return Timeline(
+        cost=cost,
         rows=tuple(tuple(Span(starts[i], ends[i], g.cells[i]) for i in row) for row in g.rows),
         activations=tuple(max(held(row, [1] * g.num_stages)) for row in program),
-        memory=tuple(max(held(row, stages["activation"])) + parameters[r] for r, row in enumerate(program)),
-        copies=tuple(len(own) for own in of_rank),
+        memory=tuple(
+            max(held(row, activation)) + sum(parameters[stage] for stage in own)
+            for row, own in zip(program, owned, strict=True)
+        ),
+        copies=tuple(map(len, owned)),
         critical_path=tuple((g.rank[i], i - g.rows[g.rank[i]].start) for i in reversed(path)),
     )
