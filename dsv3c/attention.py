@@ -1,4 +1,5 @@
-"""`dsv3c::attention` with its gradient: raised from the captured graph, so it has autograd (kernels/attention.py computes)."""
+"""`dsv3c::attention` with its gradient: raised from the captured graph, so it has autograd (kernels/attention.py
+computes)."""
 
 import torch
 from torch import Tensor
@@ -7,7 +8,9 @@ from torch.utils.flop_counter import register_flop_formula
 from dsv3c.kernels import attention as kernel
 
 _LIBRARY = torch.library.Library("dsv3c", "FRAGMENT")
-_LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal) -> (Tensor, Tensor)"
+)
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, "
     "bool is_causal) -> (Tensor, Tensor, Tensor)"
@@ -59,7 +62,9 @@ def _(q_shape, k_shape, v_shape, mask, scale, is_causal, *args, out_shape=None, 
 
 
 @register_flop_formula(torch.ops.dsv3c.attention_backward)
-def _(dout_shape, q_shape, k_shape, v_shape, o_shape, lse_shape, mask, scale, is_causal, *args, out_shape=None, **kwargs) -> int:
+def _(
+    dout_shape, q_shape, k_shape, v_shape, o_shape, lse_shape, mask, scale, is_causal, *args, out_shape=None, **kwargs
+) -> int:
     B, H, T, d = q_shape
     S, v = k_shape[2], v_shape[3]
     return 2 * B * H * T * S * (3 * d + 2 * v) // (2 if is_causal else 1)

@@ -16,21 +16,21 @@ from torch import Tensor
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 TILE = 128
+# A smaller floor would make quotients and products of scale_invs leave the normal range of float32.
+MIN_AMAX_FLOOR = 2.0**-64
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is quantised how. The defaults are DeepSeek-V3's (report §3.3): E4M3 for everything, online amax.
 
-    `amax_floor` keeps scale_inv of an all-zero tile finite. V3's is 1e-4; on a gradient that would round all of dy ~
-    1e-8 to zero, which is what a mean over millions of tokens, or no loss scale, looks like. So gradients have their
-    own:
-    2^-64, small enough for any gradient, large enough that products of two scale_invs are normal float32 numbers.
-    `pow2` rounds scale_inv up to a power of two (ue8m0): the division is then exact.
+    `amax_floor` keeps scale_inv of an all-zero tile finite. V3's is 1e-4, for which anything below 2e-10 is zero; dy
+    gets there without a loss scale, in a mean over millions of tokens. So gradients have their own floor, the least
+    possible. `pow2` rounds scale_inv up to a power of two (ue8m0): the division is then exact.
     """
 
     amax_floor: float = 1e-4
-    gradient_amax_floor: float = 2.0**-64
+    gradient_amax_floor: float = MIN_AMAX_FLOOR
     pow2: bool = False
 
 
@@ -109,9 +109,13 @@ def gemm_bounds(reference: Tensor, norm: Tensor, dtype: torch.dtype, contraction
 # -- model bounds --
 
 # In float32 our model may be so many times farther from its float64 evaluation than transformers' model is: the same
-# mathematics in another order of operations. transformers is as far from itself (eager and sdpa attention, experts in a
-# loop and grouped, one pass and a cached one): factors of 1 to 8 between its own variants were measured.
+# mathematics in another order of operations. transformers' own variants (eager and sdpa attention, experts in a loop
+# and grouped, one pass and cached pieces) differ from each other by 5e-7 to 1e-5 of the logits, more than that
+# factor.
 MODEL_DISTANCE = 8.0
+
+# In bfloat16, for the median token: the largest errors come from tokens that were routed otherwise, by chance.
+MODEL_DISTANCE_BF16 = 2.5
 
 
 def float64_agreement(float32_distance: float) -> float:
@@ -127,6 +131,21 @@ def distance(out: Tensor, reference: Tensor) -> tuple[float, float]:
     """(RMS error, largest error), both over the RMS of `reference`."""
     error, rms = (out.double() - reference.double()).abs(), reference.double().square().mean().sqrt()
     return float(error.square().mean().sqrt() / rms), float(error.max() / rms)
+
+
+def median_token_distance(out: Tensor, reference: Tensor) -> float:
+    """The median over tokens [..., V] of the RMS error, over the RMS of `reference`."""
+    error = (out.double() - reference.double()).square().mean(dim=-1).sqrt()
+    return float(error.median() / reference.double().square().mean().sqrt())
+
+
+def reordered_bound(layers: int, terms: int, dtype: torch.dtype) -> float:
+    """Largest difference, over the RMS of the result, of two evaluations of a model that sum in another order.
+
+    About 8 sums of at most `terms` products follow on each other in a layer, √terms roundings each in RMS; independent
+    errors add as squares, and the largest of them is below 8 times their RMS (see gemm_bounds).
+    """
+    return 8 * sqrt(8 * layers * terms) * unit_roundoff(dtype)
 
 
 def experts_rms(hidden_size: int, width: int, dtype: torch.dtype) -> float:
@@ -166,3 +185,14 @@ def cross_entropy_bound(logits: Tensor) -> float:
     """
     size, largest = logits.shape[-1], float(logits.abs().max())
     return unit_roundoff(logits.dtype) * (size + 2 + 4 * largest + 2 * log(size))
+
+
+def quantized_layer_rms(*, gradient: bool) -> float:
+    """RMS distance, over the RMS, of a layer's output computed with FP8 products from its value; or of a gradient.
+
+    Each product adds an independent error of `quantized_gemm_rms`, and they add as squares. On the way to the output:
+    3 (kv_a, kv_b, o), 4 through the weights that attention averages with (q_a, q_b, kv_a, kv_b), and in the MLP gate
+    (4, as silu at most doubles a relative error), up and down. A residual sum only dilutes them. A gradient is a
+    product of as many errors of the values before it, of as many on the way back, and of its own.
+    """
+    return quantized_gemm_rms() * sqrt(27 if gradient else 13)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dsv3c.errors import Dsv3cError
 from dsv3c.kernels import reference
-from dsv3c.numerics import E4M3, TILE, ceil_div
+from dsv3c.numerics import E4M3, MIN_AMAX_FLOOR, TILE, ceil_div
 
 _LIBRARY = torch.library.Library("dsv3c", "FRAGMENT")
 
@@ -56,6 +56,13 @@ def _groups(offs: Tensor) -> int:
     _rank("offs", offs, 1)
     _expect("dtype of offs", offs.dtype, torch.int32)
     return offs.shape[0]
+
+
+def _floor(amax_floor: float) -> None:
+    if not amax_floor >= MIN_AMAX_FLOOR:
+        raise OperatorError(
+            f"amax_floor: expected at least {MIN_AMAX_FLOOR:g}, found {amax_floor:g}; try numerics.Recipe's"
+        )
 
 
 def _empty_tiles(x: Tensor, rows, columns) -> tuple[Tensor, Tensor]:
@@ -99,11 +106,13 @@ def _define(schema: str, allocate: Callable, module: str, flops: Callable | None
 
 def _quantize_tile(x_RK, amax_floor, pow2):
     _rank("x", x_RK, 2)
+    _floor(amax_floor)
     return _empty_tiles(x_RK, *x_RK.shape)
 
 
 def _quantize_tile_t(x_RK, offs, amax_floor, pow2):
     _rank("x", x_RK, 2)
+    _floor(amax_floor)
     R, K = x_RK.shape
     return _empty_tiles(x_RK, K, reference.padded_rows(R, None if offs is None else _groups(offs)))
 
@@ -114,6 +123,7 @@ def _requantize_t(x_fp8_RK, x_scale_inv, offs, amax_floor, pow2):
 
 
 def _quantize_block(w_NK, amax_floor, pow2):
+    _floor(amax_floor)
     *batch, N, K = w_NK.shape
     scale_inv = w_NK.new_empty((*batch, ceil_div(N, TILE), ceil_div(K, TILE)), dtype=torch.float32)
     return w_NK.new_empty(w_NK.shape, dtype=E4M3), scale_inv
@@ -192,7 +202,7 @@ _define(
     "gemm",
     _gemm_flops,
 )
-_define(f"gemm_wgrad({_WGRAD}, ScalarType dtype) -> Tensor", _gemm_wgrad, "gemm", _gemm_wgrad_flops)
+_define(f"gemm_wgrad({_WGRAD}, ScalarType dtype) -> Tensor", _gemm_wgrad, "wgrad", _gemm_wgrad_flops)
 _define(
     f"grouped_gemm(Tensor x_fp8, Tensor x_scale_inv, {_X_W}, Tensor offs, ScalarType dtype) -> Tensor",
     _grouped_gemm,
@@ -208,6 +218,6 @@ _define(
 _define(
     f"grouped_gemm_wgrad({_WGRAD}, Tensor offs, ScalarType dtype) -> Tensor",
     _grouped_gemm_wgrad,
-    "grouped_gemm",
+    "wgrad",
     _grouped_gemm_wgrad_flops,
 )

@@ -1,15 +1,15 @@
-"""FP8 GEMMs with block scales: y = x wᵀ, dx = dy w, dw = dyᵀ x.
+"""FP8 GEMMs with block scales: y = x wᵀ and dx = dy w (dw is in `wgrad.py`).
 
 The contraction goes in blocks of 128, the tile size: one chain of tensor core instructions, whose sum is then
 promoted, acc += product · x_scale_inv · w_scale_inv in float32 on the ordinary cores. (The tensor cores keep only
 about 14 bits of a sum, V3 report §3.3.2.) FP8 operands must have the contraction contiguous, so dx needs wᵀ,
 transposed here on the fly.
 
-What limits the kernel: 128×128 of output per 128 of contraction need 32 KB of operands, and about 7 TB/s flow from
-the L2 cache into the multiprocessors, so a tile of 128×128 cannot pass ~900 TFLOPS and one of 256×128 can reach
-~1200. A tile has up to two halves of `rows`×`columns`, one product at a time, so that two accumulators and one
-product fit in 255 registers. The promotion is a volatile instruction: else the compiler starts the second product
-before it has used up the first, and spills.
+The tensor cores would wait during the promotion, so two programs share a multiprocessor: one multiplies while the other
+promotes. For that a tile of 128×128 has to live in 4 warps: two halves of 64×128, one product at a time, so that two
+accumulators and one product fit in 255 registers. The promotion is a volatile instruction; else the compiler starts the
+second product before it has used up the first, and spills. (H200, V3's shapes at M = 4096 but K = 512: 835–1108 TFLOPS.
+One program of 8 warps for the same tile: 579–773. Two halves of 128×128 in 8 warps, a quarter less traffic: 682–959.)
 
 cuBLASLt, behind `torch.nn.functional.scaled_mm`, has the same semantics and is taken whenever its alignments hold.
 """
@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsv3c.kernels.quantize import column_major
 from torch import Tensor
 from torch.nn.functional import ScalingType, pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import E4M3, TILE, ceil_div, round_up
 
 
@@ -41,23 +41,15 @@ class Config(NamedTuple):
         return self.halves * self.rows
 
 
-# Every member compiles for sm_90 without spills, with 3.6 and 3.7 of Triton (tested). Two sets, as a w with scales
-# per row (1×128, weight gradients) needs more registers than one with 128×128 blocks.
-SPACE = (
-    Config(64, 64, 1, 4, 4),
-    Config(64, 128, 1, 4, 3),
-    Config(64, 128, 1, 4, 4),
-    Config(64, 128, 2, 4, 3),
-    Config(128, 128, 1, 8, 4),
-    Config(128, 128, 2, 8, 4),
-)
-SPACE_TILED = (Config(64, 64, 2, 4, 3), Config(64, 128, 1, 4, 3), Config(128, 128, 1, 8, 4))
+# Every member compiles for sm_90 without spills in its loop, with 3.6 and 3.7 of Triton (tested). On an H200: the first
+# for up to 64 rows, the third for few rows a group (4.1 TB/s of weights), the last for everything else.
+SPACE = (Config(64, 64, 1, 4, 4), Config(64, 128, 1, 4, 3), Config(64, 128, 1, 4, 4), Config(64, 128, 2, 4, 3))
 
 
 @triton.jit
-def _promote(product, x_scale_inv, w_scale_inv, acc):
-    """acc + product · (x_scale_inv · w_scale_inv), not to be moved."""
-    product, scale_inv = tl.broadcast(product, x_scale_inv * w_scale_inv)
+def promote(product, scale_inv, acc):
+    """acc + product · scale_inv, not to be moved."""
+    product, scale_inv = tl.broadcast(product, scale_inv)
     return tl.inline_asm_elementwise(
         "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale_inv, acc], dtype=tl.float32, is_pure=False, pack=1
     )
@@ -65,46 +57,39 @@ def _promote(product, x_scale_inv, w_scale_inv, acc):
 
 @triton.jit
 def tile_product(
-    x_desc, w_desc, x_scale_inv_ptr, w_scale_inv_ptr, x_row, x_end, w_row, w_end, w_scale_inv_step, x_scale_inv_step,
-    first_block, num_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, W_TILED: tl.constexpr,
+    x_desc, w_desc, x_scale_inv_ptr, w_scale_inv_ptr, x_row, x_end, w_row, num_blocks, x_scale_inv_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """float32 sums of x[x_row:] · w[w_row:]ᵀ over `num_blocks` blocks of 128 from `first_block` on; a pair of halves.
+    """x[x_row:] · w[w_row:]ᵀ over `num_blocks` blocks of 128, in float32; a pair of halves.
 
-    Rows of x from x_end on, and of w from w_end on, give sums that must not be stored. The pointers are to the scales
-    of row 0 (w_row's block, if not W_TILED) in the first block; the steps lead to the next block.
+    Rows of x from x_end on are others': their sums must not be stored. The pointers are to the scales of x's row 0
+    and of w_row's block, in the first block of the contraction.
     """
     rows = x_row + tl.arange(0, ROWS)
     above, below = rows < x_end, rows + ROWS < x_end
     x_scale_inv_ptr += rows
-    if W_TILED:
-        w_rows = w_row + tl.arange(0, COLUMNS)
-        w_scale_inv_ptr += w_rows
     acc0 = tl.zeros((ROWS, COLUMNS), tl.float32)
     acc1 = acc0
-    next0 = tl.load(x_scale_inv_ptr, mask=above & (num_blocks > 0), other=0.0)
+    next0 = tl.load(x_scale_inv_ptr, mask=above, other=0.0)
     next1 = next0
     if HALVES == 2:
-        next1 = tl.load(x_scale_inv_ptr + ROWS, mask=below & (num_blocks > 0), other=0.0)
+        next1 = tl.load(x_scale_inv_ptr + ROWS, mask=below, other=0.0)
     for i in range(num_blocks):
-        k = (first_block + i) * 128
-        w = w_desc.load([w_row, k])
-        x0 = x_desc.load([x_row, k])
+        w = w_desc.load([w_row, i * 128])
+        x0 = x_desc.load([x_row, i * 128])
         if HALVES == 2:
-            x1 = x_desc.load([x_row + ROWS, k])
+            x1 = x_desc.load([x_row + ROWS, i * 128])
+        w_scale_inv = tl.load(w_scale_inv_ptr)
         scale0, scale1 = next0, next1
-        if W_TILED:
-            w_scale_inv = tl.load(w_scale_inv_ptr, mask=w_rows < w_end, other=0.0)[None, :]
-        else:
-            w_scale_inv = tl.load(w_scale_inv_ptr)
-        w_scale_inv_ptr += w_scale_inv_step
+        w_scale_inv_ptr += 1
         x_scale_inv_ptr += x_scale_inv_step
         more = i + 1 < num_blocks
         next0 = tl.load(x_scale_inv_ptr, mask=above & more, other=0.0)
         if HALVES == 2:
             next1 = tl.load(x_scale_inv_ptr + ROWS, mask=below & more, other=0.0)
-        acc0 = _promote(tl.dot(x0, w.T), scale0[:, None], w_scale_inv, acc0)
+        acc0 = promote(tl.dot(x0, w.T), scale0[:, None] * w_scale_inv, acc0)
         if HALVES == 2:
-            acc1 = _promote(tl.dot(x1, w.T), scale1[:, None], w_scale_inv, acc1)
+            acc1 = promote(tl.dot(x1, w.T), scale1[:, None] * w_scale_inv, acc1)
     return acc0, acc1
 
 
@@ -122,6 +107,26 @@ def store_tile(y_ptr, acc0, acc1, row, end, column, N, ROWS: tl.constexpr, COLUM
 
 
 @triton.jit
+def output_tile(
+    x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, row, end, w_row, column, N, num_blocks, x_scale_inv_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Product and store. A last tile is often short; then its lower half, all of it rows from `end` on, is left out."""
+    if HALVES == 1 or end - row <= ROWS:
+        acc0, _ = tile_product(
+            x_desc, w_desc, x_scale_inv_ptr, w_scale_inv_ptr, row, end, w_row, num_blocks, x_scale_inv_step,
+            ROWS, COLUMNS, 1,
+        )  # fmt: skip
+        store_tile(y_ptr, acc0, acc0, row, end, column, N, ROWS, COLUMNS, 1)
+    else:
+        acc0, acc1 = tile_product(
+            x_desc, w_desc, x_scale_inv_ptr, w_scale_inv_ptr, row, end, w_row, num_blocks, x_scale_inv_step,
+            ROWS, COLUMNS, 2,
+        )  # fmt: skip
+        store_tile(y_ptr, acc0, acc1, row, end, column, N, ROWS, COLUMNS, 2)
+
+
+@triton.jit
 def swizzle(tile, num_m, num_n):
     """Number → (m, n), eight rows of tiles at a time, so that tiles in flight share operands in the L2 cache."""
     band = tile // (8 * num_n)
@@ -130,21 +135,20 @@ def swizzle(tile, num_m, num_n):
     return 8 * band + tile % height, tile // height
 
 
-@triton.jit
+# Numbers of tokens are not specialised: many would compile anew, and where loads of scales get vectorised, it spills.
+@triton.jit(do_not_specialize=["M", "x_scale_inv_step"])
 def _gemm_kernel(
-    x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, M, N, K, x_scale_inv_step, w_scale_inv_step,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, W_TILED: tl.constexpr,
+    x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, M, N, K, x_scale_inv_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n, blocks = tl.cdiv(M, HALVES * ROWS), tl.cdiv(N, COLUMNS), tl.cdiv(K, 128)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         m, n = swizzle(tile, num_m, num_n)
         row, column = m * HALVES * ROWS, n * COLUMNS
-        w_ptr = w_scale_inv_ptr if W_TILED else w_scale_inv_ptr + column // 128 * blocks
-        acc0, acc1 = tile_product(
-            x_desc, w_desc, x_scale_inv_ptr, w_ptr, row, M, column, N, w_scale_inv_step, x_scale_inv_step,
-            0, blocks, ROWS, COLUMNS, HALVES, W_TILED,
+        output_tile(
+            x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr + column // 128 * blocks, row, M, column, column, N,
+            blocks, x_scale_inv_step, ROWS, COLUMNS, HALVES,
         )  # fmt: skip
-        store_tile(y_ptr, acc0, acc1, row, M, column, N, ROWS, COLUMNS, HALVES)
 
 
 @triton.jit
@@ -190,8 +194,10 @@ def descriptor(x_RK: Tensor, rows: int) -> TensorDescriptor:
 
 
 def transpose(w_NK: Tensor) -> Tensor:
-    """FP8 [.., N, K] → contiguous [.., K, N]."""
+    """FP8 [.., N, K] → contiguous [.., K, N]; nothing to do for the view of a transposed copy."""
     *batch, N, K = w_NK.shape
+    if w_NK.mT.is_contiguous():
+        return w_NK.mT
     if N % 4 or K % 4:
         return w_NK.view(torch.uint8).mT.contiguous().view(E4M3)
     t_KN = w_NK.new_empty(*batch, K, N)
@@ -205,10 +211,12 @@ def gemm(
     x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, dtype: torch.dtype, out: Tensor
 ) -> None:
     """Launcher of `dsv3c::gemm`."""
-    if _cublaslt_takes(x_fp8, w_fp8, out):
+    M, K = x_fp8.shape
+    few = M <= 64 and K <= 4096  # there cuBLASLt is slower; a longer contraction it splits
+    if not few and cublaslt_takes(x_fp8, w_fp8, out):
         cublaslt(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out)
     else:
-        launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, SPACE[0] if len(x_fp8) <= 64 else SPACE[3])
+        launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, SPACE[0] if M <= 64 else SPACE[-1])
 
 
 def gemm_dgrad(
@@ -218,26 +226,8 @@ def gemm_dgrad(
     gemm(dy_fp8, dy_scale_inv, transpose(w_fp8), w_scale_inv.mT, dtype, out)
 
 
-def gemm_wgrad(
-    dyt_fp8: Tensor, dyt_scale_inv: Tensor, xt_fp8: Tensor, xt_scale_inv: Tensor, dtype: torch.dtype, out: Tensor
-) -> None:
-    """Launcher of `dsv3c::gemm_wgrad`."""
-    if _cublaslt_takes(dyt_fp8, xt_fp8, out):
-        cublaslt(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, out, w_tiled=True)
-    else:
-        launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, out, SPACE_TILED[1], w_tiled=True)
-
-
-def launch(
-    x_fp8: Tensor,
-    x_scale_inv: Tensor,
-    w_fp8: Tensor,
-    w_scale_inv: Tensor,
-    out: Tensor,
-    config: Config,
-    w_tiled: bool = False,
-) -> None:
-    """Our kernel. w's scales are of 1×128 tiles if `w_tiled`, else of 128×128 blocks."""
+def launch(x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, config: Config) -> None:
+    """Our kernel."""
     (M, K), N = x_fp8.shape, len(w_fp8)
     if out.numel() == 0:
         return
@@ -245,16 +235,17 @@ def launch(
         out.zero_()
         return
     x_scale_inv = column_major(x_scale_inv)
-    w_scale_inv = column_major(w_scale_inv) if w_tiled else w_scale_inv.contiguous()
+    # As many programs as tiles: the loop over tiles, run once, is there because it makes the assembler spill less.
     grid = (ceil_div(M, config.block_m) * ceil_div(N, config.columns),)
     _gemm_kernel[grid](
         descriptor(aligned(x_fp8), config.rows), descriptor(aligned(w_fp8), config.columns), out,
-        x_scale_inv, w_scale_inv, M, N, K, x_scale_inv.stride(1), w_scale_inv.stride(1),
-        config.rows, config.columns, config.halves, w_tiled, num_warps=config.num_warps, num_stages=config.num_stages,
+        x_scale_inv, w_scale_inv.contiguous(), M, N, K, x_scale_inv.stride(1),
+        config.rows, config.columns, config.halves, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _cublaslt_takes(x_fp8: Tensor, w_fp8: Tensor, out: Tensor) -> bool:
+def cublaslt_takes(x_fp8: Tensor, w_fp8: Tensor, out: Tensor) -> bool:
+    """Whether cuBLASLt has this product. Other numbers of rows it refuses (CUBLAS_STATUS_NOT_SUPPORTED, CUDA 13.0)."""
     (M, K), N = x_fp8.shape, len(w_fp8)
     return (
         out.dtype in (torch.bfloat16, torch.float32)
@@ -271,13 +262,17 @@ def _cublaslt_takes(x_fp8: Tensor, w_fp8: Tensor, out: Tensor) -> bool:
 def cublaslt(
     x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, w_tiled: bool = False
 ) -> None:
-    """cuBLASLt. It wants 128×128 scales as (K-blocks rounded up to 4, N-blocks), strides (1, that); other layouts give
-    silently wrong results (pytorch #166752)."""
+    """cuBLASLt; w's scales are of 1×128 tiles if `w_tiled`, else of 128×128 blocks.
+
+    It wants those as (K-blocks rounded up to 4, N-blocks), strides (1, that); others give silently wrong results
+    (pytorch #166752).
+    """
     if w_tiled:
         w_recipe, w_scale_inv = ScalingType.BlockWise1x128, column_major(w_scale_inv)
     else:
         w_recipe = ScalingType.BlockWise128x128
-        w_scale_inv = pad(w_scale_inv, (0, -w_scale_inv.shape[1] % 4)).contiguous().t()
+        padding = -w_scale_inv.shape[1] % 4
+        w_scale_inv = (pad(w_scale_inv, (0, padding)) if padding else w_scale_inv.contiguous()).t()
     # What F.scaled_mm calls; that has no `out`.
     torch.ops.aten._scaled_mm_v2.out(
         x_fp8, w_fp8.t(), [column_major(x_scale_inv)], [ScalingType.BlockWise1x128.value], [],

@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv3c.numerics import ceil_div
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E", "bound"])
 def _tile_map_kernel(offs_ptr, tiles_ptr, first_ptr, E, bound, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """Program e numbers the tiles of group e; program E writes the total."""
     e = tl.program_id(0)

@@ -20,7 +20,8 @@ from dsv3c.numerics import E4M3, E4M3_MAX, TILE, ceil_div, round_up
 
 
 def _scale_inv(amax: Tensor, amax_floor: float, pow2: bool) -> Tensor:
-    scale_inv = amax.clamp(min=amax_floor) / E4M3_MAX
+    # By a tensor: CUDA divides by a number as a product with its reciprocal, which rounds differently.
+    scale_inv = amax.clamp(min=amax_floor) / amax.new_full((), E4M3_MAX)
     if pow2:  # the next power of two: carry a nonzero mantissa into the exponent, then clear it
         bits = (scale_inv.view(torch.int32) + 0x7FFFFF) & 0x7F800000
         scale_inv = torch.where(scale_inv.isfinite(), bits.view(torch.float32), scale_inv)
@@ -39,11 +40,11 @@ def _quantize_rows(x_RK: Tensor, amax_floor: float, pow2: bool) -> tuple[Tensor,
     x_RG128 = pad(x_RK.float(), (0, -K % TILE)).view(R, G, TILE)
     scale_inv_RG = _scale_inv(x_RG128.abs().amax(-1), amax_floor, pow2)
     x_fp8 = _to_fp8(x_RG128, scale_inv_RG[:, :, None]).view(R, G * TILE)[:, :K]
-    return x_fp8.contiguous(), scale_inv_RG
+    return x_fp8.clone(memory_format=torch.contiguous_format), scale_inv_RG
 
 
 def _column_major(x: Tensor) -> Tensor:
-    return x.t().contiguous().t()
+    return x.new_empty(x.shape[::-1]).t().copy_(x)  # contiguous() would keep the strides of a single column
 
 
 def quantize_tile_ref(x_RK: Tensor, amax_floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,7 @@ def quantize_block_ref(w_NK: Tensor, amax_floor: float, pow2: bool) -> tuple[Ten
     w = pad(w_NK.float(), (0, -K % TILE, 0, -N % TILE)).view(*batch, rows, TILE, columns, TILE)
     scale_inv = _scale_inv(w.abs().amax((-3, -1)), amax_floor, pow2)
     w_fp8 = _to_fp8(w, scale_inv[..., :, None, :, None]).view(*batch, rows * TILE, columns * TILE)[..., :N, :K]
-    return w_fp8.contiguous(), scale_inv
+    return w_fp8.clone(memory_format=torch.contiguous_format), scale_inv
 
 
 def dequantize_block_ref(w_fp8_NK: Tensor, w_scale_inv: Tensor, dtype: torch.dtype) -> Tensor:

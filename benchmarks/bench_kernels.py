@@ -1,0 +1,255 @@
+"""Kernels at V3's sizes: every configuration of ours, cuBLASLt, and torch in BF16.
+
+    python -m dsv3c.benchmarks.bench_kernels --out results/ [--only casts,dense,...]
+
+Every contender is checked before any is timed: products against float64 on the same operands, casts bit for bit against
+the definition. Prints a table a section; the last line is JSON. TFLOPS count two operations a product, GB/s every
+operand once.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from tabulate import tabulate
+from torch import Tensor
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.benchmarks.timing import interleaved
+from dsv3c.kernels import gemm, grouped_gemm, reference, wgrad
+from dsv3c.numerics import TILE, Recipe, gemm_bounds
+
+ops = torch.ops.dsv3c
+FLOOR = Recipe().amax_floor
+# N, K of V3's linears (references: q_b, kv_b, o, q_a + kv_a, experts); 4096 tokens
+DENSE = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
+EXPERTS = [(4096, 7168), (7168, 2048)]  # gate and up stacked, down
+GROUPS = [(256, 128), (256, 256), (8, 4096), (4, 8192)]  # all experts, 4096 and 8192 tokens; a share at EP32 and EP64
+
+
+@dataclass(frozen=True)
+class Case:
+    """Contenders that compute the same, and what one call costs at least."""
+
+    name: str
+    contenders: dict[str, Callable[[], object]]
+    check: Callable[[str], None]  # raises when the named contender is wrong
+    flops: int = 0
+    bytes: int = 0
+    unchecked: tuple[str, ...] = field(default=("bf16",))
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16)
+
+
+def same_bits(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for f, e in zip(found, expected, strict=True):
+        if not torch.equal(f.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8)):
+            raise AssertionError("bits differ from the definition")
+
+
+def close(out: Tensor, x: Tensor, x_scale_inv: Tensor, w: Tensor, w_scale_inv: Tensor) -> None:
+    """`out` against x wᵀ in float64."""
+    K = x.shape[1]
+
+    def dequantized(q: Tensor, scale_inv: Tensor) -> Tensor:
+        each = scale_inv.double().repeat_interleave(TILE, 1)[:, :K]
+        return q.double() * (each if len(each) == len(q) else each.repeat_interleave(TILE, 0)[: len(q)])
+
+    x, w = dequantized(x, x_scale_inv), dequantized(w, w_scale_inv)
+    expected, norm = x @ w.T, (x.square() @ w.square().T).sqrt()
+    element, rms = gemm_bounds(expected, norm, out.dtype, K)
+    error = (out.double() - expected).abs()
+    if not bool((error <= element).all()) or not float((error / norm).square().mean().sqrt()) <= rms:
+        raise AssertionError(
+            f"beyond the bound: RMS {float((error / norm).square().mean().sqrt()):.3g}, bound {rms:.3g}"
+        )
+
+
+def casts() -> Iterator[Case]:
+    source, target = normal(1 << 30), normal(1 << 30)
+    yield Case(
+        "copy 2 GiB", {"torch": lambda: target.copy_(source)}, lambda _: None, bytes=4 << 30, unchecked=("torch",)
+    )
+    offs = torch.arange(1, 9, dtype=torch.int32) * 4096
+    for R, K in [(4096, 7168), (32768, 7168), (32768, 2048)]:
+        x = normal(R, K)
+        q, scale_inv = ops.quantize_tile(x, FLOOR, False)
+        groups = offs if R == 32768 else None
+        n = R * K
+        cases = {
+            "quantize_tile": (3 * n, lambda x=x: ops.quantize_tile(x, FLOOR, False),
+                              lambda x=x: reference.quantize_tile_ref(x, FLOOR, False)),
+            "quantize_tile_t": (3 * n, lambda x=x, g=groups: ops.quantize_tile_t(x, g, FLOOR, False),
+                                lambda x=x, g=groups: reference.quantize_tile_t_ref(x, g, FLOOR, False)),
+            "requantize_t": (2 * n, lambda a=(q, scale_inv, groups): ops.requantize_t(*a, FLOOR, False),
+                             lambda a=(q, scale_inv, groups): reference.requantize_t_ref(*a, FLOOR, False)),
+        }  # fmt: skip
+        for name, (traffic, run, expected) in cases.items():
+            yield Case(
+                f"{name} {R}x{K}", {"ours": run}, lambda _, r=run, e=expected: same_bits(r(), e()), bytes=traffic
+            )
+    for shape in [(7168, 16384), (32, 4096, 7168)]:
+        w = normal(*shape)
+        q, scale_inv = ops.quantize_block(w, FLOOR, False)
+        name, n = "x".join(map(str, shape)), w.numel()
+        yield Case(f"quantize_block {name}", {"ours": lambda w=w: ops.quantize_block(w, FLOOR, False)},
+                   lambda _, w=w, f=(q, scale_inv): same_bits(f, reference.quantize_block_ref(w, FLOOR, False)),
+                   bytes=3 * n)  # fmt: skip
+        back = lambda a=(q, scale_inv): ops.dequantize_block(*a, torch.bfloat16)  # noqa: E731
+        expected = lambda a=(q, scale_inv): reference.dequantize_block_ref(*a, torch.bfloat16)  # noqa: E731
+        yield Case(f"dequantize_block {name}", {"ours": back},
+                   lambda _, r=back, e=expected: same_bits((r(),), (e(),)), bytes=3 * n)  # fmt: skip
+        yield Case(f"transpose {name}", {"ours": lambda q=q: gemm.transpose(q)},
+                   lambda _, q=q: same_bits((gemm.transpose(q),), (q.view(torch.uint8).mT,)), bytes=2 * n)  # fmt: skip
+
+
+def plain(M: int, N: int, K: int, tiled: bool) -> Case:
+    """x wᵀ with w in blocks, or (weight gradients) in tiles."""
+    x_bf16, w_bf16 = normal(M, K), normal(N, K)
+    x = ops.quantize_tile(x_bf16, FLOOR, False)
+    w = ops.quantize_tile(w_bf16, FLOOR, False) if tiled else ops.quantize_block(w_bf16, FLOOR, False)
+    out = torch.empty(M, N, dtype=torch.bfloat16)
+    contenders = {
+        "cublaslt": lambda: gemm.cublaslt(*x, *w, out, tiled),
+        "bf16": lambda: torch.mm(x_bf16, w_bf16.T, out=out),
+    }
+    first = torch.tensor([0, K // TILE], dtype=torch.int32)
+    if tiled:
+        for config, chunk in wgrad.SPACE:
+            launch = partial(wgrad.launch, *x, *w, first, out[None], config, chunk)
+            contenders[f"{describe(config)} c{chunk}"] = launch
+    else:
+        for config in gemm.SPACE:
+            contenders[describe(config)] = partial(gemm.launch, *x, *w, out, config)
+
+    def check(name: str) -> None:
+        out.fill_(torch.nan)
+        contenders[name]()
+        close(out, *x, *w)
+
+    traffic = M * K + N * K + 2 * M * N
+    return Case(f"{M}x{N}x{K}", contenders, check, 2 * M * N * K, traffic)
+
+
+def describe(config: gemm.Config) -> str:
+    return f"{config.block_m}x{config.columns}/{config.halves} w{config.num_warps} s{config.num_stages}"
+
+
+def grouped(E: int, rows: int, N: int, K: int, ragged: bool) -> Case:
+    R = E * rows
+    if ragged:  # as routing does without balance: Poisson-like
+        sizes = torch.bincount(torch.randint(E, (R,)), minlength=E)
+    else:
+        sizes = torch.full((E,), rows)
+    offs = sizes.cumsum(0).to(dtype=torch.int32)
+    x_bf16, w_bf16 = normal(R, K), normal(E, N, K)
+    x, w = ops.quantize_tile(x_bf16, FLOOR, False), ops.quantize_block(w_bf16, FLOOR, False)
+    out = torch.empty(R, N, dtype=torch.bfloat16)
+    contenders = {"bf16": lambda: torch.nn.functional.grouped_mm(x_bf16, w_bf16.mT, offs=offs)}
+    for config in gemm.SPACE:
+        contenders[describe(config)] = partial(grouped_gemm.launch, *x, *w, offs, out, config)
+
+    def check(name: str) -> None:
+        out.fill_(torch.nan)
+        contenders[name]()
+        ends = offs.tolist()
+        for e in (0, E // 2, E - 1):
+            mine = slice(ends[e - 1] if e else 0, ends[e])
+            if mine.start == mine.stop:
+                continue
+            close(out[mine], x[0][mine], x[1][mine], w[0][e], w[1][e])
+
+    name = f"{E}x{rows}, {N}, {K}" + (" ragged" if ragged else "")
+    return Case(name, contenders, check, 2 * R * N * K, R * K + int((sizes > 0).sum()) * N * K + 2 * R * N)
+
+
+def grouped_wgrad(E: int, rows: int, N: int, K: int) -> Case:
+    R = E * rows
+    offs = torch.arange(1, E + 1, dtype=torch.int32) * rows
+    x_bf16, dy_bf16 = normal(R, K), normal(R, N)
+    dyt, xt = (ops.quantize_tile_t(t, offs, FLOOR, False) for t in (dy_bf16, x_bf16))
+    out = torch.empty(E, N, K, dtype=torch.bfloat16)
+    contenders = {"bf16": lambda: torch.nn.functional.grouped_mm(dy_bf16.T, x_bf16, offs=offs)}
+    first = torch.arange(E + 1, dtype=torch.int32) * -(-rows // TILE)
+    for config, chunk in wgrad.SPACE:
+        contenders[f"{describe(config)} c{chunk}"] = partial(wgrad.launch, *dyt, *xt, first, out, config, chunk)
+
+    def check(name: str) -> None:
+        out.fill_(torch.nan)
+        contenders[name]()
+        for e in (0, E // 2, E - 1):
+            mine, tiles = slice(e * rows, (e + 1) * rows), slice(e * rows // TILE, (e + 1) * rows // TILE)
+            close(out[e], dyt[0][:, mine], dyt[1][:, tiles], xt[0][:, mine], xt[1][:, tiles])
+
+    return Case(f"{E}x{rows}, {N}, {K}", contenders, check, 2 * R * N * K, R * (N + K) + 2 * E * N * K)
+
+
+def sections() -> dict[str, Callable[[], Iterator[Case]]]:
+    return {
+        "grouped": lambda: (grouped(*g, *e, ragged) for g in GROUPS for e in EXPERTS for ragged in (False, True)),
+        "dense": lambda: (plain(4096, N, K, False) for N, K in DENSE),
+        "grouped-wgrad": lambda: (grouped_wgrad(*g, *e) for g in [(256, 128), (8, 4096)] for e in EXPERTS),
+        "wgrad": lambda: (plain(M, N, 4096, True) for M, N in [(7168, 4096), (24576, 1536), (7168, 16384)]),
+        "casts": casts,
+        "small": lambda: (
+            plain(M, N, K, False) for M, N, K in [(64, 7168, 2048), (64, 24576, 1536), (128, 4096, 7168)]
+        ),
+        "decode": lambda: (grouped(256, rows, *e, True) for rows in (2, 16) for e in EXPERTS),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
+    parser.add_argument("--only", default=",".join(sections()), help="sections, comma-separated")
+    arguments = parser.parse_args()
+    torch.set_default_device("cuda")
+    torch.manual_seed(0)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    results, wrong = [], 0
+    for section in arguments.only.split(","):
+        rows = []
+        for case in sections()[section]():
+            contenders = dict(case.contenders)
+            for name in contenders.keys() - set(case.unchecked):
+                try:
+                    case.check(name)
+                except Exception as error:  # a contender that is wrong, or does not run, gets no time
+                    print(f"WRONG {section} {case.name} {name}: {error}", flush=True)
+                    wrong += 1
+                    del contenders[name]
+            for run in contenders.values():
+                run()  # compiles
+            for name, t in interleaved(contenders, rounds=15).items():
+                tflops, gbps = case.flops / t.median_us / 1e6, case.bytes / t.median_us / 1e3
+                rows.append([case.name, name, t.median_us, t.p20_us, t.p80_us, tflops, gbps])
+                results.append({"section": section, "case": case.name, "contender": name, **asdict(t),
+                                "tflops": tflops, "gb_per_s": gbps})  # fmt: skip
+            print(f"[{time.monotonic() - begin:5.0f} s] {section} {case.name}", flush=True)
+            del case, contenders
+            torch.cuda.empty_cache()
+        headers = ["case", "contender", "µs", "p20", "p80", "TFLOPS", "GB/s"]
+        print(tabulate(rows, headers, floatfmt=".0f"), flush=True)
+        document = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "wrong": wrong,
+            "rows": results,
+        }
+        (arguments.out / "kernels.json").write_text(json.dumps(document, indent=1))  # a later section may be killed
+    print(json.dumps({k: v for k, v in document.items() if k != "rows"} | {"num_rows": len(results)}))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""Weight gradients, dw = dyᵀ x, of one weight or of each group's: the contraction runs over rows (tokens).
+
+Both operands come transposed and in 1×128 tiles along the rows (`quantize_tile_t`), each group's rows from a multiple
+of 128 on, with zeros between. So both have a scale per row and block of 128 of the contraction, and none per tile of
+the output:
+promotion costs a multiplication more than in `gemm.py`, and registers for the scales.
+
+With all experts of V3 on one GPU most groups have one or two blocks of 128 rows, and the traffic is the result. A
+program then would mostly wait: for where its group begins, for its operands, for its stores. So it computes `chunk`
+tiles beside each other in one loop over tiles and blocks, in which the loads run ahead over the end of a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv3c.kernels.gemm import Config, aligned, cublaslt, cublaslt_takes, descriptor, promote, store_tile, swizzle
+from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.quantize import column_major
+from dsv3c.numerics import TILE, ceil_div
+
+# Configuration and chunk. On an H200 the first is best from about 256 rows a group on, the second below.
+SPACE = ((Config(64, 128, 2, 4, 3), 1), (Config(64, 64, 2, 4, 3), 16), (Config(64, 64, 2, 4, 3), 4))
+
+
+@triton.jit
+def _wgrad_kernel(
+    dyt_desc, xt_desc, dw_ptr, dyt_scale_inv_ptr, xt_scale_inv_ptr, first_ptr, N, K, dyt_step, xt_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(1)
+    num_n = tl.cdiv(K, COLUMNS)
+    m, chunk = swizzle(tl.program_id(0), tl.cdiv(N, HALVES * ROWS), tl.cdiv(num_n, CHUNK))
+    row, first_n = m * HALVES * ROWS, chunk * CHUNK
+    tiles = tl.minimum(num_n - first_n, CHUNK)
+    first_block = tl.load(first_ptr + e)
+    blocks = tl.load(first_ptr + e + 1) - first_block
+    dw_ptr += e.to(tl.int64) * N * K
+    rows = row + tl.arange(0, ROWS)
+    acc0 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    acc1 = acc0
+    if CHUNK > 1 and blocks == 0:
+        for n in range(first_n, first_n + tiles):
+            store_tile(dw_ptr, acc0, acc1, row, N, n * COLUMNS, K, ROWS, COLUMNS, HALVES)
+    for step in range(tiles * blocks):
+        if CHUNK > 1:
+            n, block = first_n + step // blocks, first_block + step % blocks
+        else:
+            n, block = first_n, first_block + step
+        xt = xt_desc.load([n * COLUMNS, block * 128])
+        dyt0 = dyt_desc.load([row, block * 128])
+        if HALVES == 2:
+            dyt1 = dyt_desc.load([row + ROWS, block * 128])
+        scales = dyt_scale_inv_ptr + block * dyt_step + rows
+        scale0 = tl.load(scales, mask=rows < N, other=0.0)[:, None]
+        if HALVES == 2:
+            scale1 = tl.load(scales + ROWS, mask=rows + ROWS < N, other=0.0)[:, None]
+        columns = n * COLUMNS + tl.arange(0, COLUMNS)
+        xt_scale_inv = tl.load(xt_scale_inv_ptr + block * xt_step + columns, mask=columns < K, other=0.0)[None, :]
+        acc0 = promote(tl.dot(dyt0, xt.T), scale0 * xt_scale_inv, acc0)
+        if HALVES == 2:
+            acc1 = promote(tl.dot(dyt1, xt.T), scale1 * xt_scale_inv, acc1)
+        if CHUNK > 1 and step % blocks == blocks - 1:
+            store_tile(dw_ptr, acc0, acc1, row, N, n * COLUMNS, K, ROWS, COLUMNS, HALVES)
+            acc0 = tl.zeros((ROWS, COLUMNS), tl.float32)
+            acc1 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if CHUNK == 1:
+        store_tile(dw_ptr, acc0, acc1, row, N, first_n * COLUMNS, K, ROWS, COLUMNS, HALVES)
+
+
+def gemm_wgrad(
+    dyt_fp8: Tensor, dyt_scale_inv: Tensor, xt_fp8: Tensor, xt_scale_inv: Tensor, dtype: torch.dtype, out: Tensor
+) -> None:
+    """Launcher of `dsv3c::gemm_wgrad`."""
+    if cublaslt_takes(dyt_fp8, xt_fp8, out):
+        cublaslt(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, out, w_tiled=True)
+    else:
+        first = torch.arange(2, dtype=torch.int32, device=out.device) * (dyt_fp8.shape[1] // TILE)
+        launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, first, out[None], *SPACE[0])
+
+
+def grouped_gemm_wgrad(
+    dyt_fp8: Tensor,
+    dyt_scale_inv: Tensor,
+    xt_fp8: Tensor,
+    xt_scale_inv: Tensor,
+    offs: Tensor,
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    """Launcher of `dsv3c::grouped_gemm_wgrad`."""
+    P, E = dyt_fp8.shape[1], len(offs)
+    _, first = tile_map(offs, P, TILE)
+    few = P - TILE * E < 256 * E  # rows, see `padded_rows`
+    launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, first, out, *SPACE[1 if few else 0])
+
+
+def launch(
+    dyt_fp8: Tensor,
+    dyt_scale_inv: Tensor,
+    xt_fp8: Tensor,
+    xt_scale_inv: Tensor,
+    first: Tensor,
+    out: Tensor,
+    config: Config,
+    chunk: int,
+) -> None:
+    """Group e's blocks of 128 rows are first[e] to first[e + 1]."""
+    E, N, K = out.shape
+    if out.numel() == 0:
+        return
+    if dyt_fp8.shape[1] == 0:
+        out.zero_()
+        return
+    dyt_scale_inv, xt_scale_inv = column_major(dyt_scale_inv), column_major(xt_scale_inv)
+    grid = (ceil_div(N, config.block_m) * ceil_div(ceil_div(K, config.columns), chunk), E)
+    _wgrad_kernel[grid](
+        descriptor(aligned(dyt_fp8), config.rows), descriptor(aligned(xt_fp8), config.columns), out,
+        dyt_scale_inv, xt_scale_inv, first, N, K, dyt_scale_inv.stride(1), xt_scale_inv.stride(1),
+        config.rows, config.columns, config.halves, chunk, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

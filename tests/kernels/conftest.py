@@ -1,0 +1,60 @@
+"""Inputs that can fail, and oracles written from the definition rather than from the code."""
+
+import zlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3c import numerics
+
+
+@pytest.fixture(autouse=True)
+def _seed(request):
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+def varied(rows: int, columns: int, dtype=torch.float32, device="cpu") -> Tensor:
+    """Normal numbers; each 128×128 block and each row has its own magnitude, or an index error could go unseen."""
+    x = torch.randn(rows, columns, device=device)
+    x *= torch.exp2(torch.randint(-3, 4, (rows, 1), device=device))
+    blocks = torch.exp2(torch.randint(-4, 5, (-(-rows // 128), -(-columns // 128)), device=device).float())
+    return (x * blocks.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]).to(dtype)
+
+
+def ends(sizes: list[int], device="cpu") -> Tensor:
+    return torch.tensor(sizes, device=device).cumsum(0).to(torch.int32)
+
+
+def wide(scale_inv: Tensor, rows: int, columns: int) -> Tensor:
+    """Scales, one for each element, in float64; of tiles if there are as many scale rows as rows, else of blocks."""
+    x = scale_inv.double().repeat_interleave(128, 1)[:, :columns]
+    return x if len(scale_inv) == rows else x.repeat_interleave(128, 0)[:rows]
+
+
+def product(x: Tensor, x_scale_inv: Tensor, w: Tensor, w_scale_inv: Tensor) -> tuple[Tensor, Tensor]:
+    """x wᵀ in float64, and sqrt(Σ x²w²) (`norm` in numerics.py)."""
+    x = x.double() * wide(x_scale_inv, *x.shape)
+    w = w.double() * wide(w_scale_inv, *w.shape)
+    return x @ w.T, (x.square() @ w.square().T).sqrt()
+
+
+def assert_product(out: Tensor, reference: Tensor, norm: Tensor, contraction: int) -> None:
+    element, rms = numerics.gemm_bounds(reference, norm, out.dtype, contraction)
+    error = (out.double() - reference).abs()
+    assert bool((error <= element).all()), f"worst {float((error / element).nan_to_num(torch.inf).max()):.3g} × bound"
+    found = float((error / norm).square()[norm > 0].mean().sqrt())
+    assert found <= rms, f"RMS {found:.3g}, bound {rms:.3g}"
+
+
+@pytest.fixture
+def check():
+    """The helpers above, for test files, which cannot import a conftest."""
+
+    class Check:
+        varied = staticmethod(varied)
+        ends = staticmethod(ends)
+        product = staticmethod(product)
+        assert_product = staticmethod(assert_product)
+
+    return Check

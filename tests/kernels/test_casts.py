@@ -1,0 +1,155 @@
+"""Casts, bit for bit, against E4M3 written down in numpy from its definition."""
+
+import numpy as np
+import pytest
+import torch
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.numerics import Recipe, cast_bound
+
+ops = torch.ops.dsv3c
+FLOOR = Recipe().amax_floor
+SHAPES = [(1, 1), (3, 127), (5, 128), (130, 257), (256, 384)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def e4m3(v: np.ndarray) -> np.ndarray:
+    """Nearest of ±{0, 2^-9 .. 448}: 3 mantissa bits, exponents from -6, ties to even, saturating."""
+    exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(v), 2.0**-40))), -6)
+    spacing = np.exp2(exponent - 3)
+    return np.clip(np.rint(v / spacing) * spacing, -448, 448)
+
+
+def scale_of(tile: np.ndarray, floor: float, pow2: bool) -> np.float32:
+    scale_inv = max(np.abs(tile).max(initial=0), np.float32(floor)) / np.float32(448)
+    mantissa, exponent = np.frexp(scale_inv)
+    return np.float32(np.ldexp(1.0, exponent - (mantissa == 0.5))) if pow2 else scale_inv
+
+
+def quantize(x: torch.Tensor, rows: int, floor: float, pow2: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of rows×128 values, one at a time, in IEEE float32."""
+    x = x.float().numpy()
+    R, K = x.shape
+    q, scale_inv = np.empty((R, K)), np.empty((-(-R // rows), -(-K // 128)), np.float32)
+    for r in range(scale_inv.shape[0]):
+        for g in range(scale_inv.shape[1]):
+            at = np.s_[r * rows : (r + 1) * rows, g * 128 : (g + 1) * 128]
+            scale_inv[r, g] = scale_of(x[at], floor, pow2)
+            q[at] = e4m3((x[at] / scale_inv[r, g]).astype(np.float64))
+    return q, scale_inv
+
+
+def assert_same(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[np.ndarray, np.ndarray]) -> None:
+    q, scale_inv = found
+    np.testing.assert_array_equal(scale_inv.numpy(), expected[1])
+    np.testing.assert_array_equal(q.float().numpy(), expected[0])
+    np.testing.assert_array_equal(np.signbit(q.float().numpy()), np.signbit(expected[0]))
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantize_tile(check, shape, dtype, pow2):
+    x = check.varied(*shape, dtype)
+    q, scale_inv = ops.quantize_tile(x, FLOOR, pow2)
+    assert_same((q, scale_inv), quantize(x, 1, FLOOR, pow2))
+    assert (q.stride(), scale_inv.stride()) == ((shape[1], 1), (1, shape[0]))
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantize_block(check, shape, pow2):
+    w = torch.stack([check.varied(*shape), check.varied(*shape)])
+    q, scale_inv = ops.quantize_block(w, FLOOR, pow2)
+    for e in range(2):
+        assert_same((q[e], scale_inv[e]), quantize(w[e], 128, FLOOR, pow2))
+    assert q.is_contiguous()
+    assert scale_inv.is_contiguous()
+    flat_q, flat_scale_inv = ops.quantize_block(w[0], FLOOR, pow2)
+    assert_same((flat_q, flat_scale_inv), quantize(w[0], 128, FLOOR, pow2))
+
+
+@pytest.mark.parametrize("sizes", [None, [5, 0, 128, 129], [0, 0, 300, 0], [262, 0, 0, 0]])
+def test_quantize_tile_t(check, sizes):
+    x = check.varied(262 if sizes is None else sum(sizes) + 7, 130)  # 7 rows of no group
+    offs = None if sizes is None else check.ends(sizes)
+    q, scale_inv = ops.quantize_tile_t(x, offs, FLOOR, False)
+    groups = [len(x)] if sizes is None else sizes
+    columns = -(-len(x) // 128) * 128 + (0 if sizes is None else 128 * len(sizes))
+    padded = torch.zeros(130, columns)
+    start = first = 0
+    for n in groups:
+        padded[:, first : first + n] = x[start : start + n].T
+        start, first = start + n, first + -(-n // 128) * 128
+    assert_same((q, scale_inv), quantize(padded, 1, FLOOR, False))
+    assert scale_inv.stride() == (1, 130)
+
+
+@pytest.mark.parametrize("sizes", [None, [5, 0, 128, 129]])
+def test_requantize_t(check, sizes):
+    """The saved FP8 activation, dequantised in float32, then as `quantize_tile_t`."""
+    offs = None if sizes is None else check.ends(sizes)
+    x, x_scale_inv = ops.quantize_tile(check.varied(262, 200), FLOOR, False)
+    dequantized = x.float() * x_scale_inv.repeat_interleave(128, 1)[:, :200]
+    found = ops.requantize_t(x, x_scale_inv, offs, FLOOR, True)
+    expected = ops.quantize_tile_t(dequantized, offs, FLOOR, True)
+    assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(found[1], expected[1])
+    assert found[1].stride() == expected[1].stride()
+
+
+def test_special_values():
+    """Ties go to even, ±448 stays, what is below half the smallest subnormal keeps only its sign, zero stays zero."""
+    tile = torch.zeros(3, 128)
+    tile[0, :8] = torch.tensor([448.0, -448.0, 17.0, 19.0, 2**-9, 2**-10, -(2**-11), 3 * 2**-10])
+    tile[2, :] = 1e-30
+    q, scale_inv = ops.quantize_tile(tile, FLOOR, False)
+    assert scale_inv[0, 0] == 1
+    assert q[0, :8].float().tolist() == [448.0, -448.0, 16.0, 20.0, 2**-9, 0.0, -0.0, 2**-8]
+    assert bool(torch.signbit(q[0, 6].float()))
+    assert scale_inv[1, 0] == np.float32(FLOOR) / np.float32(448)
+    assert not q[1:].float().any()
+
+
+def test_gradients_have_their_own_floor():
+    dy = torch.full((1, 128), 1e-10)
+    assert not ops.quantize_tile(dy, Recipe().amax_floor, False)[0].float().any()
+    assert bool((ops.quantize_tile(dy, Recipe().gradient_amax_floor, False)[0].float() == 448).all())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_is_not_hidden(bad):
+    """One bad value makes its tile NaN once dequantised, and no other tile."""
+    x = torch.ones(2, 256)
+    x[1, 130] = bad
+    q, scale_inv = ops.quantize_tile(x, FLOOR, False)
+    back = q.float() * scale_inv.repeat_interleave(128, 1)
+    assert bool(back[1, 128:].isnan().all())
+    assert not back[0].isnan().any()
+    assert not back[1, :128].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantize_block(check, shape, dtype):
+    w = check.varied(*shape)
+    q, scale_inv = ops.quantize_block(w, FLOOR, False)
+    each = scale_inv.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
+    back = ops.dequantize_block(q, scale_inv, dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    assert torch.equal(back, (q.to(compute) * each.to(compute)).to(dtype))
+    error = (q.double() * each.double() - w.double()).abs()
+    assert bool((error <= cast_bound(w, each)).all())
+
+
+def test_float64_is_rounded_to_float32_first(check):
+    x = check.varied(4, 256, torch.float64) + 1e-12
+    assert_same(ops.quantize_tile(x, FLOOR, False), quantize(x.float(), 1, FLOOR, False))
+
+
+def test_quantized_values_are_a_fixed_point(check):
+    q, scale_inv = ops.quantize_tile(check.varied(64, 256), FLOOR, True)
+    again = ops.quantize_tile(q.float() * scale_inv.repeat_interleave(128, 1), FLOOR, True)
+    assert torch.equal(
+        again[0].float() * again[1].repeat_interleave(128, 1), q.float() * scale_inv.repeat_interleave(128, 1)
+    )

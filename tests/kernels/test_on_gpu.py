@@ -1,0 +1,183 @@
+"""The GPU kernels against their definitions: casts bit for bit, products against float64 on the same operands."""
+
+import pytest
+import torch
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.kernels import reference
+from dsv3c.numerics import Recipe
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0")]
+
+gemm = pytest.importorskip("dsv3c.kernels.gemm", reason="needs Triton")
+wgrad = pytest.importorskip("dsv3c.kernels.wgrad", reason="needs Triton")
+
+ops = torch.ops.dsv3c
+FLOOR, GRADIENT_FLOOR = Recipe().amax_floor, Recipe().gradient_amax_floor
+DTYPES = [torch.bfloat16, torch.float32]
+GROUPS = [[5, 0, 128, 129], [0, 0, 640, 0], [64] * 16, [300, 1, 1000, 77, 0, 513]]
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Memory that a kernel must write holds NaN before."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = new_empty(self, *args, **kwargs)
+        return out.view(torch.uint8).fill_(0xFF).view(out.dtype) if out.is_contiguous() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def assert_same_bits(found, expected):
+    for f, e in zip(found, expected, strict=True):
+        assert (f.shape, f.stride(), f.dtype) == (e.shape, e.stride(), e.dtype)
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[f.element_size()]
+        different = int((f.view(bits) != e.view(bits)).sum())
+        assert different == 0, f"{different} of {f.numel()} differ"
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (130, 257), (2500, 640)])
+def test_casts(check, shape, dtype, pow2):
+    x = check.varied(*shape, dtype, device="cuda")
+    x[..., ::7] = -0.0
+    strided = torch.cat([x, x], 1)[:, : shape[1]]
+    arguments = FLOOR, pow2
+    assert_same_bits(ops.quantize_tile(x, *arguments), reference.quantize_tile_ref(x, *arguments))
+    assert_same_bits(ops.quantize_tile(strided, *arguments), reference.quantize_tile_ref(x, *arguments))
+    assert_same_bits(ops.quantize_tile(x.T, *arguments), reference.quantize_tile_ref(x.T, *arguments))
+    assert_same_bits(ops.quantize_block(x, *arguments), reference.quantize_block_ref(x, *arguments))
+    stacked = torch.stack([x, 3 * x])
+    q, scale_inv = ops.quantize_block(stacked, *arguments)
+    assert_same_bits((q, scale_inv), reference.quantize_block_ref(stacked, *arguments))
+    back = ops.dequantize_block(q, scale_inv, dtype)
+    assert_same_bits((back,), (reference.dequantize_block_ref(q, scale_inv, dtype),))
+
+
+@pytest.mark.parametrize("sizes", [None, *GROUPS])
+@pytest.mark.parametrize("columns", [4, 130, 512])
+def test_transposing_casts(check, sizes, columns):
+    x = check.varied(1000 if sizes is None else sum(sizes) + 9, columns, torch.bfloat16, device="cuda")
+    offs = None if sizes is None else check.ends(sizes, device="cuda")
+    for pow2 in (False, True):
+        expected = reference.quantize_tile_t_ref(x, offs, FLOOR, pow2)
+        assert_same_bits(ops.quantize_tile_t(x, offs, FLOOR, pow2), expected)
+        q, scale_inv = ops.quantize_tile(x, FLOOR, pow2)
+        expected = reference.requantize_t_ref(q, scale_inv, offs, FLOOR, pow2)
+        assert_same_bits(ops.requantize_t(q, scale_inv, offs, FLOOR, pow2), expected)
+
+
+def test_nan_makes_its_tile_nan():
+    x = torch.ones(70, 256, device="cuda")
+    x[69, 130] = torch.nan
+    q, _ = ops.quantize_tile(x, FLOOR, False)
+    bad = q.float().isnan()
+    assert bool(bad[69, 128:].all())
+    assert int(bad.sum()) == 128
+    xt, xt_scale_inv = ops.quantize_tile_t(x, None, FLOOR, False)
+    assert bool(xt.float().isnan()[130].all())
+    assert int(xt_scale_inv.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 16, 128), (5, 130, 257), (64, 576, 896), (333, 400, 1024), (1024, 2112, 1152)])
+def test_gemms(check, size, dtype):
+    """Sizes with and without cuBLASLt's alignments; 896 and 1152 are 7 and 9 blocks, whose scales it wants padded."""
+    R, N, K = size
+    x_RK, dy_RN = check.varied(R, K, device="cuda"), check.varied(R, N, device="cuda")
+    x, dy = ops.quantize_tile(x_RK, FLOOR, False), ops.quantize_tile(dy_RN, GRADIENT_FLOOR, False)
+    w, w_scale_inv = ops.quantize_block(check.varied(N, K, device="cuda"), FLOOR, False)
+    check.assert_product(ops.gemm(*x, w, w_scale_inv, dtype), *check.product(*x, w, w_scale_inv), K)
+    expected = check.product(*dy, w.T, w_scale_inv.T)
+    check.assert_product(ops.gemm_dgrad(*dy, w, w_scale_inv, dtype), *expected, N)
+    xt = ops.requantize_t(*x, None, FLOOR, False)
+    dyt = ops.quantize_tile_t(dy_RN, None, GRADIENT_FLOOR, False)
+    check.assert_product(ops.gemm_wgrad(*dyt, *xt, dtype), *check.product(*dyt, *xt), R)
+
+
+@pytest.mark.parametrize("size", [(1, 16, 128), (200, 130, 257), (640, 512, 2048)])
+def test_every_configuration(check, size):
+    """A configuration changes the speed, never a bit."""
+    R, N, K = size
+    x = ops.quantize_tile(check.varied(R, K, device="cuda"), FLOOR, False)
+    w_NK = check.varied(N, K, device="cuda")
+    w = ops.quantize_block(w_NK, FLOOR, False)
+    products = [torch.full((R, N), torch.nan, device="cuda") for _ in gemm.SPACE]
+    for y, config in zip(products, gemm.SPACE, strict=True):
+        gemm.launch(*x, *w, y, config)
+        check.assert_product(y, *check.product(*x, *w), K)
+    assert all(torch.equal(y, products[0]) for y in products)
+
+    w = ops.quantize_tile(w_NK, FLOOR, False)
+    first = torch.tensor([0, 0, len(x[1].T)], dtype=torch.int32, device="cuda")  # the first group has no rows
+    products = [torch.full((2, R, N), torch.nan, device="cuda") for _ in wgrad.SPACE]
+    for y, (config, chunk) in zip(products, wgrad.SPACE, strict=True):
+        wgrad.launch(*x, *w, first, y, config, chunk)
+        check.assert_product(y[1], *check.product(*x, *w), K)
+        assert not y[0].any()
+    assert all(torch.equal(y, products[0]) for y in products)
+
+
+@pytest.mark.parametrize("shape", [(3, 256, 384), (130, 257)])
+def test_dgrad_takes_the_view_of_a_transposed_weight(check, shape):
+    """Same bits; what it saves is the transposition."""
+    w = torch.stack([check.varied(*shape[-2:], device="cuda") for _ in range(shape[0])]) if len(shape) == 3 else None
+    w = check.varied(*shape, device="cuda") if w is None else w
+    N = shape[-2]
+    dy = ops.quantize_tile(check.varied(200, N, device="cuda"), GRADIENT_FLOOR, False)
+    w_fp8, w_scale_inv = ops.quantize_block(w, FLOOR, False)
+    wt_fp8, _ = ops.quantize_block(w.mT, FLOOR, False)
+    assert torch.equal(wt_fp8.mT.double(), w_fp8.double())
+    if len(shape) == 3:
+        offs = check.ends([100, 0, 100], device="cuda")
+        results = [ops.grouped_gemm_dgrad(*dy, v, w_scale_inv, offs, torch.float32) for v in (w_fp8, wt_fp8.mT)]
+    else:
+        results = [ops.gemm_dgrad(*dy, v, w_scale_inv, torch.float32) for v in (w_fp8, wt_fp8.mT)]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K"), [(256, 384), (130, 272), (72, 100)])
+@pytest.mark.parametrize("sizes", GROUPS)
+def test_grouped(check, sizes, N, K, dtype):
+    R, E = sum(sizes) + 9, len(sizes)  # 9 rows of no group
+    offs = check.ends(sizes, device="cuda")
+    x_RK, dy_RN = check.varied(R, K, device="cuda"), check.varied(R, N, device="cuda")
+    x, dy = ops.quantize_tile(x_RK, FLOOR, False), ops.quantize_tile(dy_RN, GRADIENT_FLOOR, False)
+    w, w_scale_inv = ops.quantize_block(check.varied(E * N, K, device="cuda").view(E, N, K), FLOOR, False)
+    xt = ops.requantize_t(*x, offs, FLOOR, False)
+    dyt = ops.quantize_tile_t(dy_RN, offs, GRADIENT_FLOOR, False)
+    y = ops.grouped_gemm(*x, w, w_scale_inv, offs, dtype)
+    dx = ops.grouped_gemm_dgrad(*dy, w, w_scale_inv, offs, dtype)
+    dw = ops.grouped_gemm_wgrad(*dyt, *xt, offs, dtype)
+    start = first = 0
+    for e, n in enumerate(sizes):
+        rows, tiles = slice(start, start + n), slice(first, first - (-n // 128))
+        padded = slice(128 * tiles.start, 128 * tiles.stop)
+        start, first = rows.stop, tiles.stop
+        if n == 0:
+            assert not dw[e].any()
+            continue
+        check.assert_product(y[rows], *check.product(x[0][rows], x[1][rows], w[e], w_scale_inv[e]), K)
+        expected = check.product(dy[0][rows], dy[1][rows], w[e].T, w_scale_inv[e].T)
+        check.assert_product(dx[rows], *expected, N)
+        operands = dyt[0][:, padded], dyt[1][:, tiles], xt[0][:, padded], xt[1][:, tiles]
+        check.assert_product(dw[e], *check.product(*operands), n)
+
+
+def test_in_a_cuda_graph(check):
+    """No host synchronisation: groups that change after the capture are the ones that count."""
+    offs = check.ends([100, 28], device="cuda")
+    x = ops.quantize_tile(check.varied(128, 256, device="cuda"), FLOOR, False)
+    w = ops.quantize_block(check.varied(256, 256, device="cuda").view(2, 128, 256), FLOOR, False)
+    ops.grouped_gemm(*x, *w, offs, torch.float32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.grouped_gemm(*x, *w, offs, torch.float32)
+    offs.copy_(check.ends([3, 125], device="cuda"))
+    graph.replay()
+    assert torch.equal(y, ops.grouped_gemm(*x, *w, offs, torch.float32))
