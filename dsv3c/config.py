@@ -28,6 +28,9 @@ ONLY: dict[str, Any] = {
     "rope_interleave": True,
     "is_encoder_decoder": False,
 }
+# Far beyond any model, and small enough to fail here and not in an allocation; float32 counts positions exactly so far.
+LARGEST_SIZE = 2**24
+LARGEST_DEPTH = 2**12
 HARMLESS = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "ep_size"),
     *("pretraining_tp", "aux_loss_alpha", "seq_aux", "router_aux_loss_coef", "output_router_logits", "head_dim"),
@@ -123,12 +126,14 @@ class ModelConfig:
             value = getattr(self, f.name)
             if f.type is int:
                 low = 0 if f.name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers") else 1
-                ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
-                _expect(ok, f.name, f"an integer of at least {low}", value)
+                high = LARGEST_DEPTH if f.name == "num_hidden_layers" else LARGEST_SIZE
+                ok = type(value) is int and low <= value <= high
+                _expect(ok, f.name, f"an integer from {low} to {high}", value)
             elif f.type is float:
                 _expect(_is_number(value) and value > 0, f.name, "a positive number", value)
             elif f.type is bool:
                 _expect(isinstance(value, bool), f.name, "true or false", value)
+        _expect(self.rope_theta > 1, "rope_theta", "more than 1", self.rope_theta)
         rank, rope = self.q_lora_rank, self.qk_rope_head_dim
         _expect(rank is None or (type(rank) is int and rank > 0), "q_lora_rank", "a positive integer or null", rank)
         _expect(rope % 2 == 0, "qk_rope_head_dim", "an even number (rotated in pairs)", rope)
@@ -251,7 +256,8 @@ def _read(raw: dict[str, Any], cls: type[ModelConfig]) -> dict[str, Any]:
     _expect(not missing, ", ".join(missing), "a value", None)
     heads = raw.get("num_key_value_heads")
     _expect(heads in (None, out["num_attention_heads"]), "num_key_value_heads", "num_attention_heads (MLA)", heads)
-    out["n_shared_experts"] = out["n_shared_experts"] or 0
+    if out["n_shared_experts"] is None:
+        out["n_shared_experts"] = 0
     if isinstance(out.get("eos_token_id"), list):
         out["eos_token_id"] = tuple(out["eos_token_id"])
     return out | _read_rope(raw, out["max_position_embeddings"])
@@ -259,7 +265,8 @@ def _read(raw: dict[str, Any], cls: type[ModelConfig]) -> dict[str, Any]:
 
 def _read_rope(raw: dict[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` from `rope_parameters` (transformers 5) or the two keys of the same name."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") if raw.get("rope_parameters") is None else raw["rope_parameters"]
+    rope = {} if rope is None else rope
     _expect(isinstance(rope, dict), "rope_scaling", "an object or null", rope)
     rope = {key: value for key, value in rope.items() if value is not None}
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))

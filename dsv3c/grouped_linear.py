@@ -38,7 +38,10 @@ def _grouped_linear(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 @torch.library.custom_op("dsv3c::grouped_linear_wgrad", mutates_args=())
 def _grouped_linear_wgrad(dy: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     """dyᵀ x of every group, [E, N, K]."""
-    return torch.stack([dy[rows].t() @ x[rows] for rows in _rows(offs)])
+    dw_ENK = x.new_empty(offs.shape[0], dy.shape[1], x.shape[1])
+    for dw_NK, rows in zip(dw_ENK, _rows(offs), strict=True):
+        torch.mm(dy[rows].t(), x[rows], out=dw_NK)
+    return dw_ENK
 
 
 @_grouped_linear.register_fake

@@ -58,7 +58,7 @@ def rotary(config: ModelConfig, position_ids_BT: Tensor, dtype: torch.dtype) -> 
 
         low = max(math.floor(pair_of(yarn.beta_fast)), 0)
         high = min(math.ceil(pair_of(yarn.beta_slow)), dim - 1)
-        ramp_r = ((pair_r - low) / (high - low or 0.001)).clamp(0, 1)
+        ramp_r = ((pair_r - low) / (high - low or 1)).clamp(0, 1)
         inv_freq_r = inv_freq_r / yarn.factor * ramp_r + inv_freq_r * (1 - ramp_r)
     angle_BTr = position_ids_BT[..., None].to(dtype) * inv_freq_r
     factor = yarn.attention_factor() if yarn else 1.0
@@ -328,14 +328,17 @@ class DeepseekV3(nn.Module):
 
     def num_parameters(self) -> int:
         """Values a checkpoint holds, each once: the Parameters and the routers' correction biases."""
-        return sum(tensor.numel() for tensor in (*self.parameters(), *self.buffers()))
+        return sum(tensor.numel() for tensor in (*self.parameters(), *self._correction_biases()))
+
+    def _correction_biases(self) -> list[Tensor]:
+        return [buffer for name, buffer in self.named_buffers() if name.endswith("e_score_correction_bias")]
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal with the config's initializer_range; norms (the only vectors) one, correction biases zero."""
         for parameter in self.parameters():
             parameter.normal_(std=self.config.initializer_range) if parameter.ndim > 1 else parameter.fill_(1.0)
-        for bias in self.buffers():
+        for bias in self._correction_biases():
             bias.zero_()
 
     def forward(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from dsv3c.config import ModelConfig, preset
 from dsv3c.errors import ConfigError, Dsv3cError
-from dsv3c.model import Attention, DecoderLayer, DeepseekV3, Experts, LatentCache, Router, rotary
-from dsv3c.numerics import distance, experts_rms, float64_agreement, routing_weight_bound, unit_roundoff
+from dsv3c.model import Attention, DecoderLayer, DeepseekV3, Experts, LatentCache, Router, attend, rotary
+from dsv3c.numerics import distance, experts_rms, reordered_bound, routing_weight_bound
 
 TINY = preset("tiny").with_layers(2)
 SMALL = replace(TINY, vocab_size=64, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, q_lora_rank=48)
@@ -131,24 +131,25 @@ def test_v3_constants():
 # Routing, against the definition written as a loop.
 
 
-def route(router: Router, x: torch.Tensor) -> tuple[set[int], dict[int, float]]:
+def route(config: ModelConfig, router: Router, x: torch.Tensor) -> tuple[set[int], dict[int, float]]:
     """The experts of one token, and their weights, by the report's words."""
+    num_groups, kept_groups = (1, 1) if config.topk_method == "greedy" else (config.n_group, config.topk_group)
     logits = (router.weight.double() @ x.double()).tolist()
-    if router.e_score_correction_bias is None:
+    if config.scoring_func == "softmax":
         scores, bias = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist(), [0.0] * len(logits)
     else:
         scores = [1 / (1 + math.exp(-logit)) for logit in logits]
         bias = router.e_score_correction_bias.tolist()
     biased = [score + b for score, b in zip(scores, bias, strict=True)]
-    size = len(scores) // router.n_group
+    size = len(scores) // num_groups
     groups = [range(start, start + size) for start in range(0, len(scores), size)]
-    best = 1 if router.e_score_correction_bias is None else 2
+    best = 1 if config.scoring_func == "softmax" else 2
     worth = [sum(sorted((biased[e] for e in group), reverse=True)[:best]) for group in groups]
-    kept = sorted(range(len(groups)), key=lambda g: -worth[g])[: router.topk_group if router.n_group > 1 else None]
+    kept = sorted(range(len(groups)), key=lambda g: -worth[g])[:kept_groups]
     allowed = [e for g in kept for e in groups[g]]
-    chosen = sorted(allowed, key=lambda e: -biased[e])[: router.top_k]
-    total = sum(scores[e] for e in chosen) if router.norm_topk_prob else 1.0
-    return set(chosen), {e: scores[e] / total * router.routed_scaling_factor for e in chosen}
+    chosen = sorted(allowed, key=lambda e: -biased[e])[: config.num_experts_per_tok]
+    total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1.0
+    return set(chosen), {e: scores[e] / total * config.routed_scaling_factor for e in chosen}
 
 
 @pytest.mark.parametrize(
@@ -159,13 +160,14 @@ def route(router: Router, x: torch.Tensor) -> tuple[set[int], dict[int, float]]:
         {"topk_group": 1},
         {"norm_topk_prob": False},
         {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+        {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
         {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
     ],
 )
 def test_routing(gate):
     torch.manual_seed(0)
     config = replace(SMALL, **gate)
-    router = Router(config)
+    router = Router(config).requires_grad_(False)
     torch.nn.init.normal_(router.weight, std=0.3)
     if router.e_score_correction_bias is not None:
         router.e_score_correction_bias.normal_(-0.5, 0.5)  # negative ones too: a masked group must not win
@@ -173,7 +175,7 @@ def test_routing(gate):
     logits, weights, idx = router.double()(x_ND.double())
     assert logits.shape == (50, 16)
     for x, token_weights, token_idx in zip(x_ND, weights.tolist(), idx.tolist(), strict=True):
-        chosen, expected = route(router, x)
+        chosen, expected = route(config, router, x)
         assert set(token_idx) == chosen
         for e, weight in zip(token_idx, token_weights, strict=True):
             magnitude = float((router.weight.abs() @ x.double().abs()).max())
@@ -198,7 +200,7 @@ def test_router_computes_in_float32():
 def test_experts(dtype, routing):
     """Against a loop over tokens in float64."""
     torch.manual_seed(0)
-    experts = Experts(TINY).to(dtype)
+    experts = Experts(TINY).to(dtype).requires_grad_(False)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     x_ND = torch.randn(20, TINY.hidden_size).to(dtype)
@@ -210,14 +212,15 @@ def test_experts(dtype, routing):
     for n, k in torch.cartesian_prod(torch.arange(len(x_ND)), torch.arange(idx.shape[1])).tolist():
         gate, up = (experts.gate_up_proj[idx[n, k]].double() @ x_ND[n].double()).chunk(2)
         expected[n] += weights[n, k].double() * (experts.down_proj[idx[n, k]].double() @ (F.silu(gate) * up))
-    assert distance(out.detach(), expected)[0] <= experts_rms(TINY.hidden_size, TINY.moe_intermediate_size, dtype)
+    assert distance(out, expected)[0] <= experts_rms(TINY.hidden_size, TINY.moe_intermediate_size, dtype)
 
 
-# Masks and cache. Float64, where different orders of summation agree to rounding.
+# Masks and cache.
 
 
 def assert_same(out: torch.Tensor, expected: torch.Tensor) -> None:
-    assert distance(out, expected)[1] <= float64_agreement(2**8 * unit_roundoff(torch.float32))
+    bound = reordered_bound(SMALL.num_hidden_layers + 1, SMALL.intermediate_size, out.dtype)
+    assert distance(out.detach(), expected.detach())[1] <= bound
 
 
 @torch.no_grad()
@@ -245,6 +248,21 @@ def test_padding_of_every_kind_is_finite():
     input_ids = torch.randint(SMALL.vocab_size, (4, 6))
     mask = torch.tensor([[0] * 6, [1, 1, 0, 0, 1, 1], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
     assert model(input_ids, attention_mask=mask).isfinite().all()
+    # Some attention kernels give NaN for a row that attends to nothing: there must be none.
+    for cached in (0, 2):
+        attended = attend(mask, torch.zeros(4, 6 - cached, dtype=torch.int64), cached)
+        assert attended.shape == (4, 1, 6 - cached, 6)
+        assert attended.any(dim=-1).all()
+
+
+def test_angles_are_float32_in_a_bfloat16_model():
+    model, seen = model_of(SMALL).bfloat16(), []
+    model.model.layers[1].register_forward_pre_hook(lambda layer, args: seen.extend(args[1:3]))
+    model(torch.zeros(2, 300, dtype=torch.int64))
+    positions = torch.arange(300).expand(2, -1)
+    assert all(map(torch.equal, seen, rotary(SMALL, positions, torch.float32)))
+    assert seen[0].dtype == torch.float32
+    assert seen[0].shape == (2, 300, SMALL.qk_rope_head_dim // 2)
 
 
 @torch.no_grad()
@@ -262,13 +280,8 @@ def test_positions_and_logits_to_keep():
     assert mtp_logits.shape == (2, 7, SMALL.vocab_size)
     kept, mtp_kept = model(input_ids, return_mtp=True, logits_to_keep=3)
     assert kept.shape == mtp_kept.shape == (2, 3, SMALL.vocab_size)
-    assert_close_rows(kept, logits[:, -3:])
-    assert_close_rows(mtp_kept, mtp_logits[:, -3:])
-
-
-def assert_close_rows(out: torch.Tensor, expected: torch.Tensor) -> None:
-    """A product of other shape may sum in another order: float32 rounding of sums of hidden_size terms."""
-    assert distance(out, expected)[1] <= SMALL.hidden_size * unit_roundoff(torch.float32)
+    assert_same(kept, logits[:, -3:])
+    assert_same(mtp_kept, mtp_logits[:, -3:])
 
 
 def test_cached_latents_need_no_gradient():
