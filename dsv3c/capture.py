@@ -1,28 +1,31 @@
 """Layers to compiled units: equal layers share one, each unit is compiled once for each variant of its inputs.
 
-A unit is a function of ours, `unit(parameters, *tensors)`, around a template: a copy of the layer on the meta device, whose
-own parameters never take part. Sizes vary freely within a variant. Sizes of one don't: torch specialises them, so "one
-sequence", "one token", "one cached token" are variants of their own, with a code object of their own. That makes the set
-of compilations finite and known, and recompilation impossible but for tensors torch has no room for (2^31 elements).
+A unit is a function of ours, `unit(parameters, *tensors)`, around a template: a copy of the layer on the meta device,
+whose own parameters never take part. Sizes vary freely within a variant. Sizes of one don't: torch specialises them,
+so "one sequence", "one token", "one cached token" are variants of their own, with a code object of their own. That
+makes the set of compilations finite and known; only from 2^31 elements on, where indices get wider, is one compiled
+again.
 """
 
 import copy
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.func import functional_call
 
-from dsv3c.families import LayerCall, Outputs, call_of
+from dsv3c.errors import Dsv3cError
+from dsv3c.families import Outputs, call_of
 from dsv3c.passes.regions import REGIONS
 
 BackendFactory = Callable[["Unit"], Callable]
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):
     """What a unit is specialised on in one of its tensors."""
 
     dtype: torch.dtype
@@ -34,12 +37,14 @@ class Argument:
     def of(cls, tensor: Tensor | None, symbolic: tuple[int, ...]) -> "Argument | None":
         if tensor is None:
             return None
-        sizes = tuple(min(size, 2) if dim in symbolic else size for dim, size in enumerate(tensor.shape))
-        return cls(tensor.dtype, tensor.device, tensor.requires_grad, sizes)
+        sizes = list(tensor.shape)
+        for dim in symbolic:
+            if sizes[dim] > 2:
+                sizes[dim] = 2
+        return cls(tensor.dtype, tensor.device, tensor.requires_grad, tuple(sizes))
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """Layers of one kind run the same code on other parameters."""
 
     layer_class: str
@@ -55,8 +60,7 @@ class Kind:
         return f"{'mtp' if self.layer_class == 'MTPLayer' else 'moe' if moe else 'dense'}_layer"
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What one compilation of a unit holds for."""
 
     arguments: tuple[Argument | None, ...]
@@ -66,9 +70,10 @@ class Variant:
     @property
     def name(self) -> str:
         x, *rest = self.arguments
-        words = [("one" if size == 1 else "many") + f"_{what}" for what, size in zip(("sequence", "token"), x.sizes, strict=False)]
+        words = ["one_sequence" if x.sizes[0] == 1 else "many_sequences"]
+        words.append("one_token" if x.sizes[1] == 1 else "many_tokens")
         words += [word for word, argument in zip(("masked", "cached"), rest[2:], strict=False) if argument is not None]
-        return "_".join([*words, "training" if self.gradients else "inference"]).replace("many_sequence", "many_sequences").replace("many_token", "many_tokens")
+        return "_".join([*words, "training" if self.gradients else "inference"])
 
 
 @dataclass(eq=False)
@@ -120,40 +125,48 @@ class Units:
         """`run(*tensors)`: the compiled unit of `layer`, with the parameters the layer has at the time of the call."""
         slots = [
             (f"{path}.{name}" if path else name, table, name)
+            for tables in ("_parameters", "_buffers")  # in the order of tensors_of
             for path, module in layer.named_modules()
-            for table in (module._parameters, module._buffers)
+            for table in (module.__dict__[tables],)
             for name, tensor in table.items()
             if tensor is not None
         ]
         symbolic = call_of(layer).symbolic
-        kinds: dict[tuple, Kind] = {}
+        functions: dict[tuple, Callable[..., Outputs]] = {}
 
+        # Runs once a layer and call, ahead of the GPU: plain tuples, and no name that is not needed.
         def run(*tensors: Tensor | None) -> Outputs:
             parameters = {path: table[name] for path, table, name in slots}
-            dtypes = tuple(p.dtype for p in parameters.values())
-            kind = kinds.get(dtypes) or kinds.setdefault(dtypes, Kind.of(layer))
-            gradients = torch.is_grad_enabled()
-            variant = Variant(
-                tuple(map(Argument.of, tensors, symbolic)),
-                tuple(p.requires_grad for p in parameters.values()),
-                gradients,
+            key = (
+                *map(Argument.of, tensors, symbolic),
+                *[(p.requires_grad, p.dtype) for p in parameters.values()],
+                torch.is_grad_enabled(),
             )
-            function = self.functions.get((kind, variant))
+            function = functions.get(key)
             if function is None:
-                function = self._compile(kind, variant, layer, tensors)
-            return function(parameters, *tensors)
+                function = functions[key] = self._function(layer, parameters, tensors)
+            try:
+                return function(parameters, *tensors)
+            except BackendCompilerFailed as failure:  # torch's wrapping, a page long, of an error of ours
+                ours = isinstance(failure.inner_exception, Dsv3cError)
+                raise (failure.inner_exception if ours else failure) from None
 
         return run
 
-    def _compile(self, kind: Kind, variant: Variant, layer: nn.Module, tensors) -> Callable[..., Outputs]:
-        if kind not in self.templates:
-            self.templates[kind] = template_of(layer)
-        shapes = tuple(None if t is None else t.shape for t in tensors)
-        unit = Unit(kind, variant, self.templates[kind], shapes)
-        function = unit.compiled(self.backend(unit))
-        unit.mark(tensors)
-        self.units[kind, variant], self.functions[kind, variant] = unit, function
-        return function
+    def _function(self, layer: nn.Module, parameters: dict[str, Tensor], tensors) -> Callable[..., Outputs]:
+        """The compiled function for these tensors: another layer's of the same kind, or a new one."""
+        kind = Kind.of(layer)
+        arguments = tuple(map(Argument.of, tensors, call_of(layer).symbolic))
+        variant = Variant(arguments, tuple(p.requires_grad for p in parameters.values()), torch.is_grad_enabled())
+        if (kind, variant) not in self.functions:
+            if kind not in self.templates:
+                self.templates[kind] = template_of(layer)
+            shapes = tuple(None if t is None else t.shape for t in tensors)
+            unit = Unit(kind, variant, self.templates[kind], shapes)
+            unit.mark(tensors)
+            self.units[kind, variant] = unit
+            self.functions[kind, variant] = unit.compiled(self.backend(unit))
+        return self.functions[kind, variant]
 
 
 def tensors_of(layer: nn.Module) -> dict[str, Tensor]:

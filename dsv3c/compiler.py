@@ -1,8 +1,10 @@
 """`dsv3c.compile`: a model in, the same model with compiled layers out."""
 
+import copy
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,7 +15,7 @@ from dsv3c.backend import Backend
 from dsv3c.capture import Unit, Units
 from dsv3c.debug import debug_config
 from dsv3c.errors import CompileError
-from dsv3c.numerics import Recipe
+from dsv3c.fp8_weights import recipe_of
 from dsv3c.passes import Pass, Pipeline, default
 from dsv3c.tuning.targets import Target, resolve
 from dsv3c.weights import QuantizedWeights
@@ -46,9 +48,9 @@ def compile(  # the name users type
 ) -> Model:
     """The same model with its layers compiled; `model` itself stays eager.
 
-    The result is of the same class, with the same call, config, `generate`, `state_dict` and Parameter objects. Nothing is
-    compiled before the first call. `result.weights_changed()` says that weights were written behind torch's back
-    (through `.data`), so that their FP8 copies are made again.
+    The result is of the same class, with the same call, config, `generate`, `state_dict` and Parameter objects.
+    Nothing is compiled before the first call. `result.weights_changed()` says that weights were written behind
+    torch's back (through `.data`), so that their FP8 copies are made again.
 
     Args:
         model: a dsv3c.DeepseekV3, or transformers' DeepseekV3ForCausalLM as it is.
@@ -64,7 +66,7 @@ def compile(  # the name users type
     """
     families.check(model)
     resolved, notes = _precision(precision, model)
-    recipe = _recipe(model)
+    recipe = recipe_of(model.config)
     pipeline = Pipeline.of(default(resolved, recipe) if passes is None else passes, (*skip, *debug_config().skip))
     weights = QuantizedWeights(recipe) if pipeline.quantizes else None
     dump = debug_config().dump
@@ -80,6 +82,9 @@ def compile(  # the name users type
         layer.forward = families.call_of(layer).forward(layer, units.runner(layer))
     compiled._dsv3c = Compilation(resolved, resolve(target), pipeline, weights, units, backends, notes)
     compiled.weights_changed = weights.forget if weights else lambda: None
+    # A copied layer would go on calling its unit with this layer's parameters, so a deep copy is compiled anew.
+    again = partial(compile, target=target, precision=precision, skip=skip, passes=passes)
+    compiled.__deepcopy__ = lambda memo: again(copy.deepcopy(model, memo))
     return compiled
 
 
@@ -105,16 +110,9 @@ def _precision(precision: str, model: nn.Module) -> tuple[str, list[str]]:
     return precision, []
 
 
-def _recipe(model: nn.Module) -> Recipe:
-    """V3's recipe; V3.1's checkpoints ask for power-of-two scales."""
-    quantization = getattr(model.config, "quantization_config", None) or {}
-    scale_format = quantization.get("scale_fmt") if isinstance(quantization, dict) else None
-    return Recipe(pow2=scale_format == "ue8m0")
-
-
 def _shallow_copy(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """The same tree of modules over the same tables of parameters and buffers: whatever is assigned to a parameter of one
-    is seen by the other, but hooks and forwards are their own."""
+    """The same tree of modules over the same tables of parameters and buffers: whatever is assigned to a parameter of
+    one is seen by the other, but hooks and forwards are their own."""
     if id(module) not in memo:
         new = memo[id(module)] = module.__class__.__new__(module.__class__)
         shared = ("_parameters", "_buffers")

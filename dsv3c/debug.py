@@ -7,7 +7,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DebugConfig:
-    """DSV3C_DUMP=DIR: write the graph before and after each pass that changed it. DSV3C_SKIP=NAME,NAME: leave out passes."""
+    """DSV3C_DUMP=DIR: write the graph before and after each pass that changed it. DSV3C_SKIP=NAME,NAME: leave out
+    passes."""
 
     dump: Path | None = None
     skip: tuple[str, ...] = ()

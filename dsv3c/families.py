@@ -5,7 +5,6 @@ A `LayerCall` says how to get there from the layer's own signature and back. Two
 unmodified DeepseekV3.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -39,12 +38,8 @@ class OurLayer:
         return call(*tensors)
 
     def forward(self, layer, run):
-        signature = inspect.signature(type(layer).forward)
-
-        def forward(*args, **kwargs):
-            bound = signature.bind(layer, *args, **kwargs)
-            bound.apply_defaults()
-            return run(*bound.args[1:])
+        def forward(x_BTD, cos_BTr, sin_BTr, mask=None, past=None):
+            return run(x_BTD, cos_BTr, sin_BTr, mask, past)
 
         return forward
 
@@ -53,6 +48,12 @@ class OurMTPLayer(OurLayer):
     """MTPLayer.forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask_B1TS)."""
 
     symbolic = ((0, 1), (0, 1), (0, 1), (0, 1), (0, 2, 3))
+
+    def forward(self, layer, run):
+        def forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask=None):
+            return run(x_BTD, next_BTD, cos_BTr, sin_BTr, mask)
+
+        return forward
 
 
 class TransformersLayer:
@@ -84,7 +85,8 @@ class TransformersLayer:
         ):
             past = _past_of(past_key_values, index)
             if past is None or any(value is not None and value is not False for value in kwargs.values()):
-                # A cache that is not a plain growing one, or arguments of other attention kernels: transformers' own code.
+                # A cache that is not a plain growing one, or arguments of other attention kernels: transformers' own
+                # code.
                 return eager(
                     layer, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings,
                     **kwargs,
@@ -138,7 +140,8 @@ def call_of(layer: nn.Module) -> LayerCall:
 
 
 def check(model: nn.Module) -> None:
-    """Raises CompileError for a model that is of neither family, or is set up in a way that cannot be captured whole."""
+    """Raises CompileError for a model that is of neither family, or is set up in a way that cannot be captured
+    whole."""
     if not any(True for _ in layers(model)):
         raise CompileError(
             f"dsv3c.compile: expected a dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM, found "
@@ -159,7 +162,7 @@ def check(model: nn.Module) -> None:
         )
     if getattr(config, "attention_dropout", 0.0):
         raise CompileError(
-            f"config.attention_dropout: expected 0, found {config.attention_dropout}; DeepSeek-V3 trains without dropout"
+            f"config.attention_dropout: expected 0, found {config.attention_dropout}; try 0, as DeepSeek-V3 is trained"
         )
 
 

@@ -1,9 +1,9 @@
 """Quantised copies of a model's weights, made once and made again when the weight has changed.
 
-The graphs take the copies as inputs: quantising inside them would read and write every weight in every call. A copy is
-fresh while its weight is the same object, with the same storage and version, and no optimizer has stepped over it since.
-The last rule is there because fused optimizers leave the version counter alone. A write through `.data` leaves no trace
-at all: `compiled.weights_changed()` is for those who do that.
+The graphs take the copies as inputs: quantising inside them would read and write every weight in every call. A copy
+is fresh while its weight is the same object, with the same storage and version, and no optimizer has stepped over it
+since. The last rule is there because fused optimizers leave the version counter alone. A write through `.data` leaves
+no trace at all: `compiled.weights_changed()` is for those who do that.
 """
 
 import weakref
@@ -47,9 +47,9 @@ class QuantizedWeights:
             or copy.storage != weight.data_ptr()
             or copy.version != weight._version
         ):
-            pair = self.quantize(weight)
-            copy = _Copy(weakref.ref(weight), weight.data_ptr(), weight._version, pair)
-            self.copies[id(weight)] = copy
+            key, copies = id(weight), self.copies
+            alive = weakref.ref(weight, lambda _: copies.pop(key, None))
+            copy = copies[key] = _Copy(alive, weight.data_ptr(), weight._version, self.quantize(weight))
         return copy.pair
 
     @torch.no_grad()

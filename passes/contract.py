@@ -1,8 +1,9 @@
 """What a pass is, how a list of them is run, and how a graph is written down.
 
-A pass is a frozen dataclass: its fields are its knobs, its repr is its line in the log and its part of the cache key, its
-class name is the only name it has. It edits the graph in place and returns how many sites it rewrote. It reads targets and
-metadata only: no node names, no environment, no rank. A site it leaves alone is noted with the reason (`leave`).
+A pass is a frozen dataclass: its fields are its knobs, its repr is its line in the log and its part of the cache key,
+its class name is the only name it has. It edits the graph in place and returns how many sites it rewrote. It reads
+targets and metadata only: no node names, no environment, no rank. A site it leaves alone is noted with the reason
+(`leave`).
 """
 
 import hashlib
@@ -43,7 +44,8 @@ class Level(Enum):
 
 @runtime_checkable
 class Pass(Protocol):
-    """Rewrites `gm` in place; returns the number of sites rewritten, 0 if and only if the canonical text is unchanged."""
+    """Rewrites `gm` in place; returns the number of sites rewritten, 0 if and only if the canonical text is
+    unchanged."""
 
     tier: ClassVar[Tier]
     level: ClassVar[Level]
@@ -101,8 +103,9 @@ def select(passes: Sequence[Pass], skip: Collection[str]) -> tuple[Pass, ...]:
 def run(gm: fx.GraphModule, passes: Iterable[Pass], *, dump: Path | None = None) -> list[Record]:
     """Runs `passes` over `gm` in order, in place. On an error the graph is to be thrown away.
 
-    Each pass's count is held against the graph: a pass that reports no site must leave the text as it was, and the other
-    way round. With `dump`, the graph before and after each changing pass is written to `dump/NN_Name.{before,after}.txt`.
+    Each pass's count is held against the graph: a pass that reports no site must leave the text as it was, and the
+    other way round. With `dump`, the graph before and after each changing pass is written to
+    `dump/NN_Name.{before,after}.txt`.
 
     Raises:
         PassError: a pass reported a count that the graph contradicts.
@@ -207,7 +210,10 @@ def _size(size, symbols: dict[str, str]) -> str:
     if not isinstance(size, torch.SymInt):
         return str(size)
     expression = size.node.expr
-    renamed = {symbol: symbols.setdefault(str(symbol), f"s{len(symbols)}") for symbol in sorted(expression.free_symbols, key=str)}
+    renamed = {
+        symbol: symbols.setdefault(str(symbol), f"s{len(symbols)}")
+        for symbol in sorted(expression.free_symbols, key=str)
+    }
     return str(expression.xreplace({symbol: type(symbol)(name) for symbol, name in renamed.items()}))
 
 

@@ -5,21 +5,25 @@ from dataclasses import dataclass, replace
 
 from dsv3c.numerics import Recipe
 from dsv3c.passes.contract import Level, Pass, select
+from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
+from dsv3c.passes.share_equal import ShareEqual
 
 
 def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
-    """The passes of a precision, `"exact"` or `"fp8"`. The raising ones run on the captured graph (L0), the others on the
-    joint graph of forward and backward, in inference on the forward graph (L1)."""
+    """The passes of a precision, `"exact"` or `"fp8"`. Each knows its level: the captured graph (L0), or the joint
+    graph of forward and backward, in inference the forward graph (L1)."""
     if precision == "exact":
         return (RaiseAttention(),)
     return (
         RaiseAttention(),
+        FoldLinear(),
         QuantizeLinear(recipe),
         QuantizeGroupedLinear(recipe),
         QuantizeBeforeGather(),
+        ShareEqual(),
     )
 
 

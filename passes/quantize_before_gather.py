@@ -14,9 +14,9 @@ from dsv3c.passes.rewrite import aten, insert, insert_pair, replace, value
 class QuantizeBeforeGather:
     """Before: `quantize_tile(x[rows])`. After: `quantize_tile(x)`, then `x_fp8[rows]` and `x_scale_inv[rows]`.
 
-    A 1x128 tile lies within one row, so quantising commutes with choosing rows, bit for bit. With top-8 routing an eighth
-    of the values is read and quantised, and the gather moves FP8 instead of BF16.
-    Leaves alone: a quantisation of anything but whole rows of a matrix.
+    A 1x128 tile lies within one row, so quantising commutes with choosing rows, bit for bit. With top-8 routing an
+    eighth of the values is read and quantised, and the gather moves FP8 instead of BF16. Leaves alone: a quantisation
+    of anything but whole rows of a matrix.
     """
 
     tier: ClassVar[Tier] = Tier.EXACT

@@ -1,8 +1,8 @@
 """FP8 for linears and the experts' grouped linears: fprop, dgrad and wgrad, in DeepSeek-V3's recipe.
 
-Works on the joint graph, where all three products of a linear are visible as plain `mm` and `_grouped_mm`. The three are
-told apart by what they consume and produce, never by name: a product with a quantised weight transposed is fprop, with the
-weight as it is dgrad, and the product that ends as the weight's gradient is wgrad.
+Works on the joint graph, where all three products of a linear are visible as plain `mm` and `_grouped_mm`. The three
+are told apart by what they consume and produce, never by name: a product with a quantised weight transposed is fprop,
+with the weight as it is dgrad, and the product that ends as the weight's gradient is wgrad.
 
     fprop   y  = x wᵀ    1x128 tiles of x  · 128x128 blocks of w
     dgrad   dx = dy w    1x128 tiles of dy · the same blocks (a square block is its own transpose)
@@ -12,7 +12,6 @@ weight as it is dgrad, and the product that ends as the weight's gradient is wgr
 Source: DeepSeek-V3 report, section 3.3 and figure 6.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,7 +19,8 @@ import torch
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput
 
-import dsv3c.operators  # noqa: F401  (defines torch.ops.dsv3c)
+import dsv3c.grouped_linear
+import dsv3c.operators  # noqa: F401
 from dsv3c.numerics import Recipe
 from dsv3c.passes.contract import Level, Tier, leave
 from dsv3c.passes.rewrite import aten, insert, insert_pair, is_backward, replace, through_transposes, value
@@ -41,8 +41,9 @@ class WeightInput:
 class QuantizeLinear:
     """Before: `mm(x, wᵀ)`, `mm(dy, w)`, `mm(dyᵀ, x)` of a linear whose weight has a quantised copy.
 
-    After: `dsv3c.gemm`, `gemm_dgrad`, `gemm_wgrad` on FP8 operands; each tensor is quantised once for all its consumers.
-    Leaves alone: every other product (router, attention, head), and BF16 products of a linear without a quantised copy.
+    After: `dsv3c.gemm`, `gemm_dgrad`, `gemm_wgrad` on FP8 operands; each tensor is quantised once for all its
+    consumers. Leaves alone: every other product (router, attention, head), and BF16 products of a linear without a
+    quantised copy.
     """
 
     recipe: Recipe = Recipe()
@@ -126,7 +127,7 @@ class _Rewrite:
         weight, transposed = through_transposes(node.args[1])
         copy = self.copies.get(weight) or _kept_in_fp8(weight)
         if copy is None:
-            if weight.op == "placeholder" and not is_backward(node):
+            if (weight.op == "placeholder" or self.kernels is _GROUPED) and not is_backward(node):
                 leave(node, "its weight has no quantised copy")
             return 0
         is_fprop = transposed != self.spelling.is_linear

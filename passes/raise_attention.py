@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-import dsv3c.operators  # noqa: F401  (defines torch.ops.dsv3c)
+import dsv3c.attention  # noqa: F401  (defines dsv3c::attention)
 from dsv3c.passes.contract import Level, Tier, leave
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -19,8 +19,8 @@ _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": N
 class RaiseAttention:
     """Before: `scaled_dot_product_attention(q, k, v, …)` in the captured graph. After: `dsv3c.attention`.
 
-    AOTAutograd would take the former apart into what the capturing device computes with (on a CPU a softmax over T x T);
-    the latter calls it when it runs. Leaves alone: dropout, grouped-query attention, and calls without a scale.
+    AOTAutograd would take the former apart into what the capturing device computes with (on a CPU a softmax over T x
+    T); the latter calls it when it runs. Leaves alone: dropout, grouped-query attention, and calls without a scale.
     """
 
     tier: ClassVar[Tier] = Tier.EXACT
@@ -41,6 +41,8 @@ class RaiseAttention:
                 out = gm.graph.call_function(getitem, (both, 0))
             for new in (both, out):
                 new.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+            # AOTAutograd's cache looks for a value where a method is called on the result.
+            out.meta["example_value"] = node.meta.get("example_value")
             node.replace_all_uses_with(out)
             gm.graph.erase_node(node)
             sites += 1

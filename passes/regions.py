@@ -1,7 +1,7 @@
 """Which part of the model a node belongs to, read from the module stack that Dynamo keeps on every node.
 
-Identity, not pattern: the stack names the module call a node came from, on our model and on transformers' unmodified one,
-and survives AOTAutograd into the backward graph.
+Identity, not pattern: the stack names the module call a node came from, on our model and on transformers' unmodified
+one, and survives AOTAutograd into the backward graph.
 """
 
 from dataclasses import dataclass

@@ -53,7 +53,9 @@ def insert(at: fx.Node, target: Callable, *args) -> fx.Node:
     graph = at.graph
     fake_mode = next((v.fake_mode for n in graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor)), None)
     if fake_mode is None:
-        raise PassError(f"{target}: expected a graph whose nodes carry fake values, found none; try tracing with AOTAutograd")
+        raise PassError(
+            f"{target}: expected a graph whose nodes carry fake values, found none; try tracing with AOTAutograd"
+        )
     with graph.inserting_before(at):
         node = graph.call_function(target, args)
     node.meta = {key: at.meta[key] for key in _KEPT if key in at.meta}

@@ -1,0 +1,210 @@
+"""The compiled model is the model: class, call, parameters, gradients, cache; and the given one stays eager."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from dsv3c.capture import Units
+from dsv3c.compiler import compilation_of, compile
+from dsv3c.errors import CompileError
+from dsv3c.generation import generate
+from dsv3c.model import DeepseekV3, LatentCache
+from dsv3c.numerics import MODEL_DISTANCE, distance
+from dsv3c.passes import PassError, Tier
+from dsv3c.passes.contract import Level
+
+pytestmark = pytest.mark.usefixtures("without_codegen")
+
+
+def ids(batch, tokens):
+    return torch.randint(0, 256, (batch, tokens))
+
+
+def float64(model):
+    exact = copy.deepcopy(model).double()
+    if hasattr(exact, "set_experts_implementation"):
+        exact.set_experts_implementation("eager")  # transformers' grouped products know no float64
+    return exact
+
+
+def _never(*args):
+    raise AssertionError("a compiled unit was asked for")
+
+
+def close(out, eager, exact) -> bool:
+    """As close to the float64 evaluation as eager is, up to the factor that evaluation orders make."""
+    return all(c <= MODEL_DISTANCE * e for c, e in zip(distance(out, exact), distance(eager, exact), strict=True))
+
+
+def test_class_parameters_and_state_dict(model, compiled):
+    result = compiled(model)
+    assert type(result) is type(model)
+    assert result.config is model.config
+    assert list(result.state_dict()) == list(model.state_dict())
+    for (name, ours), (_, theirs) in zip(result.named_parameters(), model.named_parameters(), strict=True):
+        assert ours is theirs, name
+
+
+def test_the_given_model_stays_eager(model, compiled, logits, units, monkeypatch):
+    result = compiled(model)
+    with torch.no_grad():
+        logits(model, ids(1, 8))
+        assert not units(result)  # the eager call compiled nothing
+        monkeypatch.setattr(Units, "_function", _never)
+        logits(model, ids(1, 8))  # and asks for no compiled unit
+        with pytest.raises(AssertionError, match="a compiled unit"):
+            logits(result, ids(1, 8))
+
+
+def test_assigning_a_parameter_reaches_both(model, compiled, logits):
+    result = compiled(model)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    with torch.no_grad():
+        assert not logits(result, ids(1, 4)).any()
+
+
+def test_a_deep_copy_has_parameters_of_its_own(make_model, compiled):
+    result, tokens = compiled(make_model(num_hidden_layers=1)), ids(1, 4)
+    with torch.no_grad():
+        before, copied = result(tokens), copy.deepcopy(result)
+        for parameter in copied.model.layers.parameters():
+            parameter.zero_()
+        assert torch.equal(result(tokens), before)
+        assert torch.equal(copied(tokens), copied.lm_head(copied.model.norm(copied.model.embed_tokens(tokens))))
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 9), (2, 7), (2, 1)])
+def test_forward_equals_eager(model, compiled, logits, batch, tokens):
+    result, tokens = compiled(model), ids(batch, tokens)
+    with torch.no_grad():
+        out, eager = logits(result, tokens), logits(model, tokens)
+        assert close(out, eager, logits(float64(model), tokens))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_equal_eager(model, compiled, logits, training):
+    tokens, gradients = ids(2, 12), []
+    for candidate in (compiled(model).train(training), model, float64(model)):
+        candidate.zero_grad()
+        logits(candidate, tokens).square().mean().backward()
+        gradients.append({n: p.grad.clone() for n, p in candidate.named_parameters() if p.grad is not None})
+    out, eager, exact = gradients
+    assert set(out) == set(eager)
+    for name, gradient in out.items():
+        assert gradient.dtype == model.get_parameter(name).dtype
+        assert close(gradient, eager[name], exact[name]), name
+
+
+def test_left_padding_equals_eager(model, compiled, logits):
+    tokens, mask = ids(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        out, eager = (logits(m, tokens, attention_mask=mask)[mask.bool()] for m in (compiled(model), model))
+        exact = logits(float64(model), tokens, attention_mask=mask)[mask.bool()]
+    assert close(out, eager, exact)
+
+
+def test_cache_is_updated_in_place(make_model, compiled):
+    model, tokens = make_model(), ids(2, 9)
+    result, outs = compiled(model), []
+    for candidate in (result, model):
+        cache = LatentCache(model.config, 2, 16)
+        with torch.no_grad():
+            steps = [candidate(chunk, cache=cache) for chunk in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:])]
+        assert cache.length == 9
+        outs.append(torch.cat(steps, dim=1))
+    with torch.no_grad():
+        assert close(outs[0], outs[1], float64(model)(tokens))
+
+
+def test_mtp_layer_is_compiled(make_model, compiled, units):
+    config = make_model().config
+    model = DeepseekV3(config, mtp=True).eval()
+    if not model.mtp:
+        pytest.skip("the preset has no MTP layer")
+    result, tokens = compiled(model), ids(1, 8)
+    with torch.no_grad():
+        _, out = result(tokens, return_mtp=True)
+        _, eager = model(tokens, return_mtp=True)
+        _, exact = float64(model)(tokens, return_mtp=True)
+    assert close(out, eager, exact)
+    assert {unit.kind.name for unit in units(result).values()} == {"dense_layer", "moe_layer", "mtp_layer"}
+
+
+def test_greedy_tokens_equal_eager(make_model, compiled):
+    model, prompt = make_model(), ids(2, 5)
+    assert torch.equal(generate(compiled(model), prompt, max_new_tokens=6), generate(model, prompt, max_new_tokens=6))
+
+
+def test_transformers_generate_works_on_the_result(make_their_model, compiled):
+    model, prompt = make_their_model(), ids(2, 5)
+    mask = torch.ones_like(prompt)
+    arguments = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": mask,
+        "eos_token_id": None,
+    }
+    assert torch.equal(compiled(model).generate(prompt, **arguments), model.generate(prompt, **arguments))
+
+
+def test_other_caches_run_transformers_own_layers(make_their_model, compiled, units):
+    model, prompt = make_their_model(), ids(1, 5)
+    result = compiled(model)
+    arguments = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    arguments |= {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(result.generate(prompt, **arguments), model.generate(prompt, **arguments))
+    assert not units(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [({"precision": "int4"}, "'int4'"), ({"target": "h8000"}, "'h8000'")],
+)
+def test_unknown_names_are_refused(make_model, arguments, found):
+    with pytest.raises(CompileError) as error:
+        compile(make_model(), **arguments)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_pass_suggests_the_nearest(make_model, compiled):
+    with pytest.raises(PassError, match="QuantizeLinear"):
+        compiled(make_model(), "fp8", skip=["QuantiseLinear"])
+
+
+@dataclass(frozen=True)
+class SaysItDid:
+    """Reports a site and rewrites none."""
+
+    tier: ClassVar[Tier] = Tier.EXACT
+    level: ClassVar[Level] = Level.JOINT
+
+    def __call__(self, gm):
+        return 1
+
+
+def test_an_error_of_a_pass_arrives_as_it_is(make_model, compiled):
+    with pytest.raises(PassError, match="SaysItDid"):
+        compiled(make_model(num_hidden_layers=1), passes=[SaysItDid()])(ids(1, 4))
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(CompileError, match=r"torch\.nn\.modules\.linear\.Linear"):
+        compile(torch.nn.Linear(2, 2))
+
+
+def test_experts_that_break_the_graph_are_refused(make_their_model):
+    model = make_their_model()
+    model.set_experts_implementation("eager")
+    with pytest.raises(CompileError, match="grouped_mm"):
+        compile(model)
+
+
+def test_an_eager_model_has_no_compilation(make_model):
+    with pytest.raises(CompileError, match=r"dsv3c\.compile"):
+        compilation_of(make_model())

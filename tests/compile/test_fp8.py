@@ -1,0 +1,167 @@
+"""FP8 in a compiled layer: the right GEMMs, each one right, on operands cast from the right tensors."""
+
+import re
+from collections import Counter
+from math import sqrt
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsv3c import backend
+from dsv3c.backend import lower
+from dsv3c.compiler import compilation_of
+from dsv3c.numerics import quantized_gemm_rms, unit_roundoff
+from dsv3c.weights import QuantizedWeights
+
+pytestmark = pytest.mark.usefixtures("without_codegen")
+
+ATTENTION = (
+    "self_attn.q_a_proj",
+    "self_attn.q_b_proj",
+    "self_attn.kv_a_proj_with_mqa",
+    "self_attn.kv_b_proj",
+    "self_attn.o_proj",
+)
+
+
+def step(model, logits, batch=1, tokens=40):
+    logits(model, torch.randint(0, 256, (batch, tokens))).float().square().mean().backward()
+
+
+@pytest.mark.parametrize("which", ["ours", "transformers"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_holds_the_analytic_number_of_gemms(which, training, request, compiled, logits):
+    make = request.getfixturevalue("make_model" if which == "ours" else "make_their_model")
+    model = compiled(make(torch.bfloat16), "fp8")
+    with torch.set_grad_enabled(training):
+        logits(model, torch.randint(0, 256, (1, 8)))
+    compilation = compilation_of(model)
+    for unit in compilation.units.units.values():
+        lowered = lower(unit, compilation.pipeline, compilation.weights)
+        found = Counter(re.findall(r"= (?:dsv3c|aten)\.(\w*gemm\w*|mm|bmm|_grouped_mm)\.", lowered.joint))
+        linears, times = len(ATTENTION) + 3, 3 if training else 1  # gate, up and down of the dense or shared MLP
+        expected = Counter(gemm=linears)
+        if unit.kind.name == "moe_layer":
+            expected += Counter(grouped_gemm=2, mm=times)  # the gate stays as it is
+        if training:
+            expected += Counter(gemm_dgrad=linears, gemm_wgrad=linears)
+            if unit.kind.name == "moe_layer":
+                expected += Counter(grouped_gemm_dgrad=2, grouped_gemm_wgrad=2)
+        assert found == expected, unit.name
+
+
+class Watch(TorchDispatchMode):
+    """Compares each FP8 GEMM that runs with the float64 product of what its operands were cast from."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources: dict[int, torch.Tensor] = {}
+        self.kept: list = []  # so that no id is used twice
+        self.errors: list[tuple[str, float, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.name().removeprefix("dsv3c::")
+        if name == "quantize_tile":
+            self.source(out[0], args[0])
+        elif name == "quantize_tile_t":
+            self.source(out[0], padded(args[0], args[1]).t())
+        elif name == "requantize_t":
+            self.source(out[0], padded(self.sources[id(args[0])], args[2]).t())
+        elif name == "aten::index.Tensor" and id(args[0]) in self.sources and args[1][0] is not None:
+            self.source(out, self.sources[id(args[0])][args[1][0]])
+        elif "gemm" in name:
+            self.check(name, out, self.sources[id(args[0])], self.sources[id(args[2])], args[4])
+        return out
+
+    def source(self, quantized, source):
+        self.sources[id(quantized)] = source.detach().double()
+        self.kept.append(quantized)
+
+    def check(self, name, out, left, right, offs):
+        ends = offs.tolist() if isinstance(offs, torch.Tensor) else None
+        if name == "gemm":
+            exact, norm = left @ right.t(), (left**2 @ right.t() ** 2).sqrt()
+        elif name == "gemm_dgrad":
+            exact, norm = left @ right, (left**2 @ right**2).sqrt()
+        elif name == "gemm_wgrad":
+            exact, norm = left @ right.t(), (left**2 @ right.t() ** 2).sqrt()
+        else:
+            exact, norm = torch.zeros_like(out, dtype=torch.float64), torch.zeros_like(out, dtype=torch.float64)
+            for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                if name == "grouped_gemm_wgrad":
+                    first = sum(-(-(b - a) // 128) * 128 for a, b in zip([0, *ends], ends[:e], strict=False))
+                    columns = slice(first, first + end - start)
+                    a, b, target = left[:, columns], right[:, columns].t(), e
+                else:
+                    a, b, target = (
+                        left[start:end],
+                        right[e].t() if name == "grouped_gemm" else right[e],
+                        slice(start, end),
+                    )
+                exact[target], norm[target] = a @ b, (a**2 @ b**2).sqrt()
+        reached = norm > 0
+        error = ((out.double() - exact)[reached] / norm[reached]).square().mean().sqrt()
+        size = (exact[reached] / norm[reached]).square().mean().sqrt()
+        # Both operands quantised (in wgrad x twice), and the output rounded.
+        bound = sqrt((2 if "wgrad" in name else 1) * quantized_gemm_rms() ** 2 + (unit_roundoff(out.dtype) * size) ** 2)
+        self.errors.append((name, float(error) / bound, out.numel()))
+
+
+def padded(x, offs):
+    """Rows spread so that each group starts at a multiple of 128; what quantize_tile_t documents."""
+    ends = offs.tolist() if offs is not None else [x.shape[0]]
+    rows = -(-x.shape[0] // 128) * 128 + (128 * len(ends) if offs is not None else 0)
+    out, first = x.new_zeros(rows, x.shape[1]), 0
+    for start, end in zip([0, *ends], ends, strict=False):
+        out[first : first + end - start] = x[start:end]
+        first += -(-(end - start) // 128) * 128
+    return out
+
+
+@pytest.mark.parametrize("which", ["ours", "transformers"])
+def test_every_gemm_is_right_about_what_it_was_given(which, request, compiled, logits, monkeypatch):
+    make = request.getfixturevalue("make_model" if which == "ours" else "make_their_model")
+    model, watch = compiled(make(torch.bfloat16), "fp8"), Watch()
+    quantize = QuantizedWeights.quantize
+
+    def quantize_and_tell(self, weight):
+        pair = quantize(self, weight)
+        watch.source(pair[0], weight)
+        return pair
+
+    def run_watched(forward):
+        def watched(*inputs):
+            with watch:
+                return forward(*inputs)
+
+        return make_boxed_func(watched)
+
+    monkeypatch.setattr(QuantizedWeights, "quantize", quantize_and_tell)
+    monkeypatch.setattr(backend, "make_boxed_func", run_watched)
+    step(model, logits)
+    counts = Counter(name for name, *_ in watch.errors)
+    assert counts == Counter(
+        gemm=24, gemm_dgrad=24, gemm_wgrad=24, grouped_gemm=4, grouped_gemm_dgrad=4, grouped_gemm_wgrad=4
+    )
+    assert max(ratio for _, ratio, _ in watch.errors) <= 1, watch.errors
+
+
+def test_tiny_gradients_survive_in_the_parameters_dtype(make_model, compiled):
+    """A mean over many tokens, without loss scaling: V3's amax floor of 1e-4 would round such gradients to zero."""
+    model = compiled(make_model(torch.bfloat16), "fp8")
+    (model(torch.randint(0, 256, (1, 16))).float().square().mean() * 1e-9).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.bfloat16
+        if "proj" in name:
+            assert parameter.grad.count_nonzero() > parameter.numel() // 2, name
+
+
+def test_fp8_on_a_cpu_says_that_it_is_emulated(make_model):
+    from dsv3c.compiler import compile
+
+    with pytest.warns(UserWarning, match="emulated"):
+        model = compile(make_model(), precision="fp8")
+    assert "emulated" in compilation_of(model).notes[0]

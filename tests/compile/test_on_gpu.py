@@ -1,0 +1,64 @@
+"""On a Hopper GPU: what `precision="auto"` compiles is right layer by layer, and attention takes cuDNN both ways."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dsv3c
+from dsv3c.benchmarks import gate
+from dsv3c.compiler import compilation_of
+from dsv3c.kernels import attention
+from dsv3c.numerics import MODEL_DISTANCE_BF16, distance
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_each_layer_against_a_wider_evaluation(backward):
+    config = replace(
+        dsv3c.preset("v3-671b").with_layers(2), vocab_size=256, hidden_size=1024, intermediate_size=2048,
+        num_attention_heads=16, moe_intermediate_size=256, n_routed_experts=32,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = dsv3c.DeepseekV3(config).bfloat16()
+    compiled = dsv3c.compile(model)
+    assert compilation_of(compiled).precision == "fp8"
+    tokens = torch.randint(0, 256, (2, 257), device="cuda")  # 514 rows: cuBLASLt takes multiples of 4 only
+
+    def run():
+        with torch.set_grad_enabled(backward):
+            model(tokens)
+
+    contenders = {"fp8": compiled, "exact": dsv3c.compile(model, precision="exact")}
+    checks = gate.check(model, contenders, gate.record_calls(model, run), backward=backward)
+    for precision, found in checks.items():
+        assert found
+        assert not [check for check in found if not check.passed], precision
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_and_its_gradients(masked):
+    """The operator against the textbook formulas in float64, no farther than torch's own attention is."""
+    B, H, T, scale = 2, 16, 160, 0.1
+    q, k, v = (torch.randn(B, T, H, size, device="cuda").transpose(1, 2) for size in (192, 192, 128))
+    dout = torch.randn(B, T, H, 128, device="cuda").transpose(1, 2)
+    mask = torch.ones(B, 1, T, T, dtype=torch.bool, device="cuda").tril() if masked else None
+    if masked:
+        mask[0, :, :, :30] = torch.eye(T, dtype=torch.bool, device="cuda")[:, :30]  # left padding
+    half = [x.bfloat16() for x in (q, k, v)]
+    out, lse = torch.ops.dsv3c.attention(*half, mask, scale, not masked)
+    gradients = torch.ops.dsv3c.attention_backward(dout.bfloat16(), *half, out, lse, mask, scale, not masked)
+    leaves = [x.clone().requires_grad_() for x in half]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*leaves, mask, 0.0, not masked, scale=scale)
+    their_gradients = torch.autograd.grad(theirs, leaves, dout.bfloat16())
+    wide = [x.double() for x in half]
+    scores = wide[0] @ wide[1].mT * scale
+    allowed = torch.ones(T, T, dtype=torch.bool, device="cuda").tril() if mask is None else mask
+    exact = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ wide[2]
+    exact_gradients = attention._explicit_backward(dout.bfloat16().double(), *wide, mask, scale, not masked)
+    for ours, reference, truth in zip(
+        (out, *gradients), (theirs, *their_gradients), (exact, *exact_gradients), strict=True
+    ):
+        assert ours.stride() == torch.empty_like(ours.transpose(1, 2).contiguous()).transpose(1, 2).stride()
+        assert distance(ours, truth)[0] <= MODEL_DISTANCE_BF16 * distance(reference, truth)[0]
