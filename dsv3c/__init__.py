@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _HOME = {
     "DeepseekV3": "dsv3c.model",
     "LatentCache": "dsv3c.model",
+    "MainGradOptimizer": "dsv3c.main_grad",
     "ModelConfig": "dsv3c.config",
     "Recipe": "dsv3c.numerics",
     "compile": "dsv3c.compiler",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dsv3c.compiler import compile
     from dsv3c.config import ModelConfig, preset
     from dsv3c.generation import generate
+    from dsv3c.main_grad import MainGradOptimizer
     from dsv3c.model import DeepseekV3, LatentCache
     from dsv3c.numerics import Recipe
     from dsv3c.report import explain

@@ -15,3 +15,7 @@ class CheckpointError(Dsv3cError):
 
 class CompileError(Dsv3cError):
     """A model, precision or target that cannot be compiled here."""
+
+
+class ArtifactError(Dsv3cError):
+    """An artifact that cannot be written, is damaged, or was made by other sources or versions."""

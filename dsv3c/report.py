@@ -1,0 +1,236 @@
+"""`dsv3c.explain`: what the compiler did to a model, and what each part should cost on the target.
+
+One section a compiled unit: its regions and operators with FLOPs, bytes and roofline times (dsv3c/pricing.py says what
+is counted), the passes with the sites they rewrote and those they left, and the operators that no region claimed.
+Predicted times are rooflines at the target's achievable rates, and are called predicted wherever they appear.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from dsv3c import families
+from dsv3c.backend import Lowered, lower
+from dsv3c.capture import Kind, Unit
+from dsv3c.compiler import compilation_of
+from dsv3c.errors import CompileError
+from dsv3c.passes import Record
+from dsv3c.passes.regions import Region
+from dsv3c.pricing import FUSED, Cost, price, unrecognised
+from dsv3c.tuning.targets import Target
+from dsv3c.weights import QuantizedWeights
+
+_AMOUNTS = ["operators", "GFLOP", "MB"]
+
+EAGER = "embedding, final norm and head are not compiled and not in these numbers"
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """One compiled unit: a kind of layer in one variant, shared by `layers` layers."""
+
+    name: str
+    layers: int
+    inputs: tuple[str, ...]
+    costs: tuple[Cost, ...]
+    records: dict[str, list[Record]]  # by level
+    unrecognised: dict[str, int]
+
+    @classmethod
+    def of(cls, lowered: Lowered, layers: int, target: Target) -> "UnitReport":
+        return cls(
+            lowered.unit.name,
+            layers,
+            tuple(_inputs(lowered.unit)),
+            tuple(cost for i, half in enumerate(lowered.halves) for cost in price(half, target, backward=i == 1)),
+            lowered.records,
+            dict(Counter(name for half in lowered.halves for name in unrecognised(half))),
+        )
+
+    @property
+    def predicted_us(self) -> float:
+        """Of one layer."""
+        return sum(cost.predicted_us for cost in self.costs)
+
+    @property
+    def flops(self) -> int:
+        return sum(cost.flops for cost in self.costs)
+
+    @property
+    def moved_bytes(self) -> int:
+        return sum(cost.moved_bytes for cost in self.costs)
+
+    def regions(self) -> dict[Region | None, list[Cost]]:
+        return _grouped(self.costs, lambda cost: cost.region)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "layers": self.layers,
+            "inputs": list(self.inputs),
+            **_sums(self.costs),
+            "regions": [{**_region_dict(region), **_sums(costs)} for region, costs in self.regions().items()],
+            "operators": [
+                {
+                    "operator": cost.operator,
+                    "region": cost.region.path if cost.region else None,
+                    "backward": cost.backward,
+                    **_sums([cost]),
+                }
+                for cost in self.costs
+            ],
+            "passes": [{"level": level, **asdict(r)} for level, records in self.records.items() for r in records],
+            "unrecognised": self.unrecognised,
+        }
+
+    def __str__(self) -> str:
+        title = f"{self.name}: shared by {self.layers} layer{'s' if self.layers != 1 else ''}; {', '.join(self.inputs)}"
+        return "\n\n".join(filter(None, [title, self._regions(), self._operators(), self._passes(), self._left()]))
+
+    def _regions(self) -> str:
+        trained = any(cost.backward for cost in self.costs)
+        times = {"forward us": False, "backward us": True} if trained else {"us": False}
+        rows = []
+        for region, costs in [*self.regions().items(), (Region("", "all"), list(self.costs))]:
+            path, kind = (region.path, region.kind) if region else ("(none)", "")
+            predicted = [sum(c.predicted_us for c in costs if c.backward is backward) for backward in times.values()]
+            rows.append([path, kind, *_amounts(costs), *predicted])
+        return _table(rows, ["region", "kind", *_AMOUNTS, *(f"predicted {name}" for name in times)])
+
+    def _operators(self) -> str:
+        by_name = _grouped(self.costs, lambda cost: cost.operator)
+        by_time = sorted(by_name.items(), key=lambda item: -sum(cost.predicted_us for cost in item[1]))
+        rows = [
+            ["groups of fused operators" if name == FUSED else name, len(costs), *_amounts(costs)[1:],
+             sum(cost.predicted_us for cost in costs)]
+            for name, costs in by_time
+        ]  # fmt: skip
+        return _table(rows, ["kernel", "calls", *_AMOUNTS[1:], "predicted us"])
+
+    def _passes(self) -> str:
+        rows = [
+            [r.name, level, r.tier, r.sites, len(r.skipped), r.time_us / 1e3, _counts(r.added), _counts(r.removed)]
+            for level, records in self.records.items()
+            for r in records
+        ]
+        headers = ["pass", "level", "tier", "sites", "left", "ms", "added", "removed"]
+        return tabulate(rows, headers, floatfmt=".1f", maxcolwidths=[None] * 6 + [48, 32]) if rows else ""
+
+    def _left(self) -> str:
+        lines = [
+            f"{r.name} left {site.where}: {site.reason}"
+            for records in self.records.values()
+            for r in records
+            for site in r.skipped
+        ]
+        if self.unrecognised:
+            lines.append(f"in no recognised region, compiled by Inductor as they are: {_counts(self.unrecognised)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `explain` returns: `str(report)` for reading, `to_dict()` for programs."""
+
+    precision: str
+    target: Target
+    notes: tuple[str, ...]
+    units: tuple[UnitReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, units in the names: `predicted_us`, `moved_bytes`, `flops` of one layer, `time_us` of a pass."""
+        return {
+            "precision": self.precision,
+            "target": self.target.name,
+            "notes": list(self.notes),
+            "units": [unit.to_dict() for unit in self.units],
+        }
+
+    def __str__(self) -> str:
+        head = [
+            f"precision {self.precision}, target {self.target.name} ({self.target.device})",
+            *(f"note: {note}" for note in self.notes),
+            "Predicted times are rooflines at the rates that large kernels reach on the target, not measurements.",
+        ]
+        return "\n\n".join(["\n".join(head), self.summary(), *map(str, self.units)]) + "\n"
+
+    def summary(self) -> str:
+        """One line a unit."""
+        rows = [
+            [u.name, u.layers, u.flops / 1e9, u.moved_bytes / 1e6, u.predicted_us, u.layers * u.predicted_us / 1e3]
+            for u in self.units
+        ]
+        headers = ["unit", "layers", "GFLOP/layer", "MB/layer", "predicted us/layer", "predicted ms/all"]
+        return _table(rows, headers)
+
+
+def explain(compiled: nn.Module, *example_inputs: Tensor) -> Report:
+    """What was compiled, how, and what it should cost on the model's target.
+
+    With `example_inputs`, the model is called on them first, under the grad mode that is on; else the report is about
+    the calls made so far. Regions and passes come from lowering each unit once more, so a warm compile cache hides
+    nothing; no code is generated and no weights are read.
+
+    Raises:
+        CompileError: `compiled` was not made by dsv3c.compile, or was neither called nor given inputs.
+    """
+    compilation = compilation_of(compiled)
+    if example_inputs:
+        compiled(*example_inputs)
+    if not compilation.units.units:
+        raise CompileError(
+            "dsv3c.explain: expected a compiled model that has been called, found one that has not; "
+            "try dsv3c.explain(compiled, input_ids)"
+        )
+    layers = Counter(Kind.of(layer) for _, layer in families.layers(compiled))
+    weights = QuantizedWeights(compilation.weights.recipe) if compilation.weights else None
+    units = tuple(
+        UnitReport.of(lower(unit, compilation.pipeline, weights), layers[unit.kind], compilation.target)
+        for unit in compilation.units.units.values()
+    )
+    return Report(compilation.precision, compilation.target, (*compilation.notes, EAGER), units)
+
+
+def _inputs(unit: Unit) -> Iterable[str]:
+    """`bfloat16[1, 4096, 7168]` for each tensor the unit was called with."""
+    for argument, shape in zip(unit.variant.arguments, unit.shapes, strict=True):
+        if argument is not None and shape is not None:
+            yield f"{str(argument.dtype).removeprefix('torch.')}{list(shape)}"
+
+
+def _grouped(costs: Iterable[Cost], key: Callable[[Cost], Any]) -> dict[Any, list[Cost]]:
+    groups = defaultdict(list)
+    for cost in costs:
+        groups[key(cost)].append(cost)
+    return dict(groups)
+
+
+def _sums(costs: Iterable[Cost]) -> dict[str, Any]:
+    costs = list(costs)
+    return {
+        "nodes": sum(cost.nodes for cost in costs),
+        "flops": sum(cost.flops for cost in costs),
+        "moved_bytes": sum(cost.moved_bytes for cost in costs),
+        "predicted_us": sum(cost.predicted_us for cost in costs),
+    }
+
+
+def _amounts(costs: Iterable[Cost]) -> list[float]:
+    sums = _sums(costs)
+    return [sums["nodes"], sums["flops"] / 1e9, sums["moved_bytes"] / 1e6]
+
+
+def _region_dict(region: Region | None) -> dict[str, str | None]:
+    return {"path": region.path, "kind": region.kind} if region else {"path": None, "kind": None}
+
+
+def _counts(histogram: dict[str, int]) -> str:
+    return ", ".join(f"{name.removesuffix('.default')} {count}" for name, count in sorted(histogram.items()))
+
+
+def _table(rows: list[list[Any]], headers: list[str]) -> str:
+    return tabulate(rows, headers, floatfmt=".1f")

@@ -1,0 +1,92 @@
+"""Which Triton kernels an operator launches, and one configuration of each compiled for Hopper, GPU or not.
+
+The kernels themselves say how they are compiled (kernels/offline.py); here is only the way from an operator's name, as
+it stands in a graph, to a kernel. Operators whose work is a library's (attention) have no entry.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from dsv3c.errors import CompileError
+
+# Kernel, as an artifact calls it -> Triton function and the constants that make it that one.
+_FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tile_map": ("tile_map_kernel", {}),
+    "quantize_tile": ("quantize_tile_kernel", {}),
+    "quantize_tile_t": ("quantize_tile_t_kernel", {"DEQUANTIZE": False, "GROUPED": False}),
+    "quantize_tile_t_grouped": ("quantize_tile_t_kernel", {"DEQUANTIZE": False, "GROUPED": True}),
+    "requantize_t": ("quantize_tile_t_kernel", {"DEQUANTIZE": True, "GROUPED": False}),
+    "requantize_t_grouped": ("quantize_tile_t_kernel", {"DEQUANTIZE": True, "GROUPED": True}),
+    "quantize_block": ("quantize_block_kernel", {}),
+    "dequantize_block": ("dequantize_block_kernel", {}),
+    "transpose": ("transpose_kernel", {}),
+    "gemm": ("gemm_kernel", {}),
+    "grouped_gemm": ("grouped_gemm_kernel", {}),
+    "wgrad": ("wgrad_kernel", {}),
+}
+
+_KERNELS: dict[str, tuple[str, ...]] = {
+    "dsv3c.quantize_tile.default": ("quantize_tile",),
+    "dsv3c.quantize_tile_t.default": ("quantize_tile_t", "quantize_tile_t_grouped", "tile_map"),
+    "dsv3c.requantize_t.default": ("requantize_t", "requantize_t_grouped", "tile_map"),
+    "dsv3c.quantize_block.default": ("quantize_block",),
+    "dsv3c.dequantize_block.default": ("dequantize_block",),
+    "dsv3c.gemm.default": ("gemm",),
+    "dsv3c.gemm_dgrad.default": ("gemm", "transpose"),
+    "dsv3c.gemm_wgrad.default": ("wgrad",),
+    "dsv3c.grouped_gemm.default": ("grouped_gemm", "tile_map"),
+    "dsv3c.grouped_gemm_dgrad.default": ("grouped_gemm", "transpose", "tile_map"),
+    "dsv3c.grouped_gemm_wgrad.default": ("wgrad", "tile_map"),
+}
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A cubin for sm_90a, and what it is: types, constants, warps, registers, stack, spills, shared memory."""
+
+    name: str
+    cubin: bytes
+    description: dict[str, Any]
+
+
+def kernels_of(operators: Iterable[str]) -> list[str]:
+    """Names of the kernels that `operators`, such as `dsv3c.gemm.default`, launch."""
+    return sorted({kernel for operator in operators for kernel in _KERNELS.get(operator, ())})
+
+
+def compile_kernel(name: str, *, pow2: bool) -> CompiledKernel:
+    """The kernel `name` in the first configuration of its search space, for BF16 where its types vary.
+
+    Raises:
+        CompileError: no Triton here, or one that cannot compile it.
+    """
+    try:
+        from dsv3c.kernels import offline
+    except ImportError as error:
+        raise CompileError(f"kernel {name}: expected Triton, which compiles for Hopper, found {error}") from None
+    function, constants = _FUNCTIONS[name]
+    variant = next(
+        v for v in offline.variants()
+        if v.kernel.__name__.strip("_") == function and constants.items() <= v.constants.items()
+    )  # fmt: skip
+    if "POW2" in variant.constants:
+        variant = replace(variant, constants=variant.constants | {"POW2": pow2})
+    try:
+        compiled = variant.compile()
+    except Exception as error:  # whatever the compiler's stages raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CompileError(f"kernel {name}: expected Triton to compile it for sm_90a, found {reason}") from error
+    return CompiledKernel(
+        name,
+        compiled.asm["cubin"],
+        {
+            "kernel": function,
+            "arch": "sm_90a",
+            "types": variant.arguments,
+            "constants": variant.constants,
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            **asdict(offline.resources(compiled)),
+        },
+    )
