@@ -1,0 +1,56 @@
+"""README's table of measured times, made of the newest row of each kind in benchmarks/results: `make readme`."""
+
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from dsv3c.benchmarks.record import read
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- begin: made by benchmarks/readme_table.py -->\n", "<!-- end -->"
+KIND = ("source", "family", "layers", "tokens", "batch", "mode")
+
+
+def updated(readme: str) -> str:
+    """`readme` with the table between its two marks made anew."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md: expected the marks {BEGIN.strip()} and {END}, found one of them missing")
+    return f"{before}{BEGIN}{table(read())}\n{END}{after}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a contender, in Markdown; the newest of the rows that measure the same on the same machine."""
+    rows = [row for row in rows if row.get("benchmark") == "model"]
+    if not rows:
+        return "Nothing recorded yet."
+    newest = {(row["environment"]["machine"], *(row[key] for key in KIND)): row for row in rows}
+    lines = []
+    for row in newest.values():
+        where = row["environment"]
+        what = f"{row['source']} ({row['family']}), {row['layers']} layers, {row['mode']}, "
+        what += f"{row['batch']} x {row['tokens']}"
+        taken = f"{where['machine']}, {where.get('power_limit_w') or 0:.0f} W, torch {where['torch']}, "
+        taken += f"{where['date'][:10]}, " + (f"commit {c}" if (c := where["commit"]) else f"source {where['source']}")
+        for contender in row["contenders"]:
+            middle, low, high = (contender[key] / 1e3 for key in ("median_us", "p20_us", "p80_us"))
+            worst = contender["worst_check"]
+            lines.append(
+                {
+                    "what": what,
+                    "contender": contender["name"],
+                    "ms (p20-p80)": f"{middle:.2f} ({low:.2f}-{high:.2f})",
+                    "x eager": f"{contender['speedup_over_eager']:.2f}",
+                    "x torch.compile": f"{contender['speedup_over_torch_compile']:.2f}",
+                    "error (bound)": f"{worst['error']:.1e} ({worst['bound']:.1e})" if worst else "",
+                    "taken": taken,
+                }
+            )
+            what = taken = ""  # once for all contenders
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,77 @@
+"""One timer for benchmarks: contenders take turns, so that a machine that slows down slows all of them."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+
+FLUSH_BYTES = 512 << 20  # several times the L2 cache of any GPU there is
+LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of a call: the median, and the 20th and 80th percentile of so many runs; and the GPU memory it takes
+    above what was allocated before (None on a CPU)."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    runs: int
+    peak_bytes: int | None
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 50, seconds: float = 10.0
+) -> dict[str, Timing]:
+    """Times the contenders in turn, in rounds, for about `seconds` in all. They must be warm.
+
+    With a GPU: device events around the call, the device idle and its L2 cache flushed before it, so that a call's own
+    launches count. Without: the wall clock.
+    """
+    clock = _gpu_us if torch.cuda.is_available() else _cpu_us
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    start = time.perf_counter()
+    for count in range(1, rounds + 1):
+        for name in order:
+            times[name].append(clock(contenders[name]))
+        order.append(order.pop(0))
+        if count >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+    return {name: _summary(us, _peak_bytes(contenders[name])) for name, us in times.items()}
+
+
+def _summary(us: list[float], peak_bytes: int | None) -> Timing:
+    p20, *_, p80 = quantiles(us, n=5, method="inclusive")
+    return Timing(median(us), p20, p80, len(us), peak_bytes)
+
+
+def _cpu_us(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _gpu_us(call: Callable[[], object]) -> float:
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    before.record()
+    call()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) * 1e3
+
+
+def _peak_bytes(call: Callable[[], object]) -> int | None:
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
