@@ -121,10 +121,12 @@ def padded(x, offs):
     return out
 
 
-@pytest.mark.parametrize("which", ["ours", "transformers"])
-def test_every_gemm_is_right_about_what_it_was_given(which, request, compiled, logits, monkeypatch):
+@pytest.mark.parametrize(
+    ("which", "dtype"), [("ours", torch.bfloat16), ("ours", torch.float32), ("transformers", torch.bfloat16)]
+)
+def test_every_gemm_is_right_about_what_it_was_given(which, dtype, request, compiled, logits, monkeypatch):
     make = request.getfixturevalue("make_model" if which == "ours" else "make_their_model")
-    model, watch = compiled(make(torch.bfloat16), "fp8"), Watch()
+    model, watch = compiled(make(dtype), "fp8"), Watch()
     quantize = QuantizedWeights.quantize
 
     def quantize_and_tell(self, weight):
