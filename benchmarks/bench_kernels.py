@@ -22,7 +22,8 @@ from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.timing import interleaved
-from dsv3c.kernels import gemm, grouped_gemm, reference, wgrad
+from dsv3c.kernels import gemm, grouped_gemm, wgrad
+from dsv3c.kernels.reference import casts as reference
 from dsv3c.numerics import TILE, Recipe, gemm_bounds
 
 ops = torch.ops.dsv3c

@@ -14,6 +14,7 @@ One program of 8 warps for the same tile: 579–773. Two halves of 128×128 in 8
 cuBLASLt, behind `torch.nn.functional.scaled_mm`, has the same semantics and is taken whenever its alignments hold.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import E4M3, TILE, ceil_div, round_up
 
@@ -278,3 +280,21 @@ def cublaslt(
         x_fp8, w_fp8.t(), [column_major(x_scale_inv)], [ScalingType.BlockWise1x128.value], [],
         [w_scale_inv], [w_recipe.value], [], None, out.dtype, out=out,
     )  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    yield Variant(_transpose_kernel, {"w_ptr": I32, "t_ptr": I32}, {"ROWS4": 32, "COLUMNS4": 32})
+    for config in SPACE:
+        scales = {"x_scale_inv_ptr": F32, "w_scale_inv_ptr": F32}
+        operands = described("x_desc", "w_desc", config) | {"y_ptr": BF16} | scales
+        yield Variant(_gemm_kernel, operands, tile_constants(config), config.num_warps, config.num_stages)
+
+
+def described(a: str, b: str, config: Config) -> dict[str, str]:
+    """Types of the descriptors of two operands."""
+    return {a: f"tensordesc<fp8e4nv[{config.rows}, 128]>", b: f"tensordesc<fp8e4nv[{config.columns}, 128]>"}
+
+
+def tile_constants(config: Config) -> dict[str, int]:
+    """The constants that `config` stands for."""
+    return {"ROWS": config.rows, "COLUMNS": config.columns, "HALVES": config.halves}

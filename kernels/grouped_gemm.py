@@ -10,13 +10,26 @@ traffic, and tiles should not be much taller than a group. A GPU's share at EP32
 compute-bound.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3c.kernels.gemm import SPACE, Config, aligned, descriptor, output_tile, swizzle, transpose
+from dsv3c.kernels.gemm import (
+    SPACE,
+    Config,
+    aligned,
+    described,
+    descriptor,
+    output_tile,
+    swizzle,
+    tile_constants,
+    transpose,
+)
 from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import ceil_div
 
@@ -84,3 +97,10 @@ def launch(
         w_scale_inv.contiguous(), tiles, first, E, bound, N, K, x_scale_inv.stride(1),
         config.rows, config.columns, config.halves, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    for config in SPACE:
+        operands = described("x_desc", "w_desc", config) | {"y_ptr": BF16, "x_scale_inv_ptr": F32}
+        operands |= {"w_scale_inv_ptr": F32, "tiles_ptr": I32, "first_ptr": I32}
+        yield Variant(_grouped_gemm_kernel, operands, tile_constants(config), config.num_warps, config.num_stages)

@@ -5,11 +5,14 @@ Every group is cut into tiles of `block` rows, the last one short; groups withou
 through all groups. There are at most ⌈R/block⌉ + E of them, which is what the host allocates and launches for.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv3c.kernels.offline import I32, Variant
 from dsv3c.numerics import ceil_div
 
 
@@ -44,3 +47,12 @@ def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
     first = torch.empty(E + 1, dtype=torch.int32, device=offs.device)
     _tile_map_kernel[(E + 1,)](offs, tiles, first, E, bound, block, triton.next_power_of_2(E), num_warps=1)
     return tiles, first
+
+
+def variants() -> Iterator[Variant]:
+    yield Variant(
+        _tile_map_kernel,
+        {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32},
+        {"BLOCK": 128, "GROUPS": 256},
+        num_warps=1,
+    )

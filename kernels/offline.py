@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from dsv3c.kernels import gemm, grouped_gemm, groups, quantize, wgrad
-
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
+FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad")
 
 
 @dataclass(frozen=True)
@@ -89,56 +89,6 @@ def _spills(code: str) -> int:
 
 
 def variants() -> Iterator[Variant]:
-    """All that the launchers may launch."""
-    yield Variant(groups._tile_map_kernel, {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32},
-                  {"BLOCK": 128, "GROUPS": 256}, num_warps=1)  # fmt: skip
-    for x in (BF16, F32):
-        yield Variant(quantize._quantize_tile_kernel,
-                      {"x_ptr": x, "q_ptr": FP8, "scale_inv_ptr": F32, "amax_floor": "fp32"},
-                      {"POW2": False, "ROWS": 16})  # fmt: skip
-        yield Variant(quantize._quantize_block_kernel,
-                      {"w_ptr": x, "q_ptr": FP8, "scale_inv_ptr": F32, "amax_floor": "fp32"},
-                      {"POW2": False})  # fmt: skip
-        yield Variant(quantize._dequantize_block_kernel, {"q_ptr": FP8, "scale_inv_ptr": F32, "w_ptr": x}, {},
-                      num_warps=8)  # fmt: skip
-    for x, dequantize in ((BF16, False), (F32, False), (FP8, True)):
-        for grouped in (False, True):
-            arguments = {"x_ptr": x, "q_ptr": I32, "scale_inv_ptr": F32, "amax_floor": "fp32"}
-            constants = {
-                "POW2": False,
-                "DEQUANTIZE": dequantize,
-                "GROUPED": grouped,
-                "COLUMNS": 32 if dequantize else 64,
-            }
-            arguments |= {"x_scale_inv_ptr": F32} if dequantize else {}
-            constants |= {} if dequantize else {"x_scale_inv_ptr": None}
-            arguments |= {"tiles_ptr": I32, "first_ptr": I32} if grouped else {}
-            constants |= {} if grouped else {"tiles_ptr": None, "first_ptr": None}
-            yield Variant(quantize._quantize_tile_t_kernel, arguments, constants)
-    yield Variant(gemm._transpose_kernel, {"w_ptr": I32, "t_ptr": I32}, {"ROWS4": 32, "COLUMNS4": 32})
-    for config in gemm.SPACE:
-        operands = {
-            **_descriptors("x_desc", "w_desc", config),
-            "y_ptr": BF16,
-            "x_scale_inv_ptr": F32,
-            "w_scale_inv_ptr": F32,
-        }
-        yield Variant(gemm._gemm_kernel, operands, *_launch(config))
-        grouped = operands | {"tiles_ptr": I32, "first_ptr": I32}
-        yield Variant(grouped_gemm._grouped_gemm_kernel, grouped, *_launch(config))
-    for config, chunk in wgrad.SPACE:
-        operands = {"dyt_scale_inv_ptr": F32, "xt_scale_inv_ptr": F32, "first_ptr": I32}
-        operands |= _descriptors("dyt_desc", "xt_desc", config)
-        constants, num_warps, num_stages = _launch(config)
-        for dw in (BF16, F32):
-            yield Variant(wgrad._wgrad_kernel, operands | {"dw_ptr": dw}, constants | {"CHUNK": chunk},
-                          num_warps, num_stages)  # fmt: skip
-
-
-def _descriptors(a: str, b: str, config: gemm.Config) -> dict[str, str]:
-    return {a: f"tensordesc<fp8e4nv[{config.rows}, 128]>", b: f"tensordesc<fp8e4nv[{config.columns}, 128]>"}
-
-
-def _launch(config: gemm.Config) -> tuple[dict[str, int], int, int]:
-    tile = {"ROWS": config.rows, "COLUMNS": config.columns, "HALVES": config.halves}
-    return tile, config.num_warps, config.num_stages
+    """All that the launchers may launch: what each file of kernels says of its own."""
+    for family in FAMILIES:
+        yield from import_module(f"dsv3c.kernels.{family}").variants()

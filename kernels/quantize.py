@@ -8,12 +8,15 @@ the bottleneck, so four neighbouring rows travel as four tensors and are packed 
 transposition.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.offline import BF16, F32, FP8, I32, Variant
 from dsv3c.numerics import TILE, ceil_div
 
 
@@ -223,3 +226,26 @@ def _blocks(w: Tensor) -> tuple[int, int, int]:
 def column_major(scale_inv: Tensor) -> Tensor:
     """scale_inv of 1×128 tiles with strides (1, rows), as the operators make it and the kernels read it."""
     return scale_inv if scale_inv.stride(0) == 1 else scale_inv.t().contiguous().t()
+
+
+def variants() -> Iterator[Variant]:
+    quantized = {"q_ptr": FP8, "scale_inv_ptr": F32, "amax_floor": "fp32"}
+    for x in (BF16, F32):
+        yield Variant(_quantize_tile_kernel, {"x_ptr": x} | quantized, {"POW2": False, "ROWS": 16})
+        yield Variant(_quantize_block_kernel, {"w_ptr": x} | quantized, {"POW2": False})
+        block = {"q_ptr": FP8, "scale_inv_ptr": F32, "w_ptr": x}
+        yield Variant(_dequantize_block_kernel, block, {}, num_warps=8)
+    for x, dequantize in ((BF16, False), (F32, False), (FP8, True)):
+        for grouped in (False, True):
+            constants = {
+                "POW2": False,
+                "DEQUANTIZE": dequantize,
+                "GROUPED": grouped,
+                "COLUMNS": 32 if dequantize else 64,
+            }
+            arguments = {"x_ptr": x} | quantized | {"q_ptr": I32}
+            arguments |= {"x_scale_inv_ptr": F32} if dequantize else {}
+            constants |= {} if dequantize else {"x_scale_inv_ptr": None}
+            arguments |= {"tiles_ptr": I32, "first_ptr": I32} if grouped else {}
+            constants |= {} if grouped else {"tiles_ptr": None, "first_ptr": None}
+            yield Variant(_quantize_tile_t_kernel, arguments, constants)

@@ -10,13 +10,27 @@ program then would mostly wait: for where its group begins, for its operands, fo
 tiles beside each other in one loop over tiles and blocks, in which the loads run ahead over the end of a tile.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3c.kernels.gemm import Config, aligned, cublaslt, cublaslt_takes, descriptor, promote, store_tile, swizzle
+from dsv3c.kernels.gemm import (
+    Config,
+    aligned,
+    cublaslt,
+    cublaslt_takes,
+    described,
+    descriptor,
+    promote,
+    store_tile,
+    swizzle,
+    tile_constants,
+)
 from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
 
@@ -120,3 +134,12 @@ def launch(
         dyt_scale_inv, xt_scale_inv, first, N, K, dyt_scale_inv.stride(1), xt_scale_inv.stride(1),
         config.rows, config.columns, config.halves, chunk, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    for config, chunk in SPACE:
+        operands = {"dyt_scale_inv_ptr": F32, "xt_scale_inv_ptr": F32, "first_ptr": I32}
+        operands |= described("dyt_desc", "xt_desc", config)
+        constants = tile_constants(config) | {"CHUNK": chunk}
+        for dw in (BF16, F32):
+            yield Variant(_wgrad_kernel, operands | {"dw_ptr": dw}, constants, config.num_warps, config.num_stages)

@@ -13,7 +13,7 @@ from dsv3c.benchmarks.bench_model import draw, measure, report
 from dsv3c.benchmarks.gate import median_row_distance
 from dsv3c.cli import app
 from dsv3c.errors import Dsv3cError
-from dsv3c.kernels import reference
+from dsv3c.kernels.reference import gemms as reference
 
 
 @pytest.fixture

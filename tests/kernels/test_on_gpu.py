@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dsv3c.operators  # noqa: F401
-from dsv3c.kernels import reference
+from dsv3c.kernels.reference import casts as reference
 from dsv3c.numerics import Recipe
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -1,0 +1,91 @@
+"""FP8 products with block scales, dense and of the experts. What each means: `kernels/reference/gemms.py`."""
+
+from torch import Tensor
+
+from dsv3c.kernels.reference import gemms
+from dsv3c.numerics import TILE
+from dsv3c.operators.define import check_blocks, check_tiles, count_groups, define, expect
+
+
+def _empty_wgrad(groups: tuple, dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dtype) -> Tensor:
+    check_tiles("dyt", dyt_fp8_NP, dyt_scale_inv)
+    check_tiles("xt", xt_fp8_KP, xt_scale_inv)
+    expect("columns of xt", xt_fp8_KP.shape[1], dyt_fp8_NP.shape[1])
+    return dyt_fp8_NP.new_empty((*groups, dyt_fp8_NP.shape[0], xt_fp8_KP.shape[0]), dtype=dtype)
+
+
+def _gemm(x_fp8_RK, x_scale_inv, w_fp8_NK, w_scale_inv, dtype):
+    check_tiles("x", x_fp8_RK, x_scale_inv)
+    check_blocks("w", w_fp8_NK, w_scale_inv)
+    R, K = x_fp8_RK.shape
+    *_, N, contracted = w_fp8_NK.shape
+    expect("columns of w", contracted, K)
+    return x_fp8_RK.new_empty((R, N), dtype=dtype)
+
+
+def _gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_NK, w_scale_inv, dtype):
+    check_tiles("dy", dy_fp8_RN, dy_scale_inv)
+    check_blocks("w", w_fp8_NK, w_scale_inv)
+    R, N = dy_fp8_RN.shape
+    *_, contracted, K = w_fp8_NK.shape
+    expect("rows of w", contracted, N)
+    return dy_fp8_RN.new_empty((R, K), dtype=dtype)
+
+
+def _gemm_wgrad(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dtype):
+    return _empty_wgrad((), dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dtype)
+
+
+def _grouped_gemm(x_fp8_RK, x_scale_inv, w_fp8_ENK, w_scale_inv, offs, dtype):
+    expect("number of groups", count_groups(offs), w_fp8_ENK.shape[0])
+    return _gemm(x_fp8_RK, x_scale_inv, w_fp8_ENK, w_scale_inv, dtype)
+
+
+def _grouped_gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_ENK, w_scale_inv, offs, dtype):
+    expect("number of groups", count_groups(offs), w_fp8_ENK.shape[0])
+    return _gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_ENK, w_scale_inv, dtype)
+
+
+def _grouped_gemm_wgrad(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, offs, dtype):
+    return _empty_wgrad((count_groups(offs),), dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dtype)
+
+
+# FLOPs, from shapes: a multiplication and an addition per product.
+
+
+def _gemm_flops(x_shape, x_scale_inv, w_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x_shape[0] * w_shape[-2] * w_shape[-1]
+
+
+def _gemm_wgrad_flops(dyt_shape, dyt_scale_inv, xt_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * dyt_shape[0] * xt_shape[0] * dyt_shape[1]
+
+
+def _grouped_gemm_wgrad_flops(dyt_shape, dyt_scale_inv, xt_shape, xt_scale_inv, offs_shape, *args, **kwargs) -> int:
+    rows = dyt_shape[1] - TILE * offs_shape[0]  # the real ones, rounded up to 128: see `padded_rows`
+    return 2 * dyt_shape[0] * xt_shape[0] * rows
+
+
+_X_W = "Tensor x_fp8, Tensor x_scale_inv, Tensor w_fp8, Tensor w_scale_inv"
+_DY_W = _X_W.replace("x_", "dy_")
+_WGRAD = "Tensor dyt_fp8, Tensor dyt_scale_inv, Tensor xt_fp8, Tensor xt_scale_inv"
+_OUT = "ScalarType dtype) -> Tensor"
+
+define(f"gemm({_X_W}, {_OUT}", _gemm, gemms.gemm_ref, "gemm", _gemm_flops)
+define(f"gemm_dgrad({_DY_W}, {_OUT}", _gemm_dgrad, gemms.gemm_dgrad_ref, "gemm", _gemm_flops)
+define(f"gemm_wgrad({_WGRAD}, {_OUT}", _gemm_wgrad, gemms.gemm_wgrad_ref, "wgrad", _gemm_wgrad_flops)
+define(f"grouped_gemm({_X_W}, Tensor offs, {_OUT}", _grouped_gemm, gemms.grouped_gemm_ref, "grouped_gemm", _gemm_flops)
+define(
+    f"grouped_gemm_dgrad({_DY_W}, Tensor offs, {_OUT}",
+    _grouped_gemm_dgrad,
+    gemms.grouped_gemm_dgrad_ref,
+    "grouped_gemm",
+    _gemm_flops,
+)
+define(
+    f"grouped_gemm_wgrad({_WGRAD}, Tensor offs, {_OUT}",
+    _grouped_gemm_wgrad,
+    gemms.grouped_gemm_wgrad_ref,
+    "wgrad",
+    _grouped_gemm_wgrad_flops,
+)
