@@ -9,6 +9,7 @@ from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
+from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
 from dsv3c.passes.share_equal import ShareEqual
 
 
@@ -16,9 +17,10 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
     """The passes of a precision, `"exact"` or `"fp8"`. Each knows its level: the captured graph (L0), or the joint
     graph of forward and backward, in inference the forward graph (L1)."""
     if precision == "exact":
-        return (RaiseAttention(),)
+        return (RaiseAttention(), RaiseGroupedLinear())
     return (
         RaiseAttention(),
+        RaiseGroupedLinear(),
         FoldLinear(),
         QuantizeLinear(recipe),
         QuantizeGroupedLinear(recipe),
