@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsv3c.artifact import FORMAT, MANIFEST, MODES, cache_key, kernels_of, kinds, state
+from dsv3c.artifact import FORMAT, MANIFEST, MODES, Mode, cache_key, kernels_of, kinds, state
 from dsv3c.config import ModelConfig
 from dsv3c.errors import ArtifactError, ConfigError
+from dsv3c.operators.mla_decode import LATENT, RANK
 from dsv3c.tuning import targets
 
 _LINE = re.compile(r"%(\d+) = (\S+?)\((.*?)\)(?: : (.+?))?(?:  # (\S+) \((\w+)\))?")
@@ -35,9 +36,13 @@ def fp8_linears(config: ModelConfig, kind: str) -> int:
     return attention + (2 + (3 if config.n_shared_experts else 0) if kind == "moe_layer" else 3)
 
 
-def fp8_products(config: ModelConfig, kind: str, *, training: bool) -> int:
-    """FP8 GEMMs of a module: fprop, and in training dgrad and wgrad."""
-    return fp8_linears(config, kind) * (3 if training else 1)
+def fp8_products(config: ModelConfig, kind: str, mode: Mode) -> int:
+    """FP8 GEMMs of a module: fprop, and in training dgrad and wgrad. Decoding over V3's latent has none of kv_b_proj,
+    which `AbsorbAttention` turns into two products of its own."""
+    absorbed = (
+        bool(mode.cached) and kind.endswith("_layer") and (config.kv_lora_rank, config.latent_dim) == (RANK, LATENT)
+    )
+    return fp8_linears(config, kind) * (3 if mode.training else 1) - absorbed
 
 
 def check_artifact(folder: str | Path) -> dict[str, Any]:
@@ -117,8 +122,8 @@ def _check_units(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
     reasons = _reasons(folder)
     products = {}
     for name, unit in manifest["units"].items():
-        training = unit["mode"]["training"]
-        for level in LEVELS if training else LEVELS[:-1]:
+        mode = Mode(**unit["mode"])
+        for level in LEVELS if mode.training else LEVELS[:-1]:
             file = f"graphs/{name}/{level}.txt"
             if file not in manifest["files"]:
                 _refuse(folder / file, "a graph, as for every unit", "none")
@@ -126,7 +131,7 @@ def _check_units(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
             _check_level(folder / file, level, lines, reasons[name], fp8=manifest["precision"] == "fp8")
             if level == "L1":
                 products[name] = sum(bool(_FP8_PRODUCT.fullmatch(line.operator)) for line in lines)
-                analytic = fp8_products(config, unit["kind"], training=training)
+                analytic = fp8_products(config, unit["kind"], mode)
                 analytic = analytic if manifest["precision"] == "fp8" else 0
                 if products[name] != analytic:
                     _refuse(folder / file, f"{analytic} FP8 products, as many as its linears have", str(products[name]))

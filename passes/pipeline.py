@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from dsv3c.numerics import Recipe
+from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.contract import Level, Pass, select
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
@@ -22,6 +23,7 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
         RaiseAttention(),
         RaiseGroupedLinear(),
         FoldLinear(),
+        AbsorbAttention(),
         QuantizeLinear(recipe),
         QuantizeGroupedLinear(recipe),
         QuantizeBeforeGather(),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dsv3c
+from dsv3c.artifact import MODES
 from dsv3c.artifact_check import fp8_products
 from dsv3c.config import preset
 from dsv3c.errors import CompileError
@@ -17,6 +18,7 @@ from dsv3c.report import Report, UnitReport
 from dsv3c.tuning import targets
 
 SMALL = replace(preset("tiny"), num_hidden_layers=2, first_k_dense_replace=0, vocab_size=64)
+PREFILL, TRAINING, _ = MODES
 IDS = torch.zeros(2, 17, dtype=torch.long)
 
 
@@ -64,7 +66,7 @@ def test_a_report_of_training(explained):
     assert [region["kind"] for region in head["regions"]] == ["head"]
     assert head["flops"] == 3 * 2 * IDS.numel() * SMALL.vocab_size * SMALL.hidden_size
     assert unit["inputs"][0] == "bfloat16[2, 17, 256]"
-    assert products(unit) == fp8_products(SMALL, "moe_layer", training=True)
+    assert products(unit) == fp8_products(SMALL, "moe_layer", TRAINING)
     for quantity in ("flops", "moved_bytes", "nodes"):
         assert sum(region[quantity] for region in unit["regions"]) == unit[quantity]
         assert sum(operator[quantity] for operator in unit["operators"]) == unit[quantity]
@@ -140,6 +142,6 @@ def test_transformers_model_has_the_same_regions(without_codegen):
         theirs(IDS, use_cache=False)
     unit, *_ = dsv3c.explain(theirs).to_dict()["units"]
     assert unit["name"] == "moe_layer_many_sequences_many_tokens_inference"
-    assert products(unit) == fp8_products(SMALL, "moe_layer", training=False)
+    assert products(unit) == fp8_products(SMALL, "moe_layer", PREFILL)
     kinds = {region["kind"] for region in unit["regions"]}
     assert {"attention", "norm", "linear", "layer", "router", "experts", "moe"} <= kinds
