@@ -1,0 +1,87 @@
+"""Which implementation computes an operator, in which configuration.
+
+An operator may have several implementations: kernels of ours, a library. Each has a space of configurations that
+change its speed and never a bit of its results; what sums in another order is an implementation of its own. The choice
+is by measurement: `dsv3c tune` writes a table for each device (`tuning/tables.py`), which is read at the first launch.
+Without a row for a problem, the rule in the operator's kernel file decides (`default`). The choice depends on the
+problem and the device alone, and is no part of a compile key. Nothing is measured here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import import_module
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # importing this file needs no Triton
+    from dsv3c.kernels.offline import Variant
+
+Config = Mapping[str, Any]
+
+
+class Problem(NamedTuple):
+    """What a call computes, as far as the choice depends on it. A tuple, since each launch makes and hashes one."""
+
+    operator: str  # "gemm", "gemm_wgrad", "grouped_gemm", "grouped_gemm_wgrad", ...
+    rows: int  # M, of all groups together; where rows are contracted (wgrad), their number
+    N: int
+    K: int
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator.
+
+    Attributes:
+        space: a knob's name and its values; empty for a library.
+        launch: launch(*operands, out, **config), the operator's arguments without dtype. No operand is empty.
+        takes: problems it can compute.
+        valid: combinations of knobs that its code supports; whether they fit the device is the assembler's to say.
+        variant: a configuration's kernel, for compiling without a GPU. None for a library.
+    """
+
+    name: str
+    space: Mapping[str, tuple]
+    launch: Callable[..., None]
+    takes: Callable[[Problem], bool] = lambda problem: True
+    valid: Callable[[Config], bool] = lambda config: True
+    variant: "Callable[[Config], Variant] | None" = None
+
+    def configs(self) -> Iterator[dict[str, Any]]:
+        """Every valid configuration; a library's only one is empty."""
+        for values in product(*self.space.values()):
+            config = dict(zip(self.space, values, strict=True))
+            if self.valid(config):
+                yield config
+
+
+Choice = tuple[Implementation, Config]
+
+# Operator -> its kernel files. The first also has `default(problem) -> (name, config)`, the rule without a table.
+FILES: dict[str, tuple[str, ...]] = {
+    "gemm": ("gemm",),
+    "gemm_wgrad": ("wgrad",),
+    "grouped_gemm": ("grouped_gemm",),
+    "grouped_gemm_wgrad": ("wgrad",),
+}
+
+
+@cache
+def implementations(operator: str) -> dict[str, Implementation]:
+    """By name: what the operator's files list under IMPLEMENTATIONS[operator]."""
+    modules = [import_module(f"dsv3c.kernels.{file}") for file in FILES[operator]]
+    return {found.name: found for module in modules for found in module.IMPLEMENTATIONS[operator]}
+
+
+def default(problem: Problem) -> Choice:
+    """By rule."""
+    name, config = import_module(f"dsv3c.kernels.{FILES[problem.operator][0]}").default(problem)
+    return implementations(problem.operator)[name], config
+
+
+@lru_cache(maxsize=1 << 16)
+def choose(problem: Problem) -> Choice:
+    """By measurement where this process's GPU has a row, else by rule."""
+    return default(problem)
