@@ -39,14 +39,14 @@ from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import ceil_div
 
 
-@triton.jit(do_not_specialize=["E", "bound", "x_scale_inv_step", "band"])
+@triton.jit(do_not_specialize=["E", "bound", "x_scale_inv_step"])
 def _grouped_gemm_kernel(
     x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, tiles_ptr, first_ptr, E, bound, N, K, x_scale_inv_step,
-    band, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n, blocks = tl.load(first_ptr + E), tl.cdiv(N, COLUMNS), tl.cdiv(K, 128)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = swizzle(tile, num_m, num_n, band)
+        m, n = swizzle(tile, num_m, num_n, BAND)
         e = tl.load(tiles_ptr + m)
         row = tl.load(tiles_ptr + bound + m)
         end = tl.load(tiles_ptr + 2 * bound + m)
@@ -100,8 +100,9 @@ def launch(
     bound = tiles.shape[1]
     _grouped_gemm_kernel[grid(config, bound * ceil_div(N, config.columns))](
         descriptor(aligned(x_fp8), config.rows), descriptor(w_fp8.flatten(0, 1), config.columns), out, x_scale_inv,
-        w_scale_inv.contiguous(), tiles, first, E, bound, N, K, x_scale_inv.stride(1), config.band,
-        config.rows, config.columns, config.halves, num_warps=config.num_warps, num_stages=config.num_stages,
+        w_scale_inv.contiguous(), tiles, first, E, bound, N, K, x_scale_inv.stride(1),
+        config.rows, config.columns, config.halves, config.band,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

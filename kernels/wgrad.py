@@ -44,7 +44,7 @@ SPACE = {
     "halves": (1, 2),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4, 5, 6),
-    "band": (2, 4, 8, 16),
+    "band": (4, 8, 16),
     "chunk": (1, 4, 16),
 }
 # Without a table. On an H200 the first is best from about 256 rows a group on, the second below.
@@ -54,14 +54,15 @@ BUILT_IN = tuple(
 )
 
 
-@triton.jit(do_not_specialize=["band"])
+@triton.jit
 def _wgrad_kernel(
-    dyt_desc, xt_desc, dw_ptr, dyt_scale_inv_ptr, xt_scale_inv_ptr, first_ptr, N, K, dyt_step, xt_step, band,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, CHUNK: tl.constexpr,
+    dyt_desc, xt_desc, dw_ptr, dyt_scale_inv_ptr, xt_scale_inv_ptr, first_ptr, N, K, dyt_step, xt_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BAND: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(1)
     num_n = tl.cdiv(K, COLUMNS)
-    m, chunk = swizzle(tl.program_id(0), tl.cdiv(N, HALVES * ROWS), tl.cdiv(num_n, CHUNK), band)
+    m, chunk = swizzle(tl.program_id(0), tl.cdiv(N, HALVES * ROWS), tl.cdiv(num_n, CHUNK), BAND)
     row, first_n = m * HALVES * ROWS, chunk * CHUNK
     tiles = tl.minimum(num_n - first_n, CHUNK)
     first_block = tl.load(first_ptr + e)
@@ -166,8 +167,9 @@ def launch(
     grid = (ceil_div(N, config.block_m) * ceil_div(ceil_div(K, config.columns), chunk), E)
     _wgrad_kernel[grid](
         descriptor(aligned(dyt_fp8), config.rows), descriptor(aligned(xt_fp8), config.columns), out,
-        dyt_scale_inv, xt_scale_inv, first, N, K, dyt_scale_inv.stride(1), xt_scale_inv.stride(1), config.band,
-        config.rows, config.columns, config.halves, chunk, num_warps=config.num_warps, num_stages=config.num_stages,
+        dyt_scale_inv, xt_scale_inv, first, N, K, dyt_scale_inv.stride(1), xt_scale_inv.stride(1),
+        config.rows, config.columns, config.halves, config.band, chunk,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
