@@ -28,6 +28,13 @@ class Verdict:
     reason: str | None
 
 
+def num_kernels(implementation: Implementation) -> int:
+    """How many kernels its configurations are: some knobs belong to the launch alone."""
+    if implementation.variant is None:
+        return 0
+    return len({implementation.variant(config).name for config in implementation.configs()})
+
+
 def prefilter(
     operator: str,
     implementation: Implementation,
@@ -44,7 +51,7 @@ def prefilter(
     if implementation.variant is None:
         return [Verdict(config, None) for config in configs]
     names = [implementation.variant(config).name for config in configs]
-    distinct = dict(zip(names, configs, strict=True))  # some knobs belong to the launch and not to the kernel
+    distinct = dict(zip(names, configs, strict=True))  # see `num_kernels`
     reasons = {}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         found = {

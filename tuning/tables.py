@@ -109,7 +109,10 @@ def write(path: Path, target: str, rows: Iterable[Row]) -> None:
         beside.write_text(f"{head}{lines}\n ]\n}}\n")
         beside.replace(path)
     except OSError as error:
-        raise TuneError(f"{path}: expected a file to write, found: {error.strerror}; try DSV3C_TABLES=DIR") from error
+        raise TuneError(
+            f"{path}: expected a file to write, found: {error.strerror}; try another folder: --output, or "
+            "DSV3C_TABLES; until then launches use the shipped tables and built-in defaults"
+        ) from error
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
