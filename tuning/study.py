@@ -47,7 +47,7 @@ class Space:
     configs: Mapping[str, Sequence[Mapping[str, Any]]]
 
     def choices(self) -> set[tuple]:
-        return {_key(name, config) for name, configs in self.configs.items() for config in configs}
+        return {key(name, config) for name, configs in self.configs.items() for config in configs}
 
     def suggest(self, trial: optuna.Trial) -> Choice:
         name = trial.suggest_categorical("implementation", sorted(self.knobs))
@@ -107,19 +107,19 @@ def search(
         first: choices to begin with, such as the built-in ones and a neighbour's best.
         progress: called after each trial, with what became of it.
     """
-    allowed, done = space.choices(), {_key(*choice_of(trial)) for trial in measured(study)}
+    allowed, done = space.choices(), {key(*choice_of(trial)) for trial in measured(study)}
     for name, config in first:
-        if _key(name, config) in allowed - done:
+        if key(name, config) in allowed - done:
             study.enqueue_trial(_parameters(name, config), skip_if_exists=True)
     for _ in range(ASKED_PER_TRIAL * trials):
         if len(done) >= min(trials, len(allowed)):
             return
         trial = study.ask()
         choice = space.suggest(trial)
-        if _key(*choice) not in allowed - done:
+        if key(*choice) not in allowed - done:
             study.tell(trial, state=TrialState.PRUNED)
             continue
-        done.add(_key(*choice))
+        done.add(key(*choice))
         progress(_run(study, trial, choice, measure))
 
 
@@ -216,5 +216,5 @@ def _parameters(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"implementation": name} | {f"{name}.{knob}": value for knob, value in config.items()}
 
 
-def _key(name: str, config: Mapping[str, Any]) -> tuple:
+def key(name: str, config: Mapping[str, Any]) -> tuple:
     return name, *sorted(config.items())

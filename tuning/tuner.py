@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 import torch
 
-from dsv3c.kernels.implementations import Problem, default, implementations
+from dsv3c.kernels.implementations import Problem, implementations
 from dsv3c.tuning import study as studies
 from dsv3c.tuning.buckets import bucket
 from dsv3c.tuning.prefilter import Verdict
@@ -38,10 +38,10 @@ def space(problem: Problem, verdicts: Mapping[str, Sequence[Verdict]]) -> Space:
 
 
 def first_choices(problem: Problem, rows: Iterable[Row]) -> list[Choice]:
-    """The built-in choice, every library, and the bests of the nearest problems."""
-    implementation, config = default(problem)
-    choices: list[Choice] = [(implementation.name, dict(config))]
-    choices += [(name, {}) for name, found in implementations(problem.operator).items() if not found.space]
+    """Every library, every implementation's known configurations, and the bests of the nearest problems."""
+    found = implementations(problem.operator)
+    choices: list[Choice] = [(name, {}) for name, implementation in found.items() if not implementation.space]
+    choices += [(name, dict(config)) for name, implementation in found.items() for config in implementation.known]
 
     def distance(row: Row) -> tuple:
         per_group = row.rows / row.groups, problem.rows / problem.groups
