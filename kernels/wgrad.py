@@ -11,6 +11,8 @@ tiles beside each other in one loop over tiles and blocks, in which the loads ru
 """
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -28,24 +30,39 @@ from dsv3c.kernels.gemm import (
     store_tile,
     swizzle,
     tile_constants,
+    valid,
 )
 from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.implementations import Implementation, Problem, choose
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
 
-# Configuration and chunk. On an H200 the first is best from about 256 rows a group on, the second below.
-SPACE = ((Config(64, 128, 2, 4, 3), 1), (Config(64, 64, 2, 4, 3), 16), (Config(64, 64, 2, 4, 3), 4))
+SPACE = {
+    "rows": (64, 128),
+    "columns": (64, 128),
+    "halves": (1, 2),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+    "band": (4, 8, 16),
+    "chunk": (1, 4, 16),
+}
+# Without a table. On an H200 the first is best from about 256 rows a group on, the second below.
+KNOWN = tuple(
+    {"rows": 64, "columns": columns, "halves": 2, "num_warps": 4, "num_stages": 3, "band": 8, "chunk": chunk}
+    for columns, chunk in ((128, 1), (64, 16))
+)
 
 
 @triton.jit
 def _wgrad_kernel(
     dyt_desc, xt_desc, dw_ptr, dyt_scale_inv_ptr, xt_scale_inv_ptr, first_ptr, N, K, dyt_step, xt_step,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BAND: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(1)
     num_n = tl.cdiv(K, COLUMNS)
-    m, chunk = swizzle(tl.program_id(0), tl.cdiv(N, HALVES * ROWS), tl.cdiv(num_n, CHUNK))
+    m, chunk = swizzle(tl.program_id(0), tl.cdiv(N, HALVES * ROWS), tl.cdiv(num_n, CHUNK), BAND)
     row, first_n = m * HALVES * ROWS, chunk * CHUNK
     tiles = tl.minimum(num_n - first_n, CHUNK)
     first_block = tl.load(first_ptr + e)
@@ -87,11 +104,12 @@ def gemm_wgrad(
     dyt_fp8: Tensor, dyt_scale_inv: Tensor, xt_fp8: Tensor, xt_scale_inv: Tensor, dtype: torch.dtype, out: Tensor
 ) -> None:
     """Launcher of `dsv3c::gemm_wgrad`."""
-    if cublaslt_takes(dyt_fp8, xt_fp8, out):
-        cublaslt(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, out, w_tiled=True)
-    else:
-        first = torch.arange(2, dtype=torch.int32, device=out.device) * (dyt_fp8.shape[1] // TILE)
-        launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, first, out[None], *SPACE[0])
+    P, (N, K) = dyt_fp8.shape[1], out.shape
+    if P == 0 or out.numel() == 0:
+        out.zero_()
+        return
+    implementation, config = choose(Problem("gemm_wgrad", P, N, K))
+    implementation.launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, out, **config)
 
 
 def grouped_gemm_wgrad(
@@ -104,10 +122,32 @@ def grouped_gemm_wgrad(
     out: Tensor,
 ) -> None:
     """Launcher of `dsv3c::grouped_gemm_wgrad`."""
-    P, E = dyt_fp8.shape[1], len(offs)
-    _, first = tile_map(offs, P, TILE)
-    few = P - TILE * E < 256 * E  # rows, see `padded_rows`
-    launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, first, out, *SPACE[1 if few else 0])
+    P, (E, N, K) = dyt_fp8.shape[1], out.shape
+    if P == 0 or out.numel() == 0:
+        out.zero_()
+        return
+    implementation, config = choose(Problem("grouped_gemm_wgrad", P - TILE * E, N, K, E))  # rows: see `padded_rows`
+    implementation.launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, offs, out, **config)
+
+
+def launch_plain(
+    dyt_fp8: Tensor, dyt_scale_inv: Tensor, xt_fp8: Tensor, xt_scale_inv: Tensor, out: Tensor, **knobs: int
+) -> None:
+    first = torch.arange(2, dtype=torch.int32, device=out.device) * (dyt_fp8.shape[1] // TILE)
+    launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, first, out[None], **knobs)
+
+
+def launch_grouped(
+    dyt_fp8: Tensor,
+    dyt_scale_inv: Tensor,
+    xt_fp8: Tensor,
+    xt_scale_inv: Tensor,
+    offs: Tensor,
+    out: Tensor,
+    **knobs: int,
+) -> None:
+    _, first = tile_map(offs, dyt_fp8.shape[1], TILE)
+    launch(dyt_fp8, dyt_scale_inv, xt_fp8, xt_scale_inv, first, out, **knobs)
 
 
 def launch(
@@ -117,29 +157,51 @@ def launch(
     xt_scale_inv: Tensor,
     first: Tensor,
     out: Tensor,
-    config: Config,
+    *,
     chunk: int,
+    **knobs: int,
 ) -> None:
     """Group e's blocks of 128 rows are first[e] to first[e + 1]."""
-    E, N, K = out.shape
-    if out.numel() == 0:
-        return
-    if dyt_fp8.shape[1] == 0:
-        out.zero_()
-        return
+    config, (E, N, K) = Config(**knobs), out.shape
     dyt_scale_inv, xt_scale_inv = column_major(dyt_scale_inv), column_major(xt_scale_inv)
     grid = (ceil_div(N, config.block_m) * ceil_div(ceil_div(K, config.columns), chunk), E)
     _wgrad_kernel[grid](
         descriptor(aligned(dyt_fp8), config.rows), descriptor(aligned(xt_fp8), config.columns), out,
         dyt_scale_inv, xt_scale_inv, first, N, K, dyt_scale_inv.stride(1), xt_scale_inv.stride(1),
-        config.rows, config.columns, config.halves, chunk, num_warps=config.num_warps, num_stages=config.num_stages,
+        config.rows, config.columns, config.halves, config.band, chunk,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
+def default(problem: Problem) -> tuple[str, dict[str, Any]]:
+    if problem.operator == "gemm_wgrad":
+        return ("cublaslt", {}) if wgrad_cublaslt_takes(problem) else ("triton", KNOWN[0])
+    return "triton", KNOWN[1 if problem.rows < 256 * problem.groups else 0]
+
+
+def wgrad_cublaslt_takes(problem: Problem) -> bool:
+    """`cublaslt_takes` of the product dyᵀ x, whose rows are dy's columns."""
+    return cublaslt_takes(Problem("gemm", problem.N, problem.K, problem.rows))
+
+
+def variant(config: dict[str, Any], dw: str = BF16) -> Variant:
+    knobs = dict(config)
+    chunk, c = knobs.pop("chunk"), Config(**knobs)
+    operands = {"dyt_scale_inv_ptr": F32, "xt_scale_inv_ptr": F32, "first_ptr": I32, "dw_ptr": dw}
+    operands |= described("dyt_desc", "xt_desc", c)
+    return Variant(_wgrad_kernel, operands, tile_constants(c) | {"CHUNK": chunk}, c.num_warps, c.num_stages)
+
+
+IMPLEMENTATIONS = {
+    "gemm_wgrad": (
+        Implementation("triton", SPACE, launch_plain, valid=valid, variant=variant, known=KNOWN),
+        Implementation("cublaslt", {}, partial(cublaslt, w_tiled=True), takes=wgrad_cublaslt_takes),
+    ),
+    "grouped_gemm_wgrad": (Implementation("triton", SPACE, launch_grouped, valid=valid, variant=variant, known=KNOWN),),
+}
+
+
 def variants() -> Iterator[Variant]:
-    for config, chunk in SPACE:
-        operands = {"dyt_scale_inv_ptr": F32, "xt_scale_inv_ptr": F32, "first_ptr": I32}
-        operands |= described("dyt_desc", "xt_desc", config)
-        constants = tile_constants(config) | {"CHUNK": chunk}
-        for dw in (BF16, F32):
-            yield Variant(_wgrad_kernel, operands | {"dw_ptr": dw}, constants, config.num_warps, config.num_stages)
+    for config in KNOWN:
+        yield variant(config)
+        yield variant(config, F32)
