@@ -154,9 +154,9 @@ def variants() -> Iterator[Variant]:
     summed = {"y_ptr": BF16, "inverse_ptr": I32, "out_ptr": BF16}
     constants = {"TOP_K": 8, "COLUMNS": UNPERMUTE_COLUMNS}
     optional = {"weights_ptr": F32, "added_ptr": BF16, "residual_ptr": BF16}
-    for given in ({}, {"weights_ptr"}, optional.keys()):
+    for given in ((), ("weights_ptr",), tuple(optional)):
         arguments = summed | {name: optional[name] for name in given}
-        absent = {name: None for name in optional.keys() - given}
+        absent = {name: None for name in optional if name not in given}
         yield Variant(_unpermute_kernel, arguments, absent | constants, num_warps=UNPERMUTE_WARPS)
     arguments = {"dout_ptr": BF16, "y_ptr": BF16, "dy_ptr": BF16, "inverse_ptr": I32}
     arguments |= {"weights_ptr": F32, "dweights_ptr": F32}

@@ -1,14 +1,19 @@
-"""The gate behind its product, and the sort of token copies by expert. What each means: `kernels/reference/router.py`."""
+"""The gate behind its product, and the sort by expert. What each means: `kernels/reference/router.py`."""
 
 import torch
 
 from dsv3c.kernels.reference import router
-from dsv3c.operators.define import check_rank, define, expect
+from dsv3c.operators.define import OperatorError, check_rank, define, expect
 
 
 def _check_logits(logits_TE) -> None:
     check_rank("logits", logits_TE, 2)
     expect("dtype of logits", logits_TE.dtype, torch.float32)
+
+
+def _check_between(name, least, found, most) -> None:
+    if not least <= found <= most:
+        raise OperatorError(f"{name}: expected {least} to {most}, found {found}; try a ModelConfig's")
 
 
 def _gate(logits_TE, bias_E, n_group, topk_group, top_k, norm_topk_prob, routed_scaling_factor):
@@ -17,10 +22,9 @@ def _gate(logits_TE, bias_E, n_group, topk_group, top_k, norm_topk_prob, routed_
     if bias_E is not None:
         expect("dtype and shape of bias", (bias_E.dtype, tuple(bias_E.shape)), (torch.float32, (E,)))
     expect("E modulo n_group", E % n_group, 0)
-    least = 2 if n_group > 1 and bias_E is not None else 1
-    expect(f"at least {least} experts a group", E // n_group >= least, True)
-    expect("topk_group between 1 and n_group", 1 <= topk_group <= n_group, True)
-    expect("top_k between 1 and E", 1 <= top_k <= E, True)
+    _check_between("experts a group", 2 if n_group > 1 and bias_E is not None else 1, E // n_group, E)
+    _check_between("topk_group", 1, topk_group, n_group)
+    _check_between("top_k", 1, top_k, E)
     return logits_TE.new_empty((T, top_k)), logits_TE.new_empty((T, top_k), dtype=torch.int32)
 
 

@@ -15,7 +15,11 @@ def permute_ref(
 
 
 def unpermute_ref(
-    y_RH: Tensor, inverse_TK: Tensor, topk_weights_TK: Tensor | None, added_TH: Tensor | None, residual_TH: Tensor | None
+    y_RH: Tensor,
+    inverse_TK: Tensor,
+    topk_weights_TK: Tensor | None,
+    added_TH: Tensor | None,
+    residual_TH: Tensor | None,
 ) -> Tensor:
     """out [T, H] of y's dtype: Σ_k topk_weights[t, k]·y[inverse[t, k]] + added + residual, summed in that order in
     float32 and rounded once. Without weights, the gradient of `permute`: the sum of the copies' gradients."""
