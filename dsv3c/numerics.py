@@ -177,6 +177,17 @@ def positive_sum_bound(terms: int, dtype: torch.dtype, value: float) -> float:
     return (terms + 8) * unit_roundoff(dtype) * value
 
 
+def rounded_sum_bound(reference: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """Largest distance from `reference` of a sum of so many products, in float32 and in any order, rounded to dtype.
+
+    `magnitude` is Σ|product|, which no partial sum passes: every product and every addition rounds by at most its unit
+    roundoff. Then one rounding of what came out: half the spacing, in the normal range u(dtype) of its size.
+    """
+    accumulated = 2 * terms * unit_roundoff(torch.float32) * magnitude
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # spacing below the normal range
+    return accumulated + unit_roundoff(dtype) * (reference.abs() + accumulated) + smallest
+
+
 def cross_entropy_bound(logits: Tensor) -> float:
     """Largest error of log Σ exp(x) − x_label over the V logits of a row.
 

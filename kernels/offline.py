@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
-FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad")
+FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad", "router", "permute")
 
 
 @dataclass(frozen=True)
