@@ -123,7 +123,12 @@ def rms_norm_backward(
         dy_RK.contiguous(), x_RK.contiguous(), weight_K.contiguous(), rstd_R, dsum_RK, dx_RK, partial, R, K,
         dsum_RK is not None, block, num_warps=_warps(block // TILE),
     )  # fmt: skip
-    _sum_programs_kernel[(ceil_div(K, 32),)](partial, dweight_K, programs, K, 32, 32)
+    sum_programs(partial, dweight_K)
+
+
+def sum_programs(partial_PK: Tensor, out_K: Tensor) -> None:
+    P, K = partial_PK.shape
+    _sum_programs_kernel[(ceil_div(K, 32),)](partial_PK, out_K, P, K, 32, 32)
 
 
 def _warps(tiles: int) -> int:
