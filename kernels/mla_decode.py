@@ -152,7 +152,7 @@ def launch(q, cache, block_table, lengths, softmax_scale, out, num_stages=2, num
     groups = max(torch.cuda.get_device_properties(q.device).multi_processor_count // tiles, 1)
     partial = q.new_empty((groups, 2, tiles * ROWS, RANK), dtype=torch.float32)
     partial_lse = q.new_empty((groups, 2, tiles * ROWS), dtype=torch.float32)
-    batch = triton.next_power_of_2(B)
+    batch = max(triton.next_power_of_2(B), 128)
     q, cache, block_table, lengths = (x.contiguous() for x in (q, cache, block_table, lengths))
     _mla_decode_kernel[(groups * tiles,)](
         q, cache, block_table, lengths, out, lse, partial, partial_lse, B, T, H, block_table.shape[1],
