@@ -61,7 +61,12 @@ def contenders(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor) -> dict
 
 def check(out: Tensor, q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor) -> None:
     for b in (0, len(q) - 1):
-        one = q[b : b + 1].double(), cache.double() if len(cache) < 4096 else cache, table[b : b + 1], lengths[b : b + 1]
+        one = (
+            q[b : b + 1].double(),
+            cache.double() if len(cache) < 4096 else cache,
+            table[b : b + 1],
+            lengths[b : b + 1],
+        )
         keys = cache[table[b].long()].double()
         order = torch.arange(len(keys), dtype=torch.int32)[None]
         reference, lse = mla_decode_ref(one[0], keys, order, lengths[b : b + 1], SCALE)
@@ -74,4 +79,6 @@ def check(out: Tensor, q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor)
         element, rms, _ = attention_bounds(reference, norm, score, len(keys), q.shape[-1])
         error = (out[b : b + 1].double() - reference).abs()
         if not bool((error <= element).all()) or not float((error / norm).square().mean().sqrt()) <= rms:
-            raise AssertionError(f"beyond the bound: RMS {float((error / norm).square().mean().sqrt()):.3g}, bound {rms:.3g}")
+            raise AssertionError(
+                f"beyond the bound: RMS {float((error / norm).square().mean().sqrt()):.3g}, bound {rms:.3g}"
+            )

@@ -13,9 +13,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
-FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad")
+FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad", "mla_decode")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Variant:
         signature = {n: "constexpr" if n in self.constants else self.arguments.get(n, "i32") for n in names}
         general = {p.name for p in self.kernel.params if p.do_not_specialize}
         aligned = [n for n, t in signature.items() if (t == "i32" and n not in general) or t.startswith("*")]
-        source = ASTSource(
+        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
             fn=self.kernel,
             signature=signature,
             constexprs={(names.index(n),): v for n, v in self.constants.items()},
@@ -83,7 +84,7 @@ def _spills(code: str) -> int:
     lines = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)]
     jumps = [(int(m[1], 16), at) for at, op in lines if (m := re.search(r"BRA\S* .*?(0x[0-9a-f]+)", op))]
     loops = sorted(((to, at) for to, at in jumps if to <= at), key=lambda loop: loop[1] - loop[0])
-    innermost = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "QGMMA" in op}
+    innermost = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "GMMA" in op}
     spilled = [at for at, op in lines if "STL" in op or "LDL" in op]
     return sum(not innermost or any(first <= at <= last for first, last in innermost) for at in spilled)
 
