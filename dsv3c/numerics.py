@@ -115,17 +115,17 @@ def attention_bounds(
     bounds |q·k| and sqrt(Σ q²k²), both times softmax_scale; a score sums `terms` products. Returns the bound of |out −
     reference| element by element, that of the RMS of (out − reference)/norm, and that of a log-sum-exp's error.
 
-    Roundings, u of BF16: p before its product with v, relative error at most u, twice where the running maximum moves
-    between the two roundings; independent from key to key, hence u·sqrt(2/3) of norm. The output, u·|reference|.
-    In float32: a Hopper tensor core adds 16 products and the accumulator after cutting them at 2^-23 of the largest (see
-    `accumulate_rms`); that makes an absolute error of a score, which is a relative one of p, as is the rounding of the
-    exponent, two numbers of at most 2·score. An error e of each p changes out by Σ p e (v − out), of size at most e·(norm
-    + |out|). The sum over keys is cut likewise, and rescaled, once each 64 keys.
+    Roundings to BF16, u = 2^-8: p before its product with v, at most u, u/sqrt(3) in RMS, independent from key to key;
+    the output, u·|reference|. In float32: a tensor core's instruction adds 16 products and the accumulator after
+    cutting all 17 at 2^-23 of the largest, whose square is at most 2·norm² (see `accumulate_rms`). That is an absolute
+    error of a score; rounding the exponent, a difference of two numbers of at most `score`, is another; both are
+    relative errors of p. An error e of each p changes out by Σ p e (v − out), of size at most e·(norm + |out|). The sum
+    over keys is cut likewise, and rescaled each 64 keys.
     """
     u, cut = unit_roundoff(torch.bfloat16), 2.0**-23 / sqrt(3)
     exponent = score * cut * (sqrt(2 * 17 * ceil_div(terms, 16)) + 4)
     total = cut * (sqrt(2 * 17 * ceil_div(keys, 16)) + ceil_div(keys, 64))
-    rms = sqrt(2 / 3) * u + exponent + total
+    rms = u / sqrt(3) + exponent + total
     reached = norm > 0
     ratio = reference[reached].abs() / norm[reached]
     element = u * reference.abs() + 8 * (rms * norm + (exponent + total) * reference.abs()) * (1 + u)

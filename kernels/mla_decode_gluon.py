@@ -1,11 +1,11 @@
 """The kernel of `mla_decode.py`: 64 rows' attention to a span of keys, with specialised warps.
 
-A unit of 128 keys is two tiles. One warp loads; two warp groups of 240 registers a thread hold 256 columns of the output
-each, in 128 registers. The even group computes scores and probabilities of the first tile, the odd one of the second,
-and they hand them to each other through shared memory, over the rope columns of the tile, which nobody needs by then.
-Queries and two tiles take 27 buffers of 64×64 numbers; there is no room for a third tile. So each tile is multiplied
-with as soon as it can be, by both groups, to be loaded again; its left and its right half, released each by the group
-that has multiplied with it, and waited for by 128 columns. (Waiting for 256 costs a quarter of the speed.)
+One warp loads; two warp groups of 240 registers a thread hold 256 columns of the output each, in 128 registers. They
+take keys in units of two tiles of 64: the even group computes scores and probabilities of the first tile, the odd one
+of the second, and each hands them to the other through shared memory, over the rope columns of the tile, which nobody
+needs by then. Queries and two tiles take 27 buffers of 64×64 numbers; there is no room for a third tile. So both groups
+multiply with a tile as soon as its probabilities are there, so that it can be loaded again; its left and right half, as
+the group that holds those columns is done with them. Half a tile is waited for in two pieces.
 """
 
 from triton.experimental import gluon

@@ -17,8 +17,8 @@ ops = torch.ops.dsv3c
 SCALE = 192**-0.5
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0")]
-# T, H, lengths: ragged and empty sequences, fewer keys than queries, sizes off a page and off 64 rows, one sequence that
-# all programs share, more sequences than programs
+# T, H, lengths: ragged and empty sequences, fewer keys than queries, sizes off a page and off 64 rows, one sequence
+# that all programs share, more sequences than programs
 CASES = [
     (1, 128, [300, 0, 65, 64]),
     (2, 16, [1, 2, 700, 128, 0]),
@@ -118,7 +118,8 @@ from dsv3c.kernels import mla_decode as kernel
 from dsv3c.numerics import attention_bounds
 
 torch.manual_seed(0)
-for groups, H, lengths in [(5, 40, [300, 0, 65, 1500]), (3, 80, [1, 2, 3, 200, 900]), (40, 16, [700]), (1, 8, [5, 600])]:
+CASES = [(5, 40, [300, 0, 65, 1500]), (3, 80, [1, 2, 3, 200, 900]), (40, 16, [700]), (1, 8, [5, 600])]
+for groups, H, lengths in CASES:
     B, rows = len(lengths), -(-H // 64) * 64
     cache = torch.randn(B, max(lengths), 576)
     q, table = torch.randn(B, 1, H, 576), torch.arange(B, dtype=torch.int32)[:, None]
@@ -137,7 +138,8 @@ for groups, H, lengths in [(5, 40, [300, 0, 65, 1500]), (3, 80, [1, 2, 3, 200, 9
         for g, starts in zip(owners, mine):
             keys = cache[b, min(starts[0], n) : min(starts[-1] + 128, n)]
             scores = q[b, 0] @ keys.T
-            parts.append(((scores.softmax(-1) @ keys[:, :512]) if len(keys) else torch.zeros(H, 512), scores.logsumexp(-1)))
+            o = scores.softmax(-1) @ keys[:, :512] if len(keys) else torch.zeros(H, 512)
+            parts.append((o, scores.logsumexp(-1)))
             slot = 0 if g * span > first else 1
             if len(owners) > 1:
                 partial[g, slot, :H], partial_lse[g, slot, :H] = parts[-1][0], parts[-1][1] / torch.tensor(2.0).log()
@@ -176,9 +178,10 @@ def _poison(monkeypatch):
 class TestOnGpu:
     pytestmark = gpu
 
+    @pytest.mark.usefixtures("_poison")
     @pytest.mark.parametrize("growth", [0.0, 0.02])
     @pytest.mark.parametrize("case", CASES)
-    def test_kernel(self, case, growth, _poison):
+    def test_kernel(self, case, growth):
         arguments = problem(*case, device="cuda", growth=growth)
         out, lse = ops.mla_decode(*arguments)
         assert_attention(out, lse, *arguments)
@@ -188,10 +191,8 @@ class TestOnGpu:
 
     def test_strided_arguments(self):
         q, cache, table, lengths, scale = problem(2, 16, [100, 200, 300], device="cuda")
-        strided = (
-            torch.stack([q, q], -1)[..., 0], torch.cat([cache, cache], 1)[:, :64], torch.stack([table, table], -1)[..., 0],
-            torch.stack([lengths, lengths], -1)[:, 0],
-        )  # fmt: skip
+        q2, table2, lengths2 = (torch.stack([x, x], -1)[..., 0] for x in (q, table, lengths))
+        strided = q2, torch.cat([cache, cache], 1)[:, :64], table2, lengths2
         for found, expected in zip(
             ops.mla_decode(*strided, scale), ops.mla_decode(q, cache, table, lengths, scale), strict=True
         ):
