@@ -28,6 +28,7 @@ FAMILIES = (
     "swiglu",
     "norm",
     "rotary",
+    "mla_decode",
 )
 
 
@@ -97,7 +98,7 @@ def _spills(code: str) -> int:
     lines = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)]
     jumps = [(int(m[1], 16), at) for at, op in lines if (m := re.search(r"BRA\S* .*?(0x[0-9a-f]+)", op))]
     loops = sorted(((to, at) for to, at in jumps if to <= at), key=lambda loop: loop[1] - loop[0])
-    innermost = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "QGMMA" in op}
+    innermost = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "GMMA" in op}
     spilled = [at for at, op in lines if "STL" in op or "LDL" in op]
     return sum(not innermost or any(first <= at <= last for first, last in innermost) for at in spilled)
 
