@@ -100,12 +100,13 @@ def _fuse_gate(topk: fx.Node) -> int:
     chosen = next((g for g in _users(gate.scores, aten.gather.default) if g.args[2] is idx), None)
     if chosen is None or len(topk.users) > 1:
         return 0
-    quotient = next((q for q in _users(chosen, aten.div.Tensor) if _normalises(q, chosen)), None)
-    product = next((p for p in _users(quotient or chosen, aten.mul.Tensor) if isinstance(p.args[1], float)), None)
+    quotients = [q for q in _users(chosen, aten.div.Tensor) if _normalises(q, chosen)]
+    factors = ((p, q) for q in (*quotients, chosen) for p in _users(q, aten.mul.Tensor) if isinstance(p.args[1], float))
+    product, normalised = next(factors, (None, None))
     if product is None:
         leave(topk, "the chosen scores are not multiplied by a factor")
         return 0
-    formula = (quotient is not None, product.args[1])
+    formula = (normalised is not chosen, product.args[1])
     gradient = _gate_gradient(idx, gate.scores, product.args[1])
     if gate.bias is not None and value(gate.bias).dtype != torch.float32:  # exact, and what the addition does
         gate.bias = insert(topk, prims.convert_element_type.default, gate.bias, torch.float32)
@@ -200,7 +201,8 @@ def _gate_gradient(idx: fx.Node, scores: fx.Node, factor: float) -> tuple[fx.Nod
         return None
     inner = _reached({entry}, lambda node: node.target not in (aten.mm.default, aten.permute.default))
     known = inner | forward | _reached(forward, is_backward) | {entry}
-    if not all(argument in known for node in inner for argument in node.all_input_nodes):
+    read = {argument for node in inner for argument in node.all_input_nodes}
+    if any(isinstance(value(node), torch.Tensor) for node in read - known):
         leave(spread, "the scores have another gradient besides the weights'")
         return None
     exits = [node for node in inner if any(user not in inner for user in node.users)]
