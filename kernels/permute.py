@@ -130,15 +130,15 @@ def unpermute_backward(
     if T == 0:
         return
     dout_TH, y_RH = _readable(dout_TH), _readable(y_RH)
+    columns = triton.next_power_of_2(max(H, 1))
     _unpermute_backward_kernel[(T,)](
         dout_TH, y_RH, inverse_TK.contiguous(), topk_weights_TK.contiguous(), *out, H, dout_TH.stride(0),
-        y_RH.stride(0), inverse_TK.shape[1], triton.next_power_of_2(max(H, 1)), num_warps=BACKWARD_WARPS,
+        y_RH.stride(0), inverse_TK.shape[1], columns, num_warps=max(4, columns // 2048),
     )  # fmt: skip
 
 
 PERMUTE_COLUMNS, PERMUTE_SCALES, PERMUTE_WARPS = 2048, 4096, 4
 UNPERMUTE_COLUMNS, UNPERMUTE_WARPS = 1024, 4
-BACKWARD_WARPS = 4
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -159,4 +159,4 @@ def variants() -> Iterator[Variant]:
         yield Variant(_unpermute_kernel, arguments, absent | constants, num_warps=UNPERMUTE_WARPS)
     arguments = {"dout_ptr": BF16, "y_ptr": BF16, "dy_ptr": BF16, "inverse_ptr": I32}
     arguments |= {"weights_ptr": F32, "dweights_ptr": F32}
-    yield Variant(_unpermute_backward_kernel, arguments, {"TOP_K": 8, "COLUMNS": 8192}, num_warps=BACKWARD_WARPS)
+    yield Variant(_unpermute_backward_kernel, arguments, {"TOP_K": 8, "COLUMNS": 8192}, num_warps=4)

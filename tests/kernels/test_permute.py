@@ -195,7 +195,8 @@ def test_unpermute_on_gpu(check, size, dtype):
     assert torch.equal(bits(found[0]), bits(expected[0]))
     assert_dweights(found[1], x, y, inverse)
     again = ops.unpermute_backward(x, strided, inverse, weights)
-    assert all(torch.equal(bits(a), bits(f)) for a, f in zip(again, found, strict=True))
+    assert torch.equal(bits(again[0]), bits(found[0]))
+    assert_dweights(again[1], x, y, inverse)  # alignment decides how wide loads are, and that the order of the sum
 
 
 @pytest.mark.gpu
