@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
-from dsv3c.kernels.tiles import add, as_words, high, low, multiply, pack, store_tiles
+from dsv3c.kernels.tiles import as_words, high, low, pack, plus, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
 WARPS = 2112  # of all programs of the backward kernel: 16 for each multiprocessor of an H200
@@ -40,10 +40,10 @@ def _norm_kernel(
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0)
     weight = tl.load(weight_ptr + column, mask=inside, other=0)
     if ADD:
-        x = add(x, tl.load(residual_ptr + at, mask=inside, other=0))
+        x = plus(x, tl.load(residual_ptr + at, mask=inside, other=0))
         tl.store(sum_ptr + at, x, mask=inside)
     normed, rstd = normalized(x, K, eps)
-    y = multiply(normed, weight)
+    y = times(normed, weight)
     if ADD:
         tl.store(y_ptr + at, y, mask=inside)
     store_tiles(y, q_ptr + at, scale_inv_ptr + tile.to(tl.int64) * R + row, tile * 128 < K, amax_floor, POW2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv3c.kernels.norm import normalized, sum_programs
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
-from dsv3c.kernels.tiles import as_words, high, low, multiply, pack, store_tiles
+from dsv3c.kernels.tiles import as_words, high, low, pack, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
 HEADS, WARPS = 64, 4  # of a program
@@ -74,7 +74,7 @@ def _latent_kernel(
     tl.store(latent_ptr + K + pair, first.to(tl.bfloat16))
     tl.store(latent_ptr + K + PAIRS + pair, second.to(tl.bfloat16))
     normed, rstd = normalized(x, K, eps)
-    y = multiply(normed, weight)
+    y = times(normed, weight)
     tl.store(words_ptr + column, y, mask=inside)
     q_ptr += row * (K // 2) + column
     store_tiles(y, q_ptr, scale_inv_ptr + tile.to(tl.int64) * R + row, tile * 128 < K, amax_floor, POW2)
@@ -178,7 +178,7 @@ def latent_quantize(
     R, K = q.shape
     if R == 0:
         return
-    x = as_rows(x_RL)
+    x = as_words(x_RL)
     _latent_kernel[(R,)](
         x, as_words(weight_K), cos_Rr.contiguous(), sin_Rr.contiguous(), latent, q.view(torch.int16), scale_inv, rstd,
         R, K, x.stride(0), eps, amax_floor, pow2, triton.next_power_of_2(K // TILE), cos_Rr.shape[1], num_warps=1,
@@ -205,8 +205,9 @@ def latent_backward(
     partial = dnormed_RK.new_empty((programs, K), dtype=torch.float32)
     dnormed_RK, x_RL = _rows(dnormed_RK), _rows(x_RL)
     _latent_backward_kernel[(programs,)](
-        dnormed_RK, drope.contiguous(), x_RL, weight_K.contiguous(), cos_Rr.contiguous(), sin_Rr.contiguous(), rstd_R, dx_RL,
-        partial, R, K, x_RL.stride(0), dnormed_RK.stride(0), cos_Rr.shape[1], triton.next_power_of_2(K), num_warps=1,
+        dnormed_RK, drope.contiguous(), x_RL, weight_K.contiguous(), cos_Rr.contiguous(), sin_Rr.contiguous(), rstd_R,
+        dx_RL, partial, R, K, x_RL.stride(0), dnormed_RK.stride(0), cos_Rr.shape[1], triton.next_power_of_2(K),
+        num_warps=1,
     )  # fmt: skip
     sum_programs(partial, dweight_K)
 

@@ -53,17 +53,17 @@ def _sigmoid(x):
 
 @triton.jit(do_not_specialize=["R"])
 def _swiglu_kernel(
-    h_ptr, weight_ptr, a_ptr, a_scale_inv_ptr, h_fp8_ptr, h_scale_inv_ptr, R, I, amax_floor, POW2: tl.constexpr,
+    h_ptr, weight_ptr, a_ptr, a_scale_inv_ptr, h_fp8_ptr, h_scale_inv_ptr, R, width, amax_floor, POW2: tl.constexpr,
     WEIGHTED: tl.constexpr, SAVE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tile * 64 + tl.arange(0, 64)[None, :]  # in words: half of the columns
     row_64 = row[:, None].to(tl.int64)
-    at = row_64 * I + column
+    at = row_64 * width + column
     inside = row < R
     gate = tl.load(h_ptr + at, mask=inside[:, None], other=0)
-    up = tl.load(h_ptr + at + I // 2, mask=inside[:, None], other=0)
+    up = tl.load(h_ptr + at + width // 2, mask=inside[:, None], other=0)
     a_0 = low(gate) * _sigmoid(low(gate)) * low(up)
     a_1 = high(gate) * _sigmoid(high(gate)) * high(up)
     if WEIGHTED:
@@ -71,25 +71,25 @@ def _swiglu_kernel(
         a_0 *= weight
         a_1 *= weight
     scale_at = tile.to(tl.int64) * R + row
-    a_ptr += row_64 * (I // 2) + column
+    a_ptr += row_64 * (width // 2) + column
     store_tiles(pack(a_0, a_1), a_ptr, a_scale_inv_ptr + scale_at, inside, amax_floor, POW2)
     if SAVE:
         store_tiles(gate, h_fp8_ptr + at, h_scale_inv_ptr + scale_at, inside, amax_floor, POW2)
-        scale_at += (I // 128).to(tl.int64) * R
-        store_tiles(up, h_fp8_ptr + at + I // 2, h_scale_inv_ptr + scale_at, inside, amax_floor, POW2)
+        scale_at += (width // 128).to(tl.int64) * R
+        store_tiles(up, h_fp8_ptr + at + width // 2, h_scale_inv_ptr + scale_at, inside, amax_floor, POW2)
 
 
 @gluon.jit
-def _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row, rows, column, R, I, WEIGHTED: gl.constexpr):
+def _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row, rows, column, R, width, WEIGHTED: gl.constexpr):
     """What `_gradients` takes of rows `row` × columns [128], as it lies in memory; zero from `rows` on."""
     inside = row < rows
     mask = inside[:, None]
-    at = row[:, None] * I + column[None, :]
-    gate = gl.load(h_ptr + at + row[:, None] * I, mask=mask, other=0.0)
-    up = gl.load(h_ptr + at + row[:, None] * I + I, mask=mask, other=0.0)
+    at = row[:, None] * width + column[None, :]
+    gate = gl.load(h_ptr + at + row[:, None] * width, mask=mask, other=0.0)
+    up = gl.load(h_ptr + at + row[:, None] * width + width, mask=mask, other=0.0)
     da = gl.load(da_ptr + at, mask=mask, other=0.0)
     gate_scale_inv = gl.load(h_scale_inv_ptr + row, mask=inside, other=0.0)
-    up_scale_inv = gl.load(h_scale_inv_ptr + (I // 128).to(gl.int64) * R + row, mask=inside, other=0.0)
+    up_scale_inv = gl.load(h_scale_inv_ptr + (width // 128).to(gl.int64) * R + row, mask=inside, other=0.0)
     weight = gate_scale_inv
     if WEIGHTED:
         weight = gl.load(weight_ptr + row, mask=inside, other=0.0)
@@ -156,7 +156,7 @@ def _store_columns(parts, q_ptr, scale_inv_ptr, tile, column_tile, P, amax_floor
 @gluon.jit(do_not_specialize=["R", "E", "bound"])
 def _swiglu_backward_kernel(
     h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, dh_ptr, dh_scale_inv_ptr, dht_ptr, dht_scale_inv_ptr, at_ptr,
-    at_scale_inv_ptr, dweight_ptr, tiles_ptr, first_ptr, R, I, P, E, bound, amax_floor, gradient_amax_floor,
+    at_scale_inv_ptr, dweight_ptr, tiles_ptr, first_ptr, R, width, P, E, bound, amax_floor, gradient_amax_floor,
     POW2: gl.constexpr, WEIGHTED: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of one group × 128 columns of gate and of up. Tiles that no group has are written as zeros,
@@ -175,25 +175,25 @@ def _swiglu_backward_kernel(
     rows = end - start  # and from here on a row's number is that in the tile
     column = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
     scale_at = column_tile.to(gl.int64) * R + start
-    h_ptr += start.to(gl.int64) * 2 * I
-    da_ptr += start.to(gl.int64) * I
-    dh_ptr += start.to(gl.int64) * 2 * I
+    h_ptr += start.to(gl.int64) * 2 * width
+    da_ptr += start.to(gl.int64) * width
+    dh_ptr += start.to(gl.int64) * 2 * width
     h_scale_inv_ptr += scale_at
     dh_scale_inv_ptr += scale_at
-    up_scale_inv_ptr = dh_scale_inv_ptr + (I // 128).to(gl.int64) * R
+    up_scale_inv_ptr = dh_scale_inv_ptr + (width // 128).to(gl.int64) * R
     if WEIGHTED:
         dweight_ptr += scale_at
         weight_ptr += start
     dgates, dups, activations = (), (), ()  # a buffer for each part, or there would be a barrier between them
     row = 2 * gl.arange(0, PAIRS, gl.SliceLayout(1, LAYOUT))
-    next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row, rows, column, R, I, WEIGHTED)
-    next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row + 1, rows, column, R, I, WEIGHTED)
+    next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row, rows, column, R, width, WEIGHTED)
+    next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row + 1, rows, column, R, width, WEIGHTED)
     for first in gl.static_range(0, 64, PAIRS):
         loaded_0, loaded_1 = next_0, next_1
         following = row + 2 * PAIRS  # loaded ahead: behind the stores below the compiler would have to leave them
         if first + PAIRS < 64:
-            next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, following, rows, column, R, I, WEIGHTED)
-            next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, following + 1, rows, column, R, I, WEIGHTED)
+            next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, following, rows, column, R, width, WEIGHTED)
+            next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, following + 1, rows, column, R, width, WEIGHTED)
         dgate_0, dup_0, a_0, dweight_0 = _gradients(loaded_0, WEIGHTED)
         dgate_1, dup_1, a_1, dweight_1 = _gradients(loaded_1, WEIGHTED)
         dgate = pack(dgate_0, dgate_1)
@@ -201,15 +201,15 @@ def _swiglu_backward_kernel(
         dgates += (gl.allocate_shared_memory(gl.int32, [PAIRS, 128], SHARED, dgate),)
         dups += (gl.allocate_shared_memory(gl.int32, [PAIRS, 128], SHARED, dup),)
         activations += (gl.allocate_shared_memory(gl.int32, [PAIRS, 128], SHARED, pack(a_0, a_1)),)
-        _store_rows(dgate, dh_ptr, dh_scale_inv_ptr, 2 * I, row, rows, column, gradient_amax_floor, POW2)
-        _store_rows(dup, dh_ptr + I, up_scale_inv_ptr, 2 * I, row, rows, column, gradient_amax_floor, POW2)
+        _store_rows(dgate, dh_ptr, dh_scale_inv_ptr, 2 * width, row, rows, column, gradient_amax_floor, POW2)
+        _store_rows(dup, dh_ptr + width, up_scale_inv_ptr, 2 * width, row, rows, column, gradient_amax_floor, POW2)
         if WEIGHTED:
             gl.store(dweight_ptr + row, dweight_0, mask=row < rows)
             gl.store(dweight_ptr + row + 1, dweight_1, mask=row + 1 < rows)
         row = following
-    up_tile = column_tile + I // 128
-    dht_scale_inv_ptr += tile.to(gl.int64) * 2 * I
-    at_scale_inv_ptr += tile.to(gl.int64) * I
+    up_tile = column_tile + width // 128
+    dht_scale_inv_ptr += tile.to(gl.int64) * 2 * width
+    at_scale_inv_ptr += tile.to(gl.int64) * width
     _store_columns(dgates, dht_ptr, dht_scale_inv_ptr, tile, column_tile, P, gradient_amax_floor, POW2)
     _store_columns(dups, dht_ptr, dht_scale_inv_ptr, tile, up_tile, P, gradient_amax_floor, POW2)
     _store_columns(activations, at_ptr, at_scale_inv_ptr, tile, column_tile, P, amax_floor, POW2)
@@ -243,13 +243,13 @@ def swiglu_quantize_save(h_RN: Tensor, weight_R: Tensor | None, amax_floor: floa
 
 
 def _forward(h_RN, weight_R, amax_floor, pow2, a_fp8, a_scale_inv, h_fp8, h_scale_inv) -> None:
-    R, I = a_fp8.shape  # noqa: E741
+    R, width = a_fp8.shape
     if a_fp8.numel() == 0:
         return
-    _swiglu_kernel[(ceil_div(R, ROWS), I // TILE)](
+    _swiglu_kernel[(ceil_div(R, ROWS), width // TILE)](
         as_words(h_RN.contiguous()), weight_R, a_fp8.view(torch.int16), a_scale_inv,
-        None if h_fp8 is None else h_fp8.view(torch.int16), h_scale_inv, R, I, amax_floor, pow2, weight_R is not None,
-        h_fp8 is not None, ROWS, num_warps=WARPS,
+        None if h_fp8 is None else h_fp8.view(torch.int16), h_scale_inv, R, width, amax_floor, pow2,
+        weight_R is not None, h_fp8 is not None, ROWS, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -266,22 +266,22 @@ def swiglu_quantize_backward(
 ) -> None:
     """Launcher of `dsv3c::swiglu_quantize_backward`."""
     dh_fp8, dh_scale_inv, dht_fp8, dht_scale_inv, at_fp8, at_scale_inv, dweight_R = out
-    R, I = da_RI.shape  # noqa: E741
+    R, width = da_RI.shape
     P = at_fp8.shape[1]
     if at_fp8.numel() == 0:
         return
     grouped, weighted = offs is not None, weight_R is not None
     tiles, first = tile_map(offs, R, TILE) if grouped else (None, None)
     E, bound = (len(offs), tiles.shape[1]) if grouped else (0, 0)
-    partial = da_RI.new_empty((I // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
-    _swiglu_backward_kernel[(P // TILE, I // TILE)](
+    partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
+    _swiglu_backward_kernel[(P // TILE, width // TILE)](
         h_fp8_RN.contiguous(), column_major(h_scale_inv), da_RI.contiguous(), weight_R, dh_fp8, dh_scale_inv,
-        dht_fp8.view(torch.int16), dht_scale_inv, at_fp8.view(torch.int16), at_scale_inv, partial, tiles, first, R, I,
-        P, E, bound, amax_floor, gradient_amax_floor, pow2, weighted, grouped, num_warps=8,
+        dht_fp8.view(torch.int16), dht_scale_inv, at_fp8.view(torch.int16), at_scale_inv, partial, tiles, first, R,
+        width, P, E, bound, amax_floor, gradient_amax_floor, pow2, weighted, grouped, num_warps=8,
     )  # fmt: skip
     if weighted and R:
         last = offs[-1:] if grouped else None
-        _sum_tiles_kernel[(ceil_div(R, 64),)](partial, dweight_R, last, R, I // TILE, grouped, 64, 16)
+        _sum_tiles_kernel[(ceil_div(R, 64),)](partial, dweight_R, last, R, width // TILE, grouped, 64, 16)
 
 
 def variants() -> Iterator[Variant]:

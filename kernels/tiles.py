@@ -46,7 +46,7 @@ def larger(a, b):
 
 
 @triton.jit
-def add(a, b):
+def plus(a, b):
     """Both sums, rounded once: as float32 addition and rounding, since a sum near a tie of BF16 is exact there."""
     return tl.inline_asm_elementwise(
         "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
@@ -54,7 +54,7 @@ def add(a, b):
 
 
 @triton.jit
-def multiply(a, b):
+def times(a, b):
     """Both products, rounded once."""
     return tl.inline_asm_elementwise(
         "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1

@@ -1,4 +1,4 @@
-"""SwiGLU fused with the casts around it: against float64, within the bounds of float32, and bit for bit behind those."""
+"""SwiGLU fused with the casts around it: against float64 within the bounds of float32, bit for bit behind those."""
 
 import pytest
 import torch
