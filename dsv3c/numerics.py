@@ -134,7 +134,7 @@ def swiglu_bound(gate: Tensor, a: Tensor) -> Tensor:
 
 
 def swiglu_gradient_bound(gate: Tensor, dup: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest errors of dgate = factor·(s + silu(gate)(1 - s)), with factor = da·weight·up, and of dup = da·weight·silu.
+    """Largest errors of dgate = factor·(s + silu(gate)(1 - s)), factor = da·weight·up, and of dup = da·weight·silu.
 
     dup as a. Within dgate's bracket: silu - silu·s and s have relative errors of at most δ + u, the sigmoid's δ and a
     product's, in each occurrence of s and silu, and the bracket, at most 1.1, is rounded twice; then three products.
@@ -146,8 +146,8 @@ def swiglu_gradient_bound(gate: Tensor, dup: Tensor, factor: Tensor) -> tuple[Te
 
 
 def sum_bound(terms: Tensor, depth: int, dim: int = -1) -> Tensor:
-    """Largest error of the float32 sum of `terms` over dim in which each goes through at most `depth` roundings, its own
-    computation's included."""
+    """Largest error of the float32 sum of `terms` over dim, each of which goes through at most `depth` roundings, those
+    of its own computation included."""
     return depth * unit_roundoff(torch.float32) * terms.abs().sum(dim)
 
 

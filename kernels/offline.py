@@ -41,7 +41,6 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    maxnreg: int | None = None
 
     @property
     def name(self) -> str:
@@ -63,7 +62,7 @@ class Variant:
             constexprs={(names.index(n),): v for n, v in self.constants.items()},
             attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 

@@ -31,6 +31,20 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "permute": ("permute_kernel", {}),
     "unpermute": ("unpermute_kernel", {}),
     "unpermute_backward": ("unpermute_backward_kernel", {}),
+    "swiglu": ("swiglu_kernel", {"SAVE": False}),
+    "swiglu_save": ("swiglu_kernel", {"SAVE": True}),
+    "swiglu_backward": ("swiglu_backward_kernel", {"GROUPED": False}),
+    "swiglu_backward_grouped": ("swiglu_backward_kernel", {"GROUPED": True}),
+    "sum_tiles": ("sum_tiles_kernel", {}),
+    "norm": ("norm_kernel", {"ADD": False}),
+    "add_norm": ("norm_kernel", {"ADD": True}),
+    "norm_backward": ("norm_backward_kernel", {}),
+    "sum_programs": ("sum_programs_kernel", {}),
+    "rotate_heads": ("rotate_heads_kernel", {}),
+    "latent": ("latent_kernel", {}),
+    "latent_backward": ("latent_backward_kernel", {}),
+    "join_keys": ("join_keys_kernel", {}),
+    "split_keys": ("split_keys_kernel", {}),
 }
 
 _KERNELS: dict[str, tuple[str, ...]] = {
@@ -51,6 +65,17 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.permute.default": ("permute",),
     "dsv3c.unpermute.default": ("unpermute",),
     "dsv3c.unpermute_backward.default": ("unpermute_backward",),
+    "dsv3c.swiglu_quantize.default": ("swiglu",),
+    "dsv3c.swiglu_quantize_save.default": ("swiglu_save",),
+    "dsv3c.swiglu_quantize_backward.default": ("swiglu_backward", "swiglu_backward_grouped", "sum_tiles", "tile_map"),
+    "dsv3c.rms_norm_quantize.default": ("norm",),
+    "dsv3c.add_rms_norm_quantize.default": ("add_norm",),
+    "dsv3c.rms_norm_backward.default": ("norm_backward", "sum_programs"),
+    "dsv3c.rotate_heads_.default": ("rotate_heads",),
+    "dsv3c.latent_quantize.default": ("latent",),
+    "dsv3c.latent_backward.default": ("latent_backward", "sum_programs"),
+    "dsv3c.join_keys.default": ("join_keys",),
+    "dsv3c.split_keys.default": ("split_keys",),
 }
 
 
