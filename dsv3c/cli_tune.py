@@ -24,7 +24,7 @@ def tune(
     ] = None,
     target: Annotated[str, Option(help="A target, or auto: this machine's GPU, without one h200.")] = "auto",
     trials: Annotated[int, Option(min=1, help="Configurations to measure for a problem.")] = 30,
-    model: Annotated[str, Option(metavar="CHECKPOINT|PRESET", help="Tune the linears of this model.")] = "deepseek-v3",
+    model: Annotated[str, Option(metavar="CHECKPOINT|PRESET", help="Tune the linears of this model.")] = "v3-671b",
     rows: Annotated[
         list[int] | None, Option(min=1, help="Tokens in a call; may be repeated.", show_default="64, 128, 4096")
     ] = None,

@@ -199,7 +199,7 @@ def plots(study: optuna.Study, folder: Path) -> list[Path]:
         drawings["importance"] = lambda: draw.plot_param_importances(study, evaluator=evaluator)
     made = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # experimental; and few trials, which the picture shows
         for name, drawing in drawings.items():
             path = folder / f"{study.study_name.replace(' ', '-')}-{name}.png"
             try:
