@@ -1,8 +1,9 @@
 """An Optuna study for each problem: 30 trials instead of every configuration.
 
 A trial is one configuration of one implementation, measured by a function that is given. It is pruned after a few
-rounds when those are clearly slower than the best so far. What the study proposes and the prefilter dropped, or an
-earlier trial had, costs nothing and is told to the sampler as pruned. The fastest few are timed again in turns.
+rounds when those are clearly slower than the best of its implementation so far. What the study proposes and the
+prefilter dropped, or an earlier trial had, costs nothing and is told to the sampler as pruned. The fastest few are
+timed again in turns.
 """
 
 import math
@@ -23,7 +24,7 @@ from dsv3c.tuning.worker import WorkerError
 
 Choice = tuple[str, dict[str, Any]]
 SHORT, LONG = 3, 15  # rounds
-SLOWER = 1.2  # so much slower than the best in the short timing, and a trial is pruned
+SLOWER = 1.2  # so much slower than its implementation's best in the short timing, and a trial is pruned
 FINALISTS = 4
 ASKED_PER_TRIAL = 50  # proposals that cost nothing, at most
 
@@ -129,7 +130,7 @@ def _run(study: optuna.Study, trial: optuna.Trial, choice: Choice, measure: Meas
     try:
         (short,) = measure([choice], SHORT)
         trial.report(short.median_us, SHORT)
-        if short.median_us > SLOWER * best_us(study):
+        if short.median_us > SLOWER * best_us(study, choice[0]):
             study.tell(trial, state=TrialState.PRUNED)
             return "pruned"
         (found,) = measure([choice], LONG)
@@ -142,9 +143,10 @@ def _run(study: optuna.Study, trial: optuna.Trial, choice: Choice, measure: Meas
     return "measured"
 
 
-def best_us(study: optuna.Study) -> float:
-    """Infinite while nothing was measured."""
-    values = [trial.value for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
+def best_us(study: optuna.Study, name: str | None = None) -> float:
+    """Of all, or of the implementation `name`; infinite while nothing was measured."""
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    values = [trial.value for trial in complete if name in (None, trial.params["implementation"])]
     return min((value for value in values if value is not None), default=math.inf)
 
 
