@@ -13,21 +13,22 @@ against it. Recorded sweeps lie in benchmarks/results/tuning/; a replayed study 
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 from tabulate import tabulate
 
+from dsv3c.benchmarks.timing import Timing, interleaved
 from dsv3c.kernels.implementations import FILES, Problem, choose, implementations
 from dsv3c.tuning import study as studies
 from dsv3c.tuning import targets, tuner
 from dsv3c.tuning.prefilter import Verdict, prefilter
-from dsv3c.tuning.study import Choice, Space, Timing
+from dsv3c.tuning.study import Choice, Space
 
 RESULTS = Path(__file__).parent / "results" / "tuning"
+ROUNDS = 7
 SWEPT = (
     Problem("gemm", 4096, 4096, 7168),
     Problem("grouped_gemm", 8 * 4096, 4096, 7168, 8),
@@ -74,11 +75,12 @@ def recorded() -> list[Sweep]:
 
 def read(path: Path) -> Sweep:
     document = json.loads(path.read_text())
-    times, configs = {}, {}
+    times: dict[tuple, Timing] = {}
+    configs: dict[str, list[dict]] = {}
     for name, values, *us in document["rows"]:
         config = dict(zip(document["knobs"] if values else [], values, strict=True))
         configs.setdefault(name, []).append(config)
-        times[studies.key(name, config)] = SimpleNamespace(median_us=us[0], p20_us=us[1], p80_us=us[2])
+        times[studies.key(name, config)] = Timing(us[0], us[1], us[2], ROUNDS, None)
     return Sweep(Problem(**document["problem"]), times, configs)
 
 
@@ -116,11 +118,12 @@ def verdicts_of(out: Path, operator: str) -> dict[str, list[Verdict]]:
 
 
 def sweep(out: Path) -> None:
-    from dsv3c.benchmarks.timing import interleaved
     from dsv3c.tuning.measure import verified
 
     for problem in SWEPT:
-        start, calls, choices = time.monotonic(), {}, []
+        start = time.monotonic()
+        calls: dict[str, Callable[[], None]] = {}
+        choices: list[Choice] = []
         for name, verdicts in verdicts_of(out, problem.operator).items():
             if not implementations(problem.operator)[name].space:  # a library has nothing to sweep
                 continue
@@ -130,7 +133,7 @@ def sweep(out: Path) -> None:
                     choices.append((name, verdict.config))
                 except Exception as error:  # wrong, or does not run: no time
                     print("WRONG", problem, name, verdict.config, str(error).partition("\n")[0], flush=True)
-        timings = interleaved(calls, rounds=7, seconds=5)
+        timings = interleaved(calls, rounds=ROUNDS, seconds=5)
         rows = [(*choice, timing) for choice, timing in zip(choices, timings.values(), strict=True)]
         name = f"sweep-{problem.operator}-{problem.rows}x{problem.N}x{problem.K}-nvidia-h200.json"
         write(out / name, problem, rows)
@@ -171,7 +174,7 @@ def held_back(out: Path) -> None:
     (out / "held-back.json").write_text(json.dumps(rows))
 
 
-def replay(seeds: int = 20) -> dict[str, object]:
+def replay(seeds: int = 20) -> dict[str, list[float]]:
     """Regrets of studies that begin with the known configurations, as `dsv3c tune` does, and of studies without."""
     rows, report = [], {}
     for found in recorded():

@@ -12,11 +12,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
+from dsv3c.benchmarks.timing import Timing
 from dsv3c.errors import TuneError
 from dsv3c.kernels.implementations import Problem
 from dsv3c.tuning.tables import Entry, triton_version
@@ -27,14 +28,6 @@ SHORT, LONG = 3, 15  # rounds
 SLOWER = 1.2  # so much slower than its implementation's best in the short timing, and a trial is pruned
 FINALISTS = 4
 ASKED_PER_TRIAL = 50  # proposals that cost nothing, at most
-
-
-class Timing(Protocol):
-    """As benchmarks/timing.py has it."""
-
-    median_us: float
-    p20_us: float
-    p80_us: float
 
 
 Measure = Callable[[Sequence[Choice], int], Sequence[Timing]]  # (choices, rounds) -> times, in turns
@@ -164,7 +157,9 @@ def choice_of(trial: optuna.trial.FrozenTrial) -> Choice:
 def finish(study: optuna.Study, measure: Measure) -> tuple[Entry, Entry | None] | None:
     """The best, and the best of another implementation: of the fastest few and of each implementation's fastest, timed
     again in turns. None if nothing could be measured."""
-    complete = sorted(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), key=lambda trial: trial.value)
+    complete = sorted(
+        study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), key=lambda trial: trial.value or math.inf
+    )
     best_of: dict[str, Choice] = {}
     for trial in complete:
         best_of.setdefault(choice_of(trial)[0], choice_of(trial))
@@ -206,7 +201,8 @@ def plots(study: optuna.Study, folder: Path) -> list[Path]:
             path = folder / f"{study.study_name.replace(' ', '-')}-{name}.png"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                drawing().figure.savefig(path, bbox_inches="tight", dpi=150)
+                drawing()
+                pyplot.savefig(path, bbox_inches="tight", dpi=150)
             except OSError as error:
                 raise TuneError(f"{path}: expected a file to write, found: {error.strerror}") from error
             pyplot.close("all")
