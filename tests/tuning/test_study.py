@@ -111,7 +111,7 @@ def test_a_hang_a_crash_and_a_wrong_result_cost_a_trial_each(fakes):
 def test_a_row_has_the_best_and_the_best_of_another_implementation(fakes, monkeypatch):
     found = {name: _implementation(name, knobs) for name, knobs in KNOBS.items()}
     monkeypatch.setattr(tuner, "implementations", lambda operator: found)
-    verdicts = {name: [Verdict(config, None) for config in configs] for name, configs in SPACE.configs.items()}
+    verdicts = {("gemm", name): [Verdict(config, None) for config in of] for name, of in SPACE.configs.items()}
     tuned = tuner.tune(PROBLEM, targets.load("h200"), verdicts, fakes.measure, trials=20)
     assert (tuned.row.best.implementation, tuned.row.best.config) == ("ours", {"x": 3, "y": 8})
     assert (tuned.row.runner_up.implementation, tuned.row.runner_up.config) == ("theirs", {})
