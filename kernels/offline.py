@@ -13,9 +13,22 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
-FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad")
+I16 = "*i16"
+FAMILIES = (
+    "groups",
+    "quantize",
+    "gemm",
+    "grouped_gemm",
+    "wgrad",
+    "router",
+    "permute",
+    "swiglu",
+    "norm",
+    "rotary",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
 
     @property
     def name(self) -> str:
@@ -42,13 +56,13 @@ class Variant:
         signature = {n: "constexpr" if n in self.constants else self.arguments.get(n, "i32") for n in names}
         general = {p.name for p in self.kernel.params if p.do_not_specialize}
         aligned = [n for n, t in signature.items() if (t == "i32" and n not in general) or t.startswith("*")]
-        source = ASTSource(
+        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
             fn=self.kernel,
             signature=signature,
             constexprs={(names.index(n),): v for n, v in self.constants.items()},
             attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
