@@ -13,6 +13,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
 FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad")
@@ -42,7 +43,7 @@ class Variant:
         signature = {n: "constexpr" if n in self.constants else self.arguments.get(n, "i32") for n in names}
         general = {p.name for p in self.kernel.params if p.do_not_specialize}
         aligned = [n for n, t in signature.items() if (t == "i32" and n not in general) or t.startswith("*")]
-        source = ASTSource(
+        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
             fn=self.kernel,
             signature=signature,
             constexprs={(names.index(n),): v for n, v in self.constants.items()},
