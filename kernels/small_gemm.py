@@ -1,6 +1,5 @@
 """FP8 GEMM for few rows (decode): y = x wᵀ, M up to 128, where reading w is the time."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from dsv3c.kernels.gemm import aligned, descriptor, promote
 from dsv3c.kernels.offline import BF16, F32, Variant
 from dsv3c.kernels.quantize import column_major
-from dsv3c.numerics import TILE, ceil_div
+from dsv3c.numerics import ceil_div
+
+
+@triton.jit
+def _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows, M, block, last, x_scale_inv_step, BLOCKS: tl.constexpr):
+    x_scales, w_scales = (), ()
+    for j in tl.static_range(BLOCKS):
+        mine = block + j < last
+        x_at = x_scale_inv_ptr + (block + j) * x_scale_inv_step + rows
+        x_scales = x_scales + (tl.load(x_at, mask=(rows < M) & mine, other=0.0),)
+        w_scales = w_scales + (tl.load(w_scale_inv_ptr + block + j, mask=mine, other=0.0),)
+    return x_scales, w_scales
 
 
 @triton.jit
@@ -23,64 +33,54 @@ def _multiply(w, x, scale, acc, SWAP: tl.constexpr):
         return promote(tl.dot(x, w.T), scale[:, None], acc)
 
 
+@triton.jit
+def _store(y_ptr, acc, rows, columns, M, N, SWAP: tl.constexpr):
+    if SWAP:
+        acc = tl.trans(acc)
+    out = y_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
+    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
+
+
 @triton.jit(do_not_specialize=["M", "x_scale_inv_step"])
 def _small_gemm_kernel(
     x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, M, N, K, x_scale_inv_step,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, SWAP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
+    SWAP: tl.constexpr,
 ):  # fmt: skip
     if SPLITS > 1:
         gdc_launch_dependents()
-    column, row, split = tl.program_id(0) * COLUMNS, tl.program_id(2) * ROWS, tl.program_id(1)
+    column, row, split = tl.program_id(0) * COLUMNS, tl.program_id(2) * HALVES * ROWS, tl.program_id(1)
     blocks = tl.cdiv(K, 128)
     share = tl.cdiv(blocks, SPLITS)
     first = split * share
     last = tl.minimum(first + share, blocks)
     rows = row + tl.arange(0, ROWS)
-    inside = rows < M
-    x_scale_inv_ptr += rows
     w_scale_inv_ptr += column // 128 * blocks
-    acc = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), tl.float32)
-    x0 = tl.load(x_scale_inv_ptr + first * x_scale_inv_step, mask=inside & (first < last), other=0.0)
-    w0 = tl.load(w_scale_inv_ptr + first, mask=first < last, other=0.0)
-    if BLOCKS >= 2:
-        x1 = tl.load(x_scale_inv_ptr + (first + 1) * x_scale_inv_step, mask=inside & (first + 1 < last), other=0.0)
-        w1 = tl.load(w_scale_inv_ptr + first + 1, mask=first + 1 < last, other=0.0)
-    if BLOCKS == 4:
-        x2 = tl.load(x_scale_inv_ptr + (first + 2) * x_scale_inv_step, mask=inside & (first + 2 < last), other=0.0)
-        w2 = tl.load(w_scale_inv_ptr + first + 2, mask=first + 2 < last, other=0.0)
-        x3 = tl.load(x_scale_inv_ptr + (first + 3) * x_scale_inv_step, mask=inside & (first + 3 < last), other=0.0)
-        w3 = tl.load(w_scale_inv_ptr + first + 3, mask=first + 3 < last, other=0.0)
+    acc0 = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), tl.float32)
+    acc1 = acc0
+    x_next, w_next = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows, M, first, last, x_scale_inv_step, BLOCKS)
+    if HALVES == 2:
+        x1_next, _ = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows + ROWS, M, first, last, x_scale_inv_step, BLOCKS)
     for i in range(first, last, BLOCKS):
-        a0, b0 = w_desc.load([column, i * 128]), x_desc.load([row, i * 128])
-        s0, t0 = x0, w0
+        x_scales, w_scales = x_next, w_next
         n = i + BLOCKS
-        x0 = tl.load(x_scale_inv_ptr + n * x_scale_inv_step, mask=inside & (n < last), other=0.0)
-        w0 = tl.load(w_scale_inv_ptr + n, mask=n < last, other=0.0)
-        if BLOCKS >= 2:
-            a1, b1 = w_desc.load([column, i * 128 + 128]), x_desc.load([row, i * 128 + 128])
-            s1, t1 = x1, w1
-            x1 = tl.load(x_scale_inv_ptr + (n + 1) * x_scale_inv_step, mask=inside & (n + 1 < last), other=0.0)
-            w1 = tl.load(w_scale_inv_ptr + n + 1, mask=n + 1 < last, other=0.0)
-        if BLOCKS == 4:
-            a2, b2 = w_desc.load([column, i * 128 + 256]), x_desc.load([row, i * 128 + 256])
-            a3, b3 = w_desc.load([column, i * 128 + 384]), x_desc.load([row, i * 128 + 384])
-            s2, t2 = x2, w2
-            s3, t3 = x3, w3
-            x2 = tl.load(x_scale_inv_ptr + (n + 2) * x_scale_inv_step, mask=inside & (n + 2 < last), other=0.0)
-            w2 = tl.load(w_scale_inv_ptr + n + 2, mask=n + 2 < last, other=0.0)
-            x3 = tl.load(x_scale_inv_ptr + (n + 3) * x_scale_inv_step, mask=inside & (n + 3 < last), other=0.0)
-            w3 = tl.load(w_scale_inv_ptr + n + 3, mask=n + 3 < last, other=0.0)
-        acc = _multiply(a0, b0, s0 * t0, acc, SWAP)
-        if BLOCKS >= 2:
-            acc = _multiply(a1, b1, s1 * t1, acc, SWAP)
-        if BLOCKS == 4:
-            acc = _multiply(a2, b2, s2 * t2, acc, SWAP)
-            acc = _multiply(a3, b3, s3 * t3, acc, SWAP)
+        x_next, w_next = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows, M, n, last, x_scale_inv_step, BLOCKS)
+        if HALVES == 2:
+            x1_scales = x1_next
+            x1_next, _ = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows + ROWS, M, n, last, x_scale_inv_step, BLOCKS)
+        for j in tl.static_range(BLOCKS):
+            w = w_desc.load([column, (i + j) * 128])
+            x = x_desc.load([row, (i + j) * 128])
+            if HALVES == 2:
+                x1 = x_desc.load([row + ROWS, (i + j) * 128])
+            acc0 = _multiply(w, x, x_scales[j] * w_scales[j], acc0, SWAP)
+            if HALVES == 2:
+                acc1 = _multiply(w, x1, x1_scales[j] * w_scales[j], acc1, SWAP)
     columns = column + tl.arange(0, COLUMNS)
-    out = y_ptr + (split.to(tl.int64) * M + rows[:, None]) * N + columns[None, :]
-    if SWAP:
-        acc = tl.trans(acc)
-    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (columns[None, :] < N))
+    y_ptr += split.to(tl.int64) * M * N
+    _store(y_ptr, acc0, rows, columns, M, N, SWAP)
+    if HALVES == 2:
+        _store(y_ptr, acc1, rows + ROWS, columns, M, N, SWAP)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -98,6 +98,7 @@ def _add_splits_kernel(part_ptr, y_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.co
 class Config(NamedTuple):
     rows: int
     columns: int
+    halves: int
     blocks: int
     splits: int
     swap: bool
@@ -109,11 +110,11 @@ def launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, config: Config, pdl: boo
     (M, K), N = x_fp8.shape, len(w_fp8)
     x_scale_inv = column_major(x_scale_inv)
     part = out if config.splits == 1 else out.new_empty((config.splits, M, N), dtype=torch.float32)
-    grid = (ceil_div(N, config.columns), config.splits, ceil_div(M, config.rows))
+    grid = (ceil_div(N, config.columns), config.splits, ceil_div(M, config.rows * config.halves))
     _small_gemm_kernel[grid](
         descriptor(aligned(x_fp8), config.rows), descriptor(aligned(w_fp8), config.columns), part,
         x_scale_inv, w_scale_inv.contiguous(), M, N, K, x_scale_inv.stride(1),
-        config.rows, config.columns, config.blocks, config.splits, config.swap,
+        config.rows, config.columns, config.halves, config.blocks, config.splits, config.swap,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if config.splits > 1:
@@ -126,5 +127,5 @@ def variant(config: Config) -> Variant:
         "w_desc": f"tensordesc<fp8e4nv[{config.columns}, 128]>",
         "y_ptr": BF16 if config.splits == 1 else F32, "x_scale_inv_ptr": F32, "w_scale_inv_ptr": F32,
     }
-    constants = {"ROWS": config.rows, "COLUMNS": config.columns, "BLOCKS": config.blocks, "SPLITS": config.splits, "SWAP": config.swap}
+    constants = {"ROWS": config.rows, "COLUMNS": config.columns, "HALVES": config.halves, "BLOCKS": config.blocks, "SPLITS": config.splits, "SWAP": config.swap}
     return Variant(_small_gemm_kernel, operands, constants, config.num_warps, config.num_stages)
