@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
-FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad")
+FAMILIES = ("groups", "quantize", "e5m6", "gemm", "small_gemm", "grouped_gemm", "wgrad")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,22 @@
-"""FP8 GEMM for few rows (decode): y = x wᵀ, M up to 128, where reading w is the time."""
+"""FP8 GEMM for few rows, as in decoding: y = x wᵀ and dx = dy w with up to 128 rows, where reading w is the time.
 
-from typing import NamedTuple
+Floor: the bytes of w at the speed of a copy, and 3 µs for a launch. Two things keep a kernel from it. A tile of w is
+multiplied by all of x, which every program reads again from the L2 cache: with 64 rows, tiles of 64 rows of w double
+the traffic into the multiprocessors, tiles of 256 add a quarter. And a multiprocessor has only a few tiles, hence
+little to do while it waits. So:
+
+- `splits` programs share the contraction of a tile. Their sums go to a workspace, and a second kernel adds them in
+  order, launched while the first still runs and waiting on the device for its end (programmatic dependent launch). The
+  number of splits decides the order of the sum, so each is an implementation of its own; one split has the bits of
+  `gemm.py`.
+- the scales of the next one, two or four blocks of the contraction are loaded ahead, since loads that are not operands
+  are not pipelined, and waiting for each would cost more than the block.
+- up to 32 rows, operands are swapped, yᵀ = w xᵀ: 64 rows, which a tensor core instruction needs, are then w's.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -9,13 +25,49 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv3c.kernels.gemm import aligned, descriptor, promote
+from dsv3c.kernels.implementations import Implementation, Problem
 from dsv3c.kernels.offline import BF16, F32, Variant
 from dsv3c.kernels.quantize import column_major
-from dsv3c.numerics import ceil_div
+from dsv3c.numerics import TILE, ceil_div
+
+SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+SUMS = 1024  # of a program of the second kernel
+
+
+class Config(NamedTuple):
+    """How a tile is computed. Changes the speed and never the numbers."""
+
+    rows: int  # of x in one product, below 64 with the operands swapped
+    columns: int
+    halves: int  # one below the other; the tile has halves · rows rows
+    blocks: int  # of the contraction, whose scales are loaded together
+    num_warps: int
+    num_stages: int  # so many times `blocks` blocks of the contraction in flight
+
+
+SPACE = {
+    "rows": (16, 32, 64),
+    "columns": (64, 128, 256),
+    "halves": (1, 2),
+    "blocks": (1, 2, 4),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5, 6, 8, 12),
+}
+
+
+def valid(config: dict[str, Any]) -> bool:
+    """Accumulators and a product must fit into the registers, operands into shared memory; a swapped tile of 256 has
+    wrong sums with triton 3.6."""
+    c = Config(**config)
+    swapped = c.rows < 64
+    accumulators = c.rows * c.columns * (c.halves + 1) <= 64 * 64 * 6 * c.num_warps // 4
+    operands = (c.rows * c.halves + c.columns) * TILE * c.blocks * c.num_stages <= 220 << 10
+    return accumulators and operands and not (swapped and (c.halves == 2 or c.columns == 256))
 
 
 @triton.jit
 def _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows, M, block, last, x_scale_inv_step, BLOCKS: tl.constexpr):
+    """Those of x's rows and of w in blocks `block` to `block` + BLOCKS; zero from `last` on."""
     x_scales, w_scales = (), ()
     for j in tl.static_range(BLOCKS):
         mine = block + j < last
@@ -26,7 +78,7 @@ def _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows, M, block, last, x_scale_inv_
 
 
 @triton.jit
-def _multiply(w, x, scale, acc, SWAP: tl.constexpr):
+def _multiply(x, w, scale, acc, SWAP: tl.constexpr):
     if SWAP:
         return promote(tl.dot(w, x.T), scale[None, :], acc)
     else:
@@ -45,87 +97,120 @@ def _store(y_ptr, acc, rows, columns, M, N, SWAP: tl.constexpr):
 def _small_gemm_kernel(
     x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, M, N, K, x_scale_inv_step,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
-    SWAP: tl.constexpr,
 ):  # fmt: skip
+    """y [SPLITS, M, N]: each split's part of the contraction."""
     if SPLITS > 1:
         gdc_launch_dependents()
-    column, row, split = tl.program_id(0) * COLUMNS, tl.program_id(2) * HALVES * ROWS, tl.program_id(1)
+    SWAP: tl.constexpr = ROWS < 64
+    column, split, row = tl.program_id(0) * COLUMNS, tl.program_id(1), tl.program_id(2) * HALVES * ROWS
     blocks = tl.cdiv(K, 128)
     share = tl.cdiv(blocks, SPLITS)
     first = split * share
     last = tl.minimum(first + share, blocks)
-    rows = row + tl.arange(0, ROWS)
+    rows0 = row + tl.arange(0, ROWS)
+    rows1 = rows0 + ROWS
     w_scale_inv_ptr += column // 128 * blocks
     acc0 = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), tl.float32)
     acc1 = acc0
-    x_next, w_next = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows, M, first, last, x_scale_inv_step, BLOCKS)
+    x0_next, w_next = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows0, M, first, last, x_scale_inv_step, BLOCKS)
     if HALVES == 2:
-        x1_next, _ = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows + ROWS, M, first, last, x_scale_inv_step, BLOCKS)
+        x1_next, _ = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows1, M, first, last, x_scale_inv_step, BLOCKS)
     for i in range(first, last, BLOCKS):
-        x_scales, w_scales = x_next, w_next
+        x0_scales, w_scales = x0_next, w_next
         n = i + BLOCKS
-        x_next, w_next = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows, M, n, last, x_scale_inv_step, BLOCKS)
+        x0_next, w_next = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows0, M, n, last, x_scale_inv_step, BLOCKS)
         if HALVES == 2:
             x1_scales = x1_next
-            x1_next, _ = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows + ROWS, M, n, last, x_scale_inv_step, BLOCKS)
+            x1_next, _ = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows1, M, n, last, x_scale_inv_step, BLOCKS)
         for j in tl.static_range(BLOCKS):
             w = w_desc.load([column, (i + j) * 128])
-            x = x_desc.load([row, (i + j) * 128])
+            x0 = x_desc.load([row, (i + j) * 128])
             if HALVES == 2:
                 x1 = x_desc.load([row + ROWS, (i + j) * 128])
-            acc0 = _multiply(w, x, x_scales[j] * w_scales[j], acc0, SWAP)
+            acc0 = _multiply(x0, w, x0_scales[j] * w_scales[j], acc0, SWAP)
             if HALVES == 2:
-                acc1 = _multiply(w, x1, x1_scales[j] * w_scales[j], acc1, SWAP)
+                acc1 = _multiply(x1, w, x1_scales[j] * w_scales[j], acc1, SWAP)
     columns = column + tl.arange(0, COLUMNS)
     y_ptr += split.to(tl.int64) * M * N
-    _store(y_ptr, acc0, rows, columns, M, N, SWAP)
+    _store(y_ptr, acc0, rows0, columns, M, N, SWAP)
     if HALVES == 2:
-        _store(y_ptr, acc1, rows + ROWS, columns, M, N, SWAP)
+        _store(y_ptr, acc1, rows1, columns, M, N, SWAP)
 
 
 @triton.jit(do_not_specialize=["size"])
-def _add_splits_kernel(part_ptr, y_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """y = Σ part[s], in the order of s."""
+def _add_splits_kernel(parts_ptr, y_ptr, size, SPLITS: tl.constexpr, SUMS: tl.constexpr):
+    """y [size]: the sum of parts [SPLITS, size], first to last."""
     gdc_wait()
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    acc = tl.load(part_ptr + at, mask=mask, other=0.0)
-    for s in tl.static_range(1, SPLITS):
-        acc += tl.load(part_ptr + s * size + at, mask=mask, other=0.0)
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    at = tl.program_id(0) * SUMS + tl.arange(0, SUMS)
+    total = tl.load(parts_ptr + at, mask=at < size, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts_ptr + split * size + at, mask=at < size, other=0.0)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < size)
 
 
-class Config(NamedTuple):
-    rows: int
-    columns: int
-    halves: int
-    blocks: int
-    splits: int
-    swap: bool
-    num_warps: int
-    num_stages: int
-
-
-def launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, config: Config, pdl: bool = True) -> None:
-    (M, K), N = x_fp8.shape, len(w_fp8)
+def launch(
+    x_fp8: Tensor,
+    x_scale_inv: Tensor,
+    w_fp8: Tensor,
+    w_scale_inv: Tensor,
+    out: Tensor,
+    *,
+    splits: int,
+    **knobs: int,
+) -> None:
+    config, (M, K), N = Config(**knobs), x_fp8.shape, len(w_fp8)
     x_scale_inv = column_major(x_scale_inv)
-    part = out if config.splits == 1 else out.new_empty((config.splits, M, N), dtype=torch.float32)
-    grid = (ceil_div(N, config.columns), config.splits, ceil_div(M, config.rows * config.halves))
+    parts = out if splits == 1 else out.new_empty((splits, M, N), dtype=torch.float32)
+    grid = (ceil_div(N, config.columns), splits, ceil_div(M, config.halves * config.rows))
     _small_gemm_kernel[grid](
-        descriptor(aligned(x_fp8), config.rows), descriptor(aligned(w_fp8), config.columns), part,
+        descriptor(aligned(x_fp8), config.rows), descriptor(aligned(w_fp8), config.columns), parts,
         x_scale_inv, w_scale_inv.contiguous(), M, N, K, x_scale_inv.stride(1),
-        config.rows, config.columns, config.halves, config.blocks, config.splits, config.swap,
+        config.rows, config.columns, config.halves, config.blocks, splits,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if config.splits > 1:
-        _add_splits_kernel[(ceil_div(M * N, 1024),)](part, out, M * N, config.splits, 1024, launch_pdl=pdl)
+    if splits > 1:
+        _add_splits_kernel[(ceil_div(M * N, SUMS),)](parts, out, M * N, splits, SUMS, launch_pdl=True)
 
 
-def variant(config: Config) -> Variant:
+def takes(splits: int, problem: Problem) -> bool:
+    """Few rows, and for each split at least two blocks of the contraction; a workspace that 32 bits address."""
+    few = problem.rows <= 128 and problem.K >= 2 * TILE * splits
+    return few and splits * problem.rows * problem.N < 2**31
+
+
+def variant(splits: int, config: dict[str, Any]) -> Variant:
+    c = Config(**config)
     operands = {
-        "x_desc": f"tensordesc<fp8e4nv[{config.rows}, 128]>",
-        "w_desc": f"tensordesc<fp8e4nv[{config.columns}, 128]>",
-        "y_ptr": BF16 if config.splits == 1 else F32, "x_scale_inv_ptr": F32, "w_scale_inv_ptr": F32,
+        "x_desc": f"tensordesc<fp8e4nv[{c.rows}, 128]>",
+        "w_desc": f"tensordesc<fp8e4nv[{c.columns}, 128]>",
+        "y_ptr": BF16 if splits == 1 else F32,
+        "x_scale_inv_ptr": F32,
+        "w_scale_inv_ptr": F32,
     }
-    constants = {"ROWS": config.rows, "COLUMNS": config.columns, "HALVES": config.halves, "BLOCKS": config.blocks, "SPLITS": config.splits, "SWAP": config.swap}
-    return Variant(_small_gemm_kernel, operands, constants, config.num_warps, config.num_stages)
+    constants = {"ROWS": c.rows, "COLUMNS": c.columns, "HALVES": c.halves, "BLOCKS": c.blocks, "SPLITS": splits}
+    return Variant(_small_gemm_kernel, operands, constants, c.num_warps, c.num_stages)
+
+
+def _implementation(splits: int) -> Implementation:
+    name = "few_rows" if splits == 1 else f"split_{splits}"
+    return Implementation(
+        name, SPACE, partial(launch, splits=splits), partial(takes, splits), valid, partial(variant, splits)
+    )
+
+
+IMPLEMENTATIONS = {"gemm": tuple(_implementation(splits) for splits in SPLITS)}
+
+# Without a table (`gemm.default`): for up to 16, 32, 64 and 128 rows.
+BUILT_IN = (
+    Config(16, 128, 1, 2, 4, 3),
+    Config(32, 128, 1, 2, 4, 3),
+    Config(64, 64, 1, 2, 4, 3),
+    Config(64, 64, 2, 2, 4, 2),
+)
+
+
+def variants() -> Iterator[Variant]:
+    for config in BUILT_IN:
+        yield from (variant(splits, config._asdict()) for splits in (1, 4))
+    sums = {"parts_ptr": F32, "y_ptr": BF16}
+    yield Variant(_add_splits_kernel, sums, {"SPLITS": 4, "SUMS": SUMS})
