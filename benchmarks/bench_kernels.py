@@ -124,11 +124,11 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
     }
     first = torch.tensor([0, K // TILE], dtype=torch.int32)
     if tiled:
-        for config in wgrad.BUILT_IN:
+        for config in wgrad.KNOWN:
             contenders[describe(**config)] = partial(wgrad.launch, *x, *w, first, out[None], **config)
     else:
-        for config in gemm.BUILT_IN:
-            contenders[describe(**config._asdict())] = partial(gemm.launch, *x, *w, out, **config._asdict())
+        for config in gemm.KNOWN:
+            contenders[describe(**config)] = partial(gemm.launch, *x, *w, out, **config)
 
     def check(name: str) -> None:
         out.fill_(torch.nan)
@@ -154,9 +154,8 @@ def grouped(E: int, rows: int, N: int, K: int, ragged: bool) -> Case:
     x, w = ops.quantize_tile(x_bf16, FLOOR, False), ops.quantize_block(w_bf16, FLOOR, False)
     out = torch.empty(R, N, dtype=torch.bfloat16)
     contenders = {"bf16": lambda: torch.nn.functional.grouped_mm(x_bf16, w_bf16.mT, offs=offs)}
-    for config in gemm.BUILT_IN:
-        launch = partial(grouped_gemm.launch, *x, *w, offs, out, **config._asdict())
-        contenders[describe(**config._asdict())] = launch
+    for config in gemm.KNOWN:
+        contenders[describe(**config)] = partial(grouped_gemm.launch, *x, *w, offs, out, **config)
 
     def check(name: str) -> None:
         out.fill_(torch.nan)
@@ -180,7 +179,7 @@ def grouped_wgrad(E: int, rows: int, N: int, K: int) -> Case:
     out = torch.empty(E, N, K, dtype=torch.bfloat16)
     contenders = {"bf16": lambda: torch.nn.functional.grouped_mm(dy_bf16.T, x_bf16, offs=offs)}
     first = torch.arange(E + 1, dtype=torch.int32) * -(-rows // TILE)
-    for config in wgrad.BUILT_IN:
+    for config in wgrad.KNOWN:
         contenders[describe(**config)] = partial(wgrad.launch, *dyt, *xt, first, out, **config)
 
     def check(name: str) -> None:

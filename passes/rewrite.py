@@ -44,7 +44,7 @@ def value(node: fx.Node) -> torch.Tensor:
     return node.meta["val"]
 
 
-def insert(at: fx.Node, target: Callable, *args) -> fx.Node:
+def insert(at: fx.Node, target: Callable, *args, **kwargs) -> fx.Node:
     """A call of `target` just before `at`, with its value inferred and `at`'s region and source.
 
     Raises:
@@ -57,10 +57,10 @@ def insert(at: fx.Node, target: Callable, *args) -> fx.Node:
             f"{target}: expected a graph whose nodes carry fake values, found none; try tracing with AOTAutograd"
         )
     with graph.inserting_before(at):
-        node = graph.call_function(target, args)
+        node = graph.call_function(target, args, kwargs)
     node.meta = {key: at.meta[key] for key in _KEPT if key in at.meta}
     with fake_mode:
-        node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]))
+        node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]), **kwargs)
     return node
 
 
