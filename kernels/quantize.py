@@ -5,7 +5,8 @@ rounds to nearest even and saturates, which is what clamping first means. Letter
 
 Instructions are as scarce as bytes: at the speed of a copy a multiprocessor has 22 of them for a BF16 value, and 15 for
 an FP8 one that is cast again. So a division is three of them, and what belongs to a tile is computed once or twice and
-not by every thread that has a value of it. Neighbouring programs take neighbouring tiles of a row, whole pages of memory.
+not by every thread that has a value of it. Neighbouring programs take neighbouring tiles of a row: whole
+pages of memory.
 
 The transposing casts (`_retile_kernel`) are in Gluon, which lets a thread have four columns of 16 rows: four scales to
 compute for 64 values. The tile waits in shared memory meanwhile and is read from there once for the maxima and once
@@ -110,8 +111,9 @@ def _load_tile(shared, row_scales, LAYOUT: gl.constexpr, SCALED: gl.constexpr):
 
 @gluon.jit
 def _quarters(x):
-    """Rows 4i, 4i + 1, 4i + 2 and 4i + 3 of x [128, 128], as four tensors [32, 128]; nothing moves."""
-    x = gl.reshape(gl.permute(gl.reshape(x, (32, 2, 2, 128)), (0, 3, 1, 2)), (32, 128, 2, 2))
+    """Rows 4i, 4i + 1, 4i + 2 and 4i + 3 of x [128, C], as four tensors [32, C]; nothing moves."""
+    C: gl.constexpr = x.shape[1]
+    x = gl.reshape(gl.permute(gl.reshape(x, (32, 2, 2, C)), (0, 3, 1, 2)), (32, C, 2, 2))
     x02, x13 = gl.split(x)
     x0, x2 = gl.split(x02)
     x1, x3 = gl.split(x13)
@@ -122,17 +124,17 @@ def _quarters(x):
 def _retile_kernel(
     x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, tiles_ptr, first_ptr, R, K,
     x_stride, scale_stride, P_words, E, bound, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr,
-    ROWWISE: gl.constexpr, GROUPED: gl.constexpr,
+    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """One program: 128 rows of one group × 128 columns, cast along the rows and transposed (t), and as they are (q).
+    """One program: 128 rows of one group × COLUMNS columns, cast along the rows, transposed (t), and as they are (q).
 
     Tiles that no group has are zero in t; those of them that are needed have the rows of no group for q.
     """
     WARPS: gl.constexpr = gl.num_warps()
     VECTOR: gl.constexpr = 16 if ROWWISE else 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # columns a thread loads
-    LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [VECTOR // 4, 128 // VECTOR], [WARPS, 1], [1, 0])
-    MAXIMUM: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    DIVIDE: gl.constexpr = gl.BlockedLayout([4, 4], [1, 32], [WARPS, 1], [1, 0])
+    LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // COLUMNS, COLUMNS // VECTOR], [WARPS, 1], [1, 0])
+    MAXIMUM: gl.constexpr = gl.BlockedLayout([1, 4], [128 // COLUMNS, COLUMNS // 4], [WARPS, 1], [1, 0])
+    DIVIDE: gl.constexpr = gl.BlockedLayout([4, 4], [128 // COLUMNS, COLUMNS // 4], [WARPS, 1], [1, 0])
     STORE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])  # 16 rows a thread
     column_tile, tile = gl.program_id(0), gl.program_id(1)
     start = tile * 128
@@ -148,16 +150,16 @@ def _retile_kernel(
             start = gl.where(mine, start, gl.load(offs_ptr + E - 1) + others * 128)
             row_end = gl.where(mine, end, R)
     row = start + gl.arange(0, 128, gl.SliceLayout(1, LOAD))
-    columns = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, LOAD))
+    columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))
     row_64 = row[:, None].to(gl.int64)
     inside = (row[:, None] < row_end) & (columns[None, :] < K)
     x = gl.load(x_ptr + row_64 * x_stride + columns[None, :], mask=inside, other=0.0)
-    shared = gl.allocate_shared_memory(x.dtype, (128, 128), gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    shared = gl.allocate_shared_memory(x.dtype, (128, COLUMNS), gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     row_scales = gl.allocate_shared_memory(gl.float32, (128,), gl.SwizzledSharedLayout(1, 1, 1, [0]))
     shared.store(gl.where(mine, x, gl.zeros_like(x)) if ROWWISE and GROUPED else x)
     if DEQUANTIZE:
         scaled = start + gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        x_scale_inv_ptr += column_tile * scale_stride
+        x_scale_inv_ptr += column_tile * COLUMNS // 128 * scale_stride
         row_scales.store(gl.load(x_scale_inv_ptr + scaled, mask=scaled < end, other=0.0))
     if ROWWISE:
         wide = x.to(gl.float32)
@@ -177,10 +179,10 @@ def _retile_kernel(
         _divide(x2, divisor, factor), _divide(x3, divisor, factor),
     )  # fmt: skip
     words = gl.convert_layout(gl.permute(words, (1, 0)), STORE)
-    columns = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(1, STORE))
+    columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(1, STORE))
     word = tile * 32 + gl.arange(0, 32, gl.SliceLayout(0, STORE))
     gl.store(t_ptr + columns[:, None].to(gl.int64) * P_words + word[None, :], words, mask=columns[:, None] < K)
-    columns = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, MAXIMUM))
+    columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, MAXIMUM))
     gl.store(t_scale_inv_ptr + tile.to(gl.int64) * K + columns, scale_inv, mask=columns < K)
 
 
@@ -264,11 +266,17 @@ def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> N
     tiles, first = (None, None) if offs is None else tile_map(offs, R, TILE)
     E, bound = (0, 0) if offs is None else (len(offs), tiles.shape[1])
     scale_stride = 0 if x_scale_inv is None else x_scale_inv.stride(1)
-    _retile_kernel[(ceil_div(K, TILE), P // TILE)](
+    columns, warps = _tile_of(rowwise is not None)
+    _retile_kernel[(ceil_div(K, columns), P // TILE)](
         x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, tiles, first, R, K,
         x_RK.stride(0), scale_stride, P // 4, E, bound, amax_floor, pow2, x_scale_inv is not None,
-        rowwise is not None, offs is not None, num_warps=8,
+        rowwise is not None, offs is not None, columns, num_warps=warps,
     )  # fmt: skip
+
+
+def _tile_of(rowwise: bool) -> tuple[int, int]:
+    """Columns and warps of a program of `_retile_kernel`; a tile along the rows takes 128 columns."""
+    return (128, 8) if rowwise else (64, 4)
 
 
 def quantize_block(w_NK: Tensor, amax_floor: float, pow2: bool, out: tuple[Tensor, Tensor]) -> None:
@@ -308,6 +316,12 @@ def variants() -> Iterator[Variant]:
             pointers |= {"x_scale_inv_ptr": F32} if dequantize else {}
             pointers |= {"q_ptr": FP8, "scale_inv_ptr": F32} if rowwise else {}
             pointers |= {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32} if grouped else {}
+            columns, warps = _tile_of(rowwise)
             flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped}
             absent = {n: None for n in _retile_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
-            yield Variant(_retile_kernel, pointers | {"amax_floor": "fp32"}, flags | absent, num_warps=8)
+            yield Variant(
+                _retile_kernel,
+                pointers | {"amax_floor": "fp32"},
+                flags | absent | {"COLUMNS": columns},
+                num_warps=warps,
+            )

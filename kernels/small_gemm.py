@@ -37,17 +37,17 @@ SUMS = 1024  # of a program of the second kernel
 class Config(NamedTuple):
     """How a tile is computed. Changes the speed and never the numbers."""
 
-    rows: int  # of x in one product, below 64 with the operands swapped
-    columns: int
-    halves: int  # one below the other; the tile has halves · rows rows
+    rows: int  # of x; below 64 with the operands swapped
+    columns: int  # of a half
+    halves: int  # beside each other, so that a tile of x is read once for both
     blocks: int  # of the contraction, whose scales are loaded together
     num_warps: int
     num_stages: int  # so many times `blocks` blocks of the contraction in flight
 
 
 SPACE = {
-    "rows": (16, 32, 64),
-    "columns": (64, 128, 256),
+    "rows": (16, 32, 64, 128),
+    "columns": (64, 128),
     "halves": (1, 2),
     "blocks": (1, 2, 4),
     "num_warps": (4, 8),
@@ -56,25 +56,21 @@ SPACE = {
 
 
 def valid(config: dict[str, Any]) -> bool:
-    """Accumulators and a product must fit into the registers, operands into shared memory; a swapped tile of 256 has
-    wrong sums with triton 3.6."""
+    """Accumulators and a product must fit into the registers, operands into shared memory; a half begins a block."""
     c = Config(**config)
-    swapped = c.rows < 64
-    accumulators = c.rows * c.columns * (c.halves + 1) <= 64 * 64 * 6 * c.num_warps // 4
-    operands = (c.rows * c.halves + c.columns) * TILE * c.blocks * c.num_stages <= 220 << 10
-    return accumulators and operands and not (swapped and (c.halves == 2 or c.columns == 256))
+    fit = (c.halves + 1) * c.rows * c.columns <= 128 * 32 * c.num_warps
+    operands = (c.rows + c.halves * c.columns) * TILE * c.blocks * c.num_stages
+    return fit and operands <= 220 << 10 and (c.halves == 1 or c.columns == TILE)
 
 
 @triton.jit
-def _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows, M, block, last, x_scale_inv_step, BLOCKS: tl.constexpr):
-    """Those of x's rows and of w in blocks `block` to `block` + BLOCKS; zero from `last` on."""
-    x_scales, w_scales = (), ()
+def _scales(scale_inv_ptr, at, mask, step, block, last, BLOCKS: tl.constexpr):
+    """Scales at `at` of blocks `block` to `block` + BLOCKS; zero from `last` on."""
+    scales = ()
     for j in tl.static_range(BLOCKS):
-        mine = block + j < last
-        x_at = x_scale_inv_ptr + (block + j) * x_scale_inv_step + rows
-        x_scales = x_scales + (tl.load(x_at, mask=(rows < M) & mine, other=0.0),)
-        w_scales = w_scales + (tl.load(w_scale_inv_ptr + block + j, mask=mine, other=0.0),)
-    return x_scales, w_scales
+        here = scale_inv_ptr + (block + j) * step + at
+        scales = scales + (tl.load(here, mask=mask & (block + j < last), other=0.0),)
+    return scales
 
 
 @triton.jit
@@ -102,39 +98,38 @@ def _small_gemm_kernel(
     if SPLITS > 1:
         gdc_launch_dependents()
     SWAP: tl.constexpr = ROWS < 64
-    column, split, row = tl.program_id(0) * COLUMNS, tl.program_id(1), tl.program_id(2) * HALVES * ROWS
+    column, split, row = tl.program_id(0) * HALVES * COLUMNS, tl.program_id(1), tl.program_id(2) * ROWS
     blocks = tl.cdiv(K, 128)
     share = tl.cdiv(blocks, SPLITS)
     first = split * share
     last = tl.minimum(first + share, blocks)
-    rows0 = row + tl.arange(0, ROWS)
-    rows1 = rows0 + ROWS
-    w_scale_inv_ptr += column // 128 * blocks
+    rows = row + tl.arange(0, ROWS)
+    w_row0 = column // 128 * blocks
+    w_row1 = w_row0 + tl.where(column + 128 < N, blocks, 0)  # the second half may be outside
     acc0 = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), tl.float32)
     acc1 = acc0
-    x0_next, w_next = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows0, M, first, last, x_scale_inv_step, BLOCKS)
-    if HALVES == 2:
-        x1_next, _ = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows1, M, first, last, x_scale_inv_step, BLOCKS)
+    x_next = _scales(x_scale_inv_ptr, rows, rows < M, x_scale_inv_step, first, last, BLOCKS)
+    w0_next = _scales(w_scale_inv_ptr, w_row0, True, 1, first, last, BLOCKS)
+    w1_next = _scales(w_scale_inv_ptr, w_row1, HALVES == 2, 1, first, last, BLOCKS)
     for i in range(first, last, BLOCKS):
-        x0_scales, w_scales = x0_next, w_next
+        x_scales, w0_scales, w1_scales = x_next, w0_next, w1_next
         n = i + BLOCKS
-        x0_next, w_next = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows0, M, n, last, x_scale_inv_step, BLOCKS)
-        if HALVES == 2:
-            x1_scales = x1_next
-            x1_next, _ = _scales(x_scale_inv_ptr, w_scale_inv_ptr, rows1, M, n, last, x_scale_inv_step, BLOCKS)
+        x_next = _scales(x_scale_inv_ptr, rows, rows < M, x_scale_inv_step, n, last, BLOCKS)
+        w0_next = _scales(w_scale_inv_ptr, w_row0, True, 1, n, last, BLOCKS)
+        w1_next = _scales(w_scale_inv_ptr, w_row1, HALVES == 2, 1, n, last, BLOCKS)
         for j in tl.static_range(BLOCKS):
-            w = w_desc.load([column, (i + j) * 128])
-            x0 = x_desc.load([row, (i + j) * 128])
+            x = x_desc.load([row, (i + j) * 128])
+            w0 = w_desc.load([column, (i + j) * 128])
             if HALVES == 2:
-                x1 = x_desc.load([row + ROWS, (i + j) * 128])
-            acc0 = _multiply(x0, w, x0_scales[j] * w_scales[j], acc0, SWAP)
+                w1 = w_desc.load([column + COLUMNS, (i + j) * 128])
+            acc0 = _multiply(x, w0, x_scales[j] * w0_scales[j], acc0, SWAP)
             if HALVES == 2:
-                acc1 = _multiply(x1, w, x1_scales[j] * w_scales[j], acc1, SWAP)
+                acc1 = _multiply(x, w1, x_scales[j] * w1_scales[j], acc1, SWAP)
     columns = column + tl.arange(0, COLUMNS)
     y_ptr += split.to(tl.int64) * M * N
-    _store(y_ptr, acc0, rows0, columns, M, N, SWAP)
+    _store(y_ptr, acc0, rows, columns, M, N, SWAP)
     if HALVES == 2:
-        _store(y_ptr, acc1, rows1, columns, M, N, SWAP)
+        _store(y_ptr, acc1, rows, columns + COLUMNS, M, N, SWAP)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -161,7 +156,7 @@ def launch(
     config, (M, K), N = Config(**knobs), x_fp8.shape, len(w_fp8)
     x_scale_inv = column_major(x_scale_inv)
     parts = out if splits == 1 else out.new_empty((splits, M, N), dtype=torch.float32)
-    grid = (ceil_div(N, config.columns), splits, ceil_div(M, config.halves * config.rows))
+    grid = (ceil_div(N, config.halves * config.columns), splits, ceil_div(M, config.rows))
     _small_gemm_kernel[grid](
         descriptor(aligned(x_fp8), config.rows), descriptor(aligned(w_fp8), config.columns), parts,
         x_scale_inv, w_scale_inv.contiguous(), M, N, K, x_scale_inv.stride(1),
@@ -174,7 +169,7 @@ def launch(
 
 def takes(splits: int, problem: Problem) -> bool:
     """Few rows, and for each split at least two blocks of the contraction; a workspace that 32 bits address."""
-    few = problem.rows <= 128 and problem.K >= 2 * TILE * splits
+    few = problem.rows <= 128 and 2 * TILE * splits <= problem.K
     return few and splits * problem.rows * problem.N < 2**31
 
 
@@ -205,7 +200,7 @@ BUILT_IN = (
     Config(16, 128, 1, 2, 4, 3),
     Config(32, 128, 1, 2, 4, 3),
     Config(64, 64, 1, 2, 4, 3),
-    Config(64, 64, 2, 2, 4, 2),
+    Config(128, 64, 1, 2, 4, 4),
 )
 
 

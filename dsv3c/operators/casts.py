@@ -92,9 +92,7 @@ define(
     casts.dequantize_block_ref,
     "quantize",
 )
-define(
-    "quantize_e5m6(Tensor x, float amax_floor) -> (Tensor, Tensor)", _quantize_e5m6, casts.quantize_e5m6_ref, "e5m6"
-)
+define("quantize_e5m6(Tensor x, float amax_floor) -> (Tensor, Tensor)", _quantize_e5m6, casts.quantize_e5m6_ref, "e5m6")
 define(
     "dequantize_e5m6(Tensor packed, Tensor scale_inv, ScalarType dtype) -> Tensor",
     _dequantize_e5m6,
