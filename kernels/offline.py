@@ -25,6 +25,7 @@ FAMILIES = (
     "small_gemm",
     "grouped_gemm",
     "wgrad",
+    "wgrad_specialized",
     "router",
     "permute",
     "swiglu",

@@ -189,23 +189,25 @@ def variant(splits: int, config: dict[str, Any]) -> Variant:
 def _implementation(splits: int) -> Implementation:
     name = "few_rows" if splits == 1 else f"split_{splits}"
     return Implementation(
-        name, SPACE, partial(launch, splits=splits), partial(takes, splits), valid, partial(variant, splits)
+        name, SPACE, partial(launch, splits=splits), partial(takes, splits), valid, partial(variant, splits), KNOWN
     )
 
 
-IMPLEMENTATIONS = {"gemm": tuple(_implementation(splits) for splits in SPLITS)}
-
 # Without a table (`gemm.default`): for up to 16, 32, 64 and 128 rows.
-BUILT_IN = (
-    Config(16, 128, 1, 2, 4, 3),
-    Config(32, 128, 1, 2, 4, 3),
-    Config(64, 64, 1, 2, 4, 3),
-    Config(128, 64, 1, 2, 4, 4),
+KNOWN = tuple(
+    c._asdict()
+    for c in (
+        Config(16, 128, 1, 2, 4, 3),
+        Config(32, 128, 1, 2, 4, 3),
+        Config(64, 64, 1, 2, 4, 3),
+        Config(128, 64, 1, 2, 4, 4),
+    )
 )
+IMPLEMENTATIONS = {"gemm": tuple(_implementation(splits) for splits in SPLITS)}
 
 
 def variants() -> Iterator[Variant]:
-    for config in BUILT_IN:
-        yield from (variant(splits, config._asdict()) for splits in (1, 4))
+    for config in KNOWN:
+        yield from (variant(splits, config) for splits in (1, 4))
     sums = {"parts_ptr": F32, "y_ptr": BF16}
     yield Variant(_add_splits_kernel, sums, {"SPLITS": 4, "SUMS": SUMS})

@@ -26,7 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dsv3c.kernels.gemm import aligned, multiprocessors, swizzle
+from dsv3c.kernels.gemm import aligned, hopper, multiprocessors, swizzle
+from dsv3c.kernels.implementations import Problem
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
@@ -44,12 +45,18 @@ class Config(NamedTuple):
 
 
 SPACE = {"columns": (128, 256), "num_stages": (3, 4, 5, 6), "band": (4, 8, 16)}
-BUILT_IN = {"columns": 256, "num_stages": 3, "band": 16}
+KNOWN = ({"columns": 256, "num_stages": 3, "band": 16},)
 
 
 def valid(config: dict[str, Any]) -> bool:
     """Operands, and a half of each consumer in float32, fit into shared memory."""
     return (128 + config["columns"]) * TILE * config["num_stages"] + 2 * 64 * 128 * 4 <= 220 << 10
+
+
+def takes(problem: Problem) -> bool:
+    """The copy engine stores whole tiles, of groups that lie behind each other, and wants 16-byte alignment."""
+    aligned = problem.N % (4 if problem.groups == 1 else TILE) == 0 and problem.K % 8 == 0
+    return aligned and hopper()
 
 
 @gluon.jit
@@ -91,7 +98,9 @@ def _produce(sizes, descs, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl
             tma.async_copy_global_to_shared(column_desc, [block * K + column], ready, column0_buf.index(stage))
             if COLUMNS == 256:
                 tma.async_copy_global_to_shared(xt_desc, [column + 128, block * 128], ready, xt1_buf.index(stage))
-                tma.async_copy_global_to_shared(column_desc, [block * K + column + 128], ready, column1_buf.index(stage))
+                tma.async_copy_global_to_shared(
+                    column_desc, [block * K + column + 128], ready, column1_buf.index(stage)
+                )
             count += 1
 
 
@@ -190,8 +199,38 @@ def _wgrad_specialized_kernel(
     above, below = (dw_desc, above_buf, dw_ready.index(0)), (dw_desc, below_buf, dw_ready.index(1))
     gl.warp_specialize(
         [
-            (_consume, (sizes, dw_desc, above_buf, dw_ready.index(0), operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 0)),
-            (_consume, (sizes, dw_desc, below_buf, dw_ready.index(1), operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 64)),
+            (
+                _consume,
+                (
+                    sizes,
+                    dw_desc,
+                    above_buf,
+                    dw_ready.index(0),
+                    operands,
+                    barriers,
+                    COLUMNS,
+                    STAGES,
+                    BAND,
+                    ACCUMULATE,
+                    0,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    sizes,
+                    dw_desc,
+                    below_buf,
+                    dw_ready.index(1),
+                    operands,
+                    barriers,
+                    COLUMNS,
+                    STAGES,
+                    BAND,
+                    ACCUMULATE,
+                    64,
+                ),
+            ),
             (_produce, (sizes, (dyt_desc, xt_desc, row_desc, column_desc), operands, barriers, COLUMNS, STAGES, BAND)),
         ],
         [4, 1],
@@ -231,6 +270,6 @@ def variant(config: dict[str, Any], dw: str = BF16, accumulate: bool = False) ->
 
 
 def variants() -> Iterator[Variant]:
-    yield variant(BUILT_IN)
-    yield variant(BUILT_IN, F32)
-    yield variant(BUILT_IN, F32, True)
+    yield variant(KNOWN[0])
+    yield variant(KNOWN[0], F32)
+    yield variant(KNOWN[0], F32, True)

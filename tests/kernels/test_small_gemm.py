@@ -105,7 +105,7 @@ def test_products(check, size):
     w = ops.quantize_block(check.varied(N, K, device="cuda"), FLOOR, False)
     product = check.product(*x, *w)
     plain = torch.full((M, N), torch.nan, device="cuda")
-    gemm.launch(*x, *w, plain, **gemm.BUILT_IN[-1]._asdict())
+    gemm.launch(*x, *w, plain, **gemm.KNOWN[-1])
     for splits in (1, 2, 3, 4, 7):
         if not small_gemm.takes(splits, Problem("gemm", M, N, K)):
             continue
