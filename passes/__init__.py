@@ -3,6 +3,8 @@
 from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_quantize import FuseQuantize
+from dsv3c.passes.fuse_routing import FuseRouting
 from dsv3c.passes.pipeline import Pipeline, default
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
@@ -13,6 +15,8 @@ from dsv3c.passes.share_equal import ShareEqual
 __all__ = [
     "AbsorbAttention",
     "FoldLinear",
+    "FuseQuantize",
+    "FuseRouting",
     "Pass",
     "PassError",
     "Pipeline",

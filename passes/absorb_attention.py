@@ -12,7 +12,7 @@ import dsv3c.attention
 import dsv3c.operators  # noqa: F401
 from dsv3c.operators.mla_decode import LATENT, PAGE, RANK
 from dsv3c.passes.contract import Level, Tier, leave
-from dsv3c.passes.rewrite import aten, insert, through_transposes, value
+from dsv3c.passes.rewrite import aten, insert, size, through_transposes, value
 
 _LAYOUT = (aten.permute.default, aten.view.default, aten.alias.default, aten.unsqueeze.default, aten.expand.default)
 _END = 2**63 - 1
@@ -143,7 +143,7 @@ def _joined(at: fx.Node, latent: fx.Node, rope: fx.Node) -> fx.Node:
     parts = []
     for part in (latent, rope):
         rank = value(part).dim()
-        sizes = [_size(at, part, 0), _size(at, part, rank - 2), value(part).shape[-1]]
+        sizes = [size(at, part, 0), size(at, part, rank - 2), value(part).shape[-1]]
         parts.append(insert(at, aten.view.default, part, sizes))
     return insert(at, aten.cat.default, parts, -1)
 
@@ -151,25 +151,21 @@ def _joined(at: fx.Node, latent: fx.Node, rope: fx.Node) -> fx.Node:
 def _pages(at: fx.Node, cache_BSL: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
     """The cache in pages [B·P, PAGE, LATENT], sequence after sequence; its block table, and its lengths."""
     op, compute = partial(insert, at), partial(_compute, at)
-    batch, tokens = _size(at, cache_BSL, 0), _size(at, cache_BSL, 1)
+    batch, tokens = size(at, cache_BSL, 0), size(at, cache_BSL, 1)
     pages = compute(operator.floordiv, compute(operator.add, tokens, PAGE - 1), PAGE)
     padding = compute(operator.sub, compute(operator.mul, pages, PAGE), tokens)
     count = compute(operator.mul, batch, pages)
     cache = value(cache_BSL)
     zeros = op(aten.full.default, [batch, padding, LATENT], 0, dtype=cache.dtype, device=cache.device)
     padded = op(aten.cat.default, [cache_BSL, zeros], 1)
-    table = op(aten.arange.default, count, dtype=torch.int32, device=cache.device)
+    numbers = {"start": 0, "step": 1, "dtype": torch.int32, "device": cache.device, "requires_grad": False}
+    table = op(torch.ops.prims.iota.default, count, **numbers)
     # Not views: those compare sizes, with the first call's for hints, and would bind the unit to one page.
     return (
         op(aten.as_strided.default, padded, [count, PAGE, LATENT], [PAGE * LATENT, LATENT, 1]),
         op(aten.as_strided.default, table, [batch, pages], [pages, 1]),
         op(aten.full.default, [batch], tokens, dtype=torch.int32, device=cache.device),
     )
-
-
-def _size(at: fx.Node, x: fx.Node, dim: int) -> fx.Node | int:
-    size = value(x).shape[dim]
-    return insert(at, aten.sym_size.int, x, dim) if isinstance(size, torch.SymInt) else size
 
 
 def _compute(at: fx.Node, function, *sizes: fx.Node | int) -> fx.Node | int:

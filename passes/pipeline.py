@@ -7,6 +7,8 @@ from dsv3c.numerics import Recipe
 from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.contract import Level, Pass, select
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_quantize import FuseQuantize
+from dsv3c.passes.fuse_routing import FuseRouting
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
@@ -28,6 +30,8 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
         QuantizeGroupedLinear(recipe),
         QuantizeBeforeGather(),
         ShareEqual(),
+        FuseRouting(),
+        FuseQuantize(),
     )
 
 

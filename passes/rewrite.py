@@ -73,3 +73,9 @@ def insert_pair(at: fx.Node, target: Callable, *args) -> tuple[fx.Node, fx.Node]
 def replace(node: fx.Node, new: fx.Node) -> None:
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
+
+
+def size(at: fx.Node, x: fx.Node, dim: int) -> fx.Node | int:
+    """The size of x: a number, or, where it varies, a node just before `at`."""
+    found = value(x).shape[dim]
+    return insert(at, aten.sym_size.int, x, dim) if isinstance(found, torch.SymInt) else found
