@@ -69,7 +69,7 @@ def _scales(scale_inv_ptr, at, mask, step, block, last, BLOCKS: tl.constexpr):
     scales = ()
     for j in tl.static_range(BLOCKS):
         here = scale_inv_ptr + (block + j) * step + at
-        scales = scales + (tl.load(here, mask=mask & (block + j < last), other=0.0),)
+        scales = scales + (tl.load(here, mask=mask & (block + j < last), other=0.0),)  # noqa: RUF005 Triton does not unpack
     return scales
 
 
@@ -168,9 +168,9 @@ def launch(
 
 
 def takes(splits: int, problem: Problem) -> bool:
-    """Few rows, and for each split at least two blocks of the contraction; a workspace that 32 bits address."""
-    few = problem.rows <= 128 and 2 * TILE * splits <= problem.K
-    return few and splits * problem.rows * problem.N < 2**31
+    """Few rows, at least two blocks of the contraction for each split, and a workspace that 32 bits address."""
+    few = problem.rows <= 128 and splits * problem.rows * problem.N < 2**31
+    return few and (splits == 1 or 2 * TILE * splits <= problem.K)
 
 
 def variant(splits: int, config: dict[str, Any]) -> Variant:
@@ -193,16 +193,25 @@ def _implementation(splits: int) -> Implementation:
     )
 
 
-# Without a table (`gemm.default`): for up to 16, 32, 64 and 128 rows.
+# With at most a program for each of 132 multiprocessors, or with more.
 KNOWN = tuple(
-    c._asdict()
-    for c in (
-        Config(16, 128, 1, 2, 4, 3),
-        Config(32, 128, 1, 2, 4, 3),
-        Config(64, 64, 1, 2, 4, 3),
-        Config(128, 64, 1, 2, 4, 4),
+    dict(zip(SPACE, values, strict=True))
+    for values in (
+        *((16, 64, 1, 4, 4, 3), (32, 64, 1, 4, 4, 3), (64, 64, 1, 4, 4, 3), (128, 64, 1, 2, 4, 4)),
+        *((16, 64, 1, 2, 4, 3), (32, 64, 1, 2, 4, 3), (64, 64, 1, 2, 4, 2), (128, 64, 1, 1, 4, 3)),
     )
 )
+
+
+def default(problem: Problem) -> tuple[str, dict[str, Any]]:
+    """Without a table: as many splits as leave each multiprocessor a program."""
+    tiles = ceil_div(problem.N, 64)
+    splits = max(s for s in SPLITS if s == 1 or (s * tiles <= 132 and takes(s, problem)))
+    size = sum(problem.rows > rows for rows in SPACE["rows"][:-1])
+    config = KNOWN[size if splits * tiles <= 132 else size + len(SPACE["rows"])]
+    return "few_rows" if splits == 1 else f"split_{splits}", config
+
+
 IMPLEMENTATIONS = {"gemm": tuple(_implementation(splits) for splits in SPLITS)}
 
 

@@ -30,7 +30,6 @@ from dsv3c.kernels.gemm import (
     described,
     descriptor,
     promote,
-    store_tile,
     swizzle,
     tile_constants,
     valid,
@@ -68,15 +67,19 @@ def _finish(
     ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """Stores both halves, added to what is there if ACCUMULATE."""
+    rows = row + tl.arange(0, ROWS)[:, None]
+    columns = column + tl.arange(0, COLUMNS)[None, :]
+    there = dw_ptr + rows.to(tl.int64) * K + columns
+    inside = (rows < N) & (columns < K)
     if ACCUMULATE:
-        rows = row + tl.arange(0, ROWS)[:, None]
-        columns = column + tl.arange(0, COLUMNS)[None, :]
-        there = dw_ptr + rows.to(tl.int64) * K + columns
-        acc0 += tl.load(there, mask=(rows < N) & (columns < K), other=0.0)
-        if HALVES == 2:
-            there += ROWS * K.to(tl.int64)
-            acc1 += tl.load(there, mask=(rows + ROWS < N) & (columns < K), other=0.0)
-    store_tile(dw_ptr, acc0, acc1, row, N, column, K, ROWS, COLUMNS, HALVES)
+        acc0 += tl.load(there, mask=inside, other=0.0)
+    tl.store(there, acc0.to(dw_ptr.dtype.element_ty), mask=inside)
+    if HALVES == 2:
+        there += ROWS * K.to(tl.int64)
+        inside = (rows + ROWS < N) & (columns < K)
+        if ACCUMULATE:
+            acc1 += tl.load(there, mask=inside, other=0.0)
+        tl.store(there, acc1.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

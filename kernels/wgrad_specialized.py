@@ -10,7 +10,6 @@ computed, and added last: dw + Σ, one rounding.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +70,7 @@ def _promote(product, row_scale, column_scale, acc):
 @gluon.jit
 def _locate(tile, sizes, COLUMNS: gl.constexpr, BAND: gl.constexpr):
     """A tile's group, first row and first column, and which blocks of the contraction are its."""
-    first_ptr, N, K, E = sizes
+    first_ptr, N, K, _E = sizes
     num_m, num_n = gl.cdiv(N, 128), gl.cdiv(K, COLUMNS)
     e = tile // (num_m * num_n)
     m, n = swizzle(tile % (num_m * num_n), num_m, num_n, BAND)
@@ -106,10 +105,11 @@ def _produce(sizes, descs, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl
 
 @gluon.jit
 def _consume(
-    sizes, dw_desc, dw_buf, dw_ready, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    BAND: gl.constexpr, ACCUMULATE: gl.constexpr, MINE: gl.constexpr,
+    sizes, dw, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    ACCUMULATE: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
     """Rows MINE to MINE + 64 of each tile."""
+    dw_desc, dw_buf, dw_ready = dw
     _first_ptr, N, K, E = sizes
     dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf = operands
     full, empty = barriers
@@ -199,38 +199,8 @@ def _wgrad_specialized_kernel(
     above, below = (dw_desc, above_buf, dw_ready.index(0)), (dw_desc, below_buf, dw_ready.index(1))
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    sizes,
-                    dw_desc,
-                    above_buf,
-                    dw_ready.index(0),
-                    operands,
-                    barriers,
-                    COLUMNS,
-                    STAGES,
-                    BAND,
-                    ACCUMULATE,
-                    0,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    sizes,
-                    dw_desc,
-                    below_buf,
-                    dw_ready.index(1),
-                    operands,
-                    barriers,
-                    COLUMNS,
-                    STAGES,
-                    BAND,
-                    ACCUMULATE,
-                    64,
-                ),
-            ),
+            (_consume, (sizes, above, operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 0)),
+            (_consume, (sizes, below, operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 64)),
             (_produce, (sizes, (dyt_desc, xt_desc, row_desc, column_desc), operands, barriers, COLUMNS, STAGES, BAND)),
         ],
         [4, 1],

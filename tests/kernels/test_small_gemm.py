@@ -94,6 +94,19 @@ def test_takes_few_rows_and_blocks_enough():
     assert not found["split_4"].takes(Problem("gemm", 4096, 7168, 2048))
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 128])
+def test_rule_without_a_table(rows):
+    """As many splits as there are multiprocessors for, and a configuration that compiles and computes that size."""
+    found = implementations("gemm")
+    for N, K, splits in [(2112, 7168, 4), (4096, 7168, 2), (7168, 16384, 1), (72, 128, 1), (130, 400, 1)]:
+        problem = Problem("gemm", rows, N, K)
+        name, config = small_gemm.default(problem)
+        assert name == ("few_rows" if splits == 1 else f"split_{splits}")
+        assert found[name].takes(problem)
+        assert found[name].holds(config)
+        assert rows <= config["rows"] <= max(16, 2 * rows)
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("size", [(1, 130, 1152), (16, 256, 2048), (37, 576, 1408), (64, 2112, 7168), (128, 512, 4096)])
