@@ -15,6 +15,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+E5M6_MAX = 65024.0  # (2 - 2^-6) · 2^15
 TILE = 128
 # A smaller floor would make quotients and products of scale_invs leave the normal range of float32.
 MIN_AMAX_FLOOR = 2.0**-64

@@ -75,7 +75,7 @@ Choice = tuple[Implementation, Config]
 
 # Operator -> its kernel files. The first also has `default(problem) -> (name, config)`, the rule without a table.
 FILES: dict[str, tuple[str, ...]] = {
-    "gemm": ("gemm",),
+    "gemm": ("gemm", "small_gemm"),
     "gemm_wgrad": ("wgrad",),
     "grouped_gemm": ("grouped_gemm",),
     "grouped_gemm_wgrad": ("wgrad",),

@@ -20,9 +20,12 @@ I16 = "*i16"
 FAMILIES = (
     "groups",
     "quantize",
+    "e5m6",
     "gemm",
+    "small_gemm",
     "grouped_gemm",
     "wgrad",
+    "wgrad_specialized",
     "router",
     "permute",
     "swiglu",
