@@ -62,17 +62,16 @@ def _promote(product, scale_inv, acc):
 
 
 @gluon.jit
-def _locate(
-    tile, num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound, COLUMNS: gl.constexpr, BAND: gl.constexpr
-):
-    """A tile's first row and the end of its group's rows, its group, the first columns of its halves, and where
-    their scales of w begin."""
+def _locate(tile, problem, COLUMNS: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr):
+    """A tile's first row and the end of its group's rows, its group, the first columns of its halves, and where their
+    scales of w begin."""
+    num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound = problem
     tile = gl.maximum(gl.minimum(tile, num_m * num_n - 1), 0)  # there may be no next, or none at all
     first = tile // (BAND * num_n) * BAND
     height = gl.maximum(gl.minimum(num_m - first, BAND), 1)
     m, n = first + (tile - first * num_n) % height, (tile - first * num_n) // height
     row, end, e = m * 128, M, 0
-    if tiles_ptr is not None:
+    if GROUPED:
         there = m < num_m
         e = gl.load(tiles_ptr + m, mask=there, other=0)
         row = gl.load(tiles_ptr + bound + m, mask=there, other=0)
@@ -88,14 +87,16 @@ def _locate(
 
 @gluon.jit
 def _produce(
-    x_desc, w0_desc, w1_desc, scale_desc, x_buf, w0_buf, w1_buf, scale_buf, full, empty, w_scale_inv_ptr, tiles_ptr, bound,
-    num_m, num_n, M, N, blocks, step, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    problem, descs, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    GROUPED: gl.constexpr,
 ):  # fmt: skip
+    x_desc, w0_desc, w1_desc, scale_desc = descs
+    x_buf, w0_buf, w1_buf, scale_buf = operands
+    full, empty = barriers
+    num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound = problem
     block = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(
-            tile, num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound, COLUMNS, BAND
-        )
+        row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(tile, problem, COLUMNS, BAND, GROUPED)
         for k in range(blocks):
             stage = block % STAGES
             ready = full.index(stage)
@@ -105,12 +106,12 @@ def _produce(
             tma.async_copy_global_to_shared(w0_desc, [e * N + column0, k * 128], ready, w0_buf.index(stage))
             if COLUMNS > 128:
                 tma.async_copy_global_to_shared(w1_desc, [e * N + column1, k * 128], ready, w1_buf.index(stage))
-            tma.async_copy_global_to_shared(scale_desc, [k * step + row], ready, scale_buf.index(stage))
+            tma.async_copy_global_to_shared(scale_desc, [k * M + row], ready, scale_buf.index(stage))
             block += 1
 
 
 @gluon.jit
-def _store(y_desc, y_ptr, y_buf, acc, row, end, column, N, GROUPED: gl.constexpr):
+def _store(acc, y_desc, y_ptr, y_buf, row, end, column, N, GROUPED: gl.constexpr):
     """One half to rows row.. of y, those from `end` on left alone."""
     tma.store_wait(0)
     y_buf.store(acc.to(gl.bfloat16))
@@ -119,51 +120,49 @@ def _store(y_desc, y_ptr, y_buf, acc, row, end, column, N, GROUPED: gl.constexpr
         tma.async_copy_shared_to_global(y_desc, [row, column], y_buf)
     else:
         COALESCED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        rows = row + gl.arange(0, 64, gl.SliceLayout(1, COALESCED))
-        columns = column + gl.arange(0, y_buf.shape[1], gl.SliceLayout(0, COALESCED))
-        rows, columns = gl.expand_dims(rows, 1), gl.expand_dims(columns, 0)
+        rows = gl.expand_dims(row + gl.arange(0, 64, gl.SliceLayout(1, COALESCED)), 1)
+        columns = gl.expand_dims(column + gl.arange(0, y_buf.shape[1], gl.SliceLayout(0, COALESCED)), 0)
         gl.store(y_ptr + rows.to(gl.int64) * N + columns, y_buf.load(COALESCED), mask=(rows < end) & (columns < N))
 
 
 @gluon.jit
 def _consume(
-    y0_desc, y1_desc, y_ptr, y0_buf, y1_buf, x_buf, w0_buf, w1_buf, scale_buf, full, empty, w_scale_inv_ptr, tiles_ptr,
-    bound, num_m, num_n, M, N, blocks, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    problem, y, y0_buf, y1_buf, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    GROUPED: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
+    """Rows MINE to MINE + 64 of each tile."""
+    y_ptr, y0_desc, y1_desc = y
+    x_buf, w0_buf, w1_buf, scale_buf = operands
+    full, empty = barriers
+    num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound = problem
     WIDTH: gl.constexpr = 64 if COLUMNS == 192 else 128
     L0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     L1: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32])
-    GROUPED: gl.constexpr = tiles_ptr is not None
-    MINE: gl.constexpr = CONSUMER * 64
     product0 = gl.zeros((64, 128), gl.float32, L0)
     product1 = gl.zeros((64, WIDTH), gl.float32, L1)
-    # Nought, but not known to be the same for all threads: the compiler would load w's scales into uniform registers, and
-    # wait for them at once.
+    # Nought, but not known to be the same for all threads: else the compiler loads w's scales into uniform registers, and
+    # waits for them at once.
     zero0 = gl.minimum(N + gl.arange(0, 64, gl.SliceLayout(1, L0)), 0)
     zero1 = gl.minimum(N + gl.arange(0, 64, gl.SliceLayout(1, L1)), 0)
-    first_tile, num_tiles, programs = gl.program_id(0), num_m * num_n, gl.num_programs(0)
-    row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(
-        first_tile, num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound, COLUMNS, BAND
-    )
+    row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(gl.program_id(0), problem, COLUMNS, BAND, GROUPED)
     next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
-    first_block = 0
-    for tile in range(first_tile, num_tiles, programs):
+    block = 0
+    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         this_row, this_end, this_column0, this_column1 = row + MINE, end, column0, column1
         if GROUPED and this_row >= this_end:
-            for block in range(first_block, first_block + blocks):
+            for _ in range(blocks):
                 mbarrier.wait(full.index(block % STAGES), block // STAGES % 2)
                 mbarrier.arrive(empty.index(block % STAGES), count=1)
+                block += 1
             row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(
-                tile + programs, num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound, COLUMNS, BAND
+                tile + gl.num_programs(0), problem, COLUMNS, BAND, GROUPED
             )
             next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
         else:
             acc0 = gl.zeros((64, 128), gl.float32, L0)
             acc1 = gl.zeros((64, WIDTH), gl.float32, L1)
             for LAST in gl.static_range(2):  # the last block apart: one half is stored while the other is multiplied
-                start = first_block + (blocks - 1 if LAST else 0)
-                for block in range(start, start + (1 if LAST else blocks - 1)):
+                for _ in range(1 if LAST else blocks - 1):
                     stage = block % STAGES
                     scale0, scale1 = next0, next1
                     if not LAST:
@@ -186,9 +185,9 @@ def _consume(
                         other = product0 if COLUMNS == 256 else product1
                         other = warpgroup_mma(x, w1, other, use_acc=False, is_async=True)
                     if LAST:
-                        _store(y0_desc, y_ptr, y0_buf, acc0, this_row, this_end, this_column0, N, GROUPED)
+                        _store(acc0, y0_desc, y_ptr, y0_buf, this_row, this_end, this_column0, N, GROUPED)
                         row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(
-                            tile + programs, num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound, COLUMNS, BAND
+                            tile + gl.num_programs(0), problem, COLUMNS, BAND, GROUPED
                         )
                         next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
                     if COLUMNS > 128:
@@ -199,49 +198,49 @@ def _consume(
                             product0 = other
                         else:
                             product1 = other
+                    block += 1
             if COLUMNS > 128:
-                _store(y1_desc, y_ptr, y1_buf, acc1, this_row, this_end, this_column1, N, GROUPED)
-        first_block += blocks
+                _store(acc1, y1_desc, y_ptr, y1_buf, this_row, this_end, this_column1, N, GROUPED)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "step", "E", "bound"])
+@gluon.jit(do_not_specialize=["M", "E", "bound"])
 def _warp_specialized_kernel(
-    x_desc, w0_desc, w1_desc, y0_desc, y1_desc, scale_desc, y_ptr, w_scale_inv_ptr, tiles_ptr, first_ptr, M, N, K, step,
-    E, bound, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    x_desc, w0_desc, w1_desc, y0_desc, y1_desc, scale_desc, y_ptr, w_scale_inv_ptr, tiles_ptr, first_ptr, M, N, K, E,
+    bound, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     num_m, num_n, blocks = gl.cdiv(M, 128), gl.cdiv(N, COLUMNS), gl.cdiv(K, 128)
-    if tiles_ptr is not None:
+    if GROUPED:
         num_m = gl.load(first_ptr + E)
     x_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), x_desc.layout)
     w0_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), w0_desc.layout)
-    ya_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 128), y0_desc.layout)
-    yb_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 128), y0_desc.layout)
-    w1_buf, ya1_buf, yb1_buf = w0_buf, ya_buf, yb_buf
+    scale_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), scale_desc.layout)
+    above0_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 128), y0_desc.layout)
+    below0_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 128), y0_desc.layout)
+    w1_buf, above1_buf, below1_buf = w0_buf, above0_buf, below0_buf
     if COLUMNS == 256:
         w1_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), w1_desc.layout)
-    elif COLUMNS == 192:
+    if COLUMNS == 192:
         w1_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 64, 128), w1_desc.layout)
-        ya1_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 64), y1_desc.layout)
-        yb1_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 64), y1_desc.layout)
-    scale_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), scale_desc.layout)
+        above1_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 64), y1_desc.layout)
+        below1_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 64), y1_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    problem = (num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound)
+    operands, barriers = (x_buf, w0_buf, w1_buf, scale_buf), (full, empty)
+    y, descs = (y_ptr, y0_desc, y1_desc), (x_desc, w0_desc, w1_desc, scale_desc)
     gl.warp_specialize(
         [
-            (_consume, (y0_desc, y1_desc, y_ptr, ya_buf, ya1_buf, x_buf, w0_buf, w1_buf, scale_buf, full, empty,
-                        w_scale_inv_ptr, tiles_ptr, bound, num_m, num_n, M, N, blocks, COLUMNS, STAGES, BAND, 0)),
-            (_consume, (y0_desc, y1_desc, y_ptr, yb_buf, yb1_buf, x_buf, w0_buf, w1_buf, scale_buf, full, empty,
-                        w_scale_inv_ptr, tiles_ptr, bound, num_m, num_n, M, N, blocks, COLUMNS, STAGES, BAND, 1)),
-            (_produce, (x_desc, w0_desc, w1_desc, scale_desc, x_buf, w0_buf, w1_buf, scale_buf, full, empty,
-                        w_scale_inv_ptr, tiles_ptr, bound, num_m, num_n, M, N, blocks, step, COLUMNS, STAGES, BAND)),
+            (_consume, (problem, y, above0_buf, above1_buf, operands, barriers, COLUMNS, STAGES, BAND, GROUPED, 0)),
+            (_consume, (problem, y, below0_buf, below1_buf, operands, barriers, COLUMNS, STAGES, BAND, GROUPED, 64)),
+            (_produce, (problem, descs, operands, barriers, COLUMNS, STAGES, BAND, GROUPED)),
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip
+    )
 
 
 def launch(
@@ -258,6 +257,8 @@ def launch(
         tiles, first = tile_map(offs, R, ROWS)
         num_m = bound = tiles.shape[1]
     scale_inv = column_major(x_scale_inv).t().reshape(-1)
+    if scale_inv.data_ptr() % 16:
+        scale_inv = scale_inv.clone()
     x_fp8, w_fp8 = aligned(x_fp8), aligned(w_fp8.contiguous()).reshape(-1, w_fp8.shape[-1])
     describe = TensorDescriptor.from_tensor
     narrow = 64 if config.columns == 192 else 128
@@ -265,6 +266,6 @@ def launch(
     _warp_specialized_kernel[grid](
         describe(x_fp8, [128, 128], BYTES), describe(w_fp8, [128, 128], BYTES), describe(w_fp8, [narrow, 128], BYTES),
         describe(out, [64, 128], HALVES), describe(out, [64, narrow], HALVES), describe(scale_inv, [128], FLOATS),
-        out, w_scale_inv.contiguous(), tiles, first, R, N, K, x_scale_inv.stride(1), E, bound,
-        config.columns, config.num_stages, config.band, num_warps=4,
+        out, w_scale_inv.contiguous(), tiles, first, R, N, K, E, bound,
+        config.columns, config.num_stages, config.band, offs is not None, num_warps=4,
     )  # fmt: skip
