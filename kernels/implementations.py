@@ -7,6 +7,7 @@ Without a row for a problem, the rule in the operator's kernel file decides (`de
 problem and the device alone, and is no part of a compile key. Nothing is measured here.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -14,8 +15,11 @@ from importlib import import_module
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dsv3c.errors import CompileError
+
 if TYPE_CHECKING:  # importing this file needs no Triton
     from dsv3c.kernels.offline import Variant
+    from dsv3c.tuning.tables import Table
 
 Config = Mapping[str, Any]
 
@@ -48,6 +52,14 @@ class Implementation:
     takes: Callable[[Problem], bool] = lambda problem: True
     valid: Callable[[Config], bool] = lambda config: True
     variant: "Callable[[Config], Variant] | None" = None
+
+    def holds(self, config: Config) -> bool:
+        """Whether `config` is one of its configurations."""
+        return (
+            config.keys() == self.space.keys()
+            and all(config[knob] in values for knob, values in self.space.items())
+            and self.valid(config)
+        )
 
     def configs(self) -> Iterator[dict[str, Any]]:
         """Every valid configuration; a library's only one is empty."""
@@ -83,5 +95,38 @@ def default(problem: Problem) -> Choice:
 
 @lru_cache(maxsize=1 << 16)
 def choose(problem: Problem) -> Choice:
-    """By measurement where this process's GPU has a row, else by rule."""
+    """By measurement where this process's GPU has a row for it, else by rule.
+
+    A row may name an implementation or a configuration that there is no longer, or not here; it is passed over.
+    """
+    for entry in _table().entries(problem):
+        found = implementations(problem.operator).get(entry.implementation)
+        if found is None or not found.holds(entry.config):
+            _complain(
+                f"table: expected an implementation of {problem.operator}, found {entry.implementation} {entry.config}"
+            )
+        elif found.takes(problem):
+            return found, entry.config
     return default(problem)
+
+
+@cache
+def _table() -> "Table":
+    """Of this process's GPU: all of a machine's are taken to be of one kind."""
+    from dsv3c.tuning import tables, targets
+
+    try:
+        target = targets.resolve("auto")
+    except CompileError as error:
+        _complain(str(error))
+        return tables.Table([], 1)
+    table, complaints = tables.load(target)
+    for complaint in complaints:
+        _complain(complaint)
+    return table
+
+
+@cache
+def _complain(reason: str) -> None:
+    """Once."""
+    warnings.warn(f"tuning: {reason}; built-in defaults are used", stacklevel=2)

@@ -40,10 +40,10 @@ from dsv3c.numerics import TILE, ceil_div
 
 SPACE = {
     "rows": (64, 128),
-    "columns": (32, 64, 128),
+    "columns": (64, 128),
     "halves": (1, 2),
     "num_warps": (4, 8),
-    "num_stages": (2, 3, 4, 5, 6),
+    "num_stages": (2, 3, 4),
     "band": (4, 8, 16),
     "chunk": (1, 4, 16),
 }
