@@ -13,9 +13,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
-FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad")
+FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad", "warp_specialized")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Variant:
     @property
     def name(self) -> str:
         """The kernel's name and what distinguishes this variant."""
-        values = [t.lstrip("*") for t in self.arguments.values()] + [f"{k}{v}" for k, v in self.constants.items()]
+        values = [t.lstrip("*").split(",NVMMA")[0] for t in self.arguments.values()]  # without Gluon's layouts
+        values += [f"{k}{v}" for k, v in self.constants.items()]
         return "-".join(
             [self.kernel.__name__.strip("_"), *values, f"warps{self.num_warps}", f"stages{self.num_stages}"]
         )
@@ -42,7 +44,7 @@ class Variant:
         signature = {n: "constexpr" if n in self.constants else self.arguments.get(n, "i32") for n in names}
         general = {p.name for p in self.kernel.params if p.do_not_specialize}
         aligned = [n for n, t in signature.items() if (t == "i32" and n not in general) or t.startswith("*")]
-        source = ASTSource(
+        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
             fn=self.kernel,
             signature=signature,
             constexprs={(names.index(n),): v for n, v in self.constants.items()},

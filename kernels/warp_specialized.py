@@ -28,28 +28,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dsv3c.kernels.gemm import aligned, hopper, multiprocessors
+from dsv3c.kernels import gemm, grouped_gemm
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.implementations import Implementation, Problem
-from dsv3c.kernels.offline import F32, I32, BF16, Variant
+from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS = 128  # of a tile: 64 for each of two consumers
-BYTES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-HALVES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+FP8_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+BF16_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 FLOATS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 class Config(NamedTuple):
     """Changes the speed and never the numbers."""
 
-    columns: int  # of a tile: 128 and, beside them, 0, 64 or 128 more
+    columns: int  # of a tile: a half of 128, and another of 0, 64 or 128 beside it
     num_stages: int  # blocks of the contraction in flight
     band: int  # rows of tiles that are walked together
 
+    @property
+    def narrow(self) -> int:
+        """Columns of the other half; where there is none, what an unused descriptor says."""
+        return 64 if self.columns == 192 else 128
 
-SPACE = {"columns": (128, 192, 256), "num_stages": (3, 4, 5, 6, 7), "band": (4, 8, 16, 32)}
+
+SPACE = {"columns": (128, 192, 256), "num_stages": (3, 4, 5), "band": (4, 8, 16, 32)}
+BUILT_IN = (Config(256, 4, 16), Config(192, 4, 8))
 
 
 @gluon.jit
@@ -62,10 +68,11 @@ def _promote(product, scale_inv, acc):
 
 
 @gluon.jit
-def _locate(tile, problem, COLUMNS: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr):
+def _locate(tile, problem, groups, COLUMNS: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr):
     """A tile's first row and the end of its group's rows, its group, the first columns of its halves, and where their
     scales of w begin."""
-    num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound = problem
+    num_m, num_n, M, N, blocks = problem
+    w_scale_inv_ptr, tiles_ptr, bound = groups
     tile = gl.maximum(gl.minimum(tile, num_m * num_n - 1), 0)  # there may be no next, or none at all
     first = tile // (BAND * num_n) * BAND
     height = gl.maximum(gl.minimum(num_m - first, BAND), 1)
@@ -86,17 +93,15 @@ def _locate(tile, problem, COLUMNS: gl.constexpr, BAND: gl.constexpr, GROUPED: g
 
 
 @gluon.jit
-def _produce(
-    problem, descs, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
-    GROUPED: gl.constexpr,
-):  # fmt: skip
+def _produce(shared, descs, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr):
+    problem, groups, operands, barriers = shared
     x_desc, w0_desc, w1_desc, scale_desc = descs
     x_buf, w0_buf, w1_buf, scale_buf = operands
     full, empty = barriers
-    num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound = problem
+    num_m, num_n, M, N, blocks = problem
     block = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(tile, problem, COLUMNS, BAND, GROUPED)
+        row, _end, e, column0, column1, _ptr0, _ptr1 = _locate(tile, problem, groups, COLUMNS, BAND, GROUPED)
         for k in range(blocks):
             stage = block % STAGES
             ready = full.index(stage)
@@ -127,24 +132,25 @@ def _store(acc, y_desc, y_ptr, y_buf, row, end, column, N, GROUPED: gl.constexpr
 
 @gluon.jit
 def _consume(
-    problem, y, y0_buf, y1_buf, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
-    GROUPED: gl.constexpr, MINE: gl.constexpr,
+    shared, y, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
+    MINE: gl.constexpr,
 ):  # fmt: skip
     """Rows MINE to MINE + 64 of each tile."""
-    y_ptr, y0_desc, y1_desc = y
+    problem, groups, operands, barriers = shared
+    y_ptr, y0_desc, y1_desc, y0_buf, y1_buf = y
     x_buf, w0_buf, w1_buf, scale_buf = operands
     full, empty = barriers
-    num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound = problem
+    num_m, num_n, _M, N, blocks = problem
     WIDTH: gl.constexpr = 64 if COLUMNS == 192 else 128
     L0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     L1: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32])
     product0 = gl.zeros((64, 128), gl.float32, L0)
     product1 = gl.zeros((64, WIDTH), gl.float32, L1)
-    # Nought, but not known to be the same for all threads: else the compiler loads w's scales into uniform registers, and
-    # waits for them at once.
+    # Nought, but not known to be the same for all threads: else the compiler would load w's scales into uniform
+    # registers, and wait for them at once.
     zero0 = gl.minimum(N + gl.arange(0, 64, gl.SliceLayout(1, L0)), 0)
     zero1 = gl.minimum(N + gl.arange(0, 64, gl.SliceLayout(1, L1)), 0)
-    row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(gl.program_id(0), problem, COLUMNS, BAND, GROUPED)
+    row, end, _e, column0, column1, w_ptr0, w_ptr1 = _locate(gl.program_id(0), problem, groups, COLUMNS, BAND, GROUPED)
     next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
     block = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
@@ -154,8 +160,8 @@ def _consume(
                 mbarrier.wait(full.index(block % STAGES), block // STAGES % 2)
                 mbarrier.arrive(empty.index(block % STAGES), count=1)
                 block += 1
-            row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(
-                tile + gl.num_programs(0), problem, COLUMNS, BAND, GROUPED
+            row, end, _e, column0, column1, w_ptr0, w_ptr1 = _locate(
+                tile + gl.num_programs(0), problem, groups, COLUMNS, BAND, GROUPED
             )
             next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
         else:
@@ -186,8 +192,8 @@ def _consume(
                         other = warpgroup_mma(x, w1, other, use_acc=False, is_async=True)
                     if LAST:
                         _store(acc0, y0_desc, y_ptr, y0_buf, this_row, this_end, this_column0, N, GROUPED)
-                        row, end, e, column0, column1, w_ptr0, w_ptr1 = _locate(
-                            tile + gl.num_programs(0), problem, COLUMNS, BAND, GROUPED
+                        row, end, _e, column0, column1, w_ptr0, w_ptr1 = _locate(
+                            tile + gl.num_programs(0), problem, groups, COLUMNS, BAND, GROUPED
                         )
                         next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
                     if COLUMNS > 128:
@@ -205,7 +211,7 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=["M", "E", "bound"])
-def _warp_specialized_kernel(
+def _warp_specialized_gemm_kernel(
     x_desc, w0_desc, w1_desc, y0_desc, y1_desc, scale_desc, y_ptr, w_scale_inv_ptr, tiles_ptr, first_ptr, M, N, K, E,
     bound, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
@@ -229,43 +235,93 @@ def _warp_specialized_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    problem = (num_m, num_n, M, N, blocks, w_scale_inv_ptr, tiles_ptr, bound)
+    problem, groups = (num_m, num_n, M, N, blocks), (w_scale_inv_ptr, tiles_ptr, bound)
     operands, barriers = (x_buf, w0_buf, w1_buf, scale_buf), (full, empty)
-    y, descs = (y_ptr, y0_desc, y1_desc), (x_desc, w0_desc, w1_desc, scale_desc)
+    shared = (problem, groups, operands, barriers)
     gl.warp_specialize(
         [
-            (_consume, (problem, y, above0_buf, above1_buf, operands, barriers, COLUMNS, STAGES, BAND, GROUPED, 0)),
-            (_consume, (problem, y, below0_buf, below1_buf, operands, barriers, COLUMNS, STAGES, BAND, GROUPED, 64)),
-            (_produce, (problem, descs, operands, barriers, COLUMNS, STAGES, BAND, GROUPED)),
+            (_consume, (shared, (y_ptr, y0_desc, y1_desc, above0_buf, above1_buf), COLUMNS, STAGES, BAND, GROUPED, 0)),
+            (_consume, (shared, (y_ptr, y0_desc, y1_desc, below0_buf, below1_buf), COLUMNS, STAGES, BAND, GROUPED, 64)),
+            (_produce, (shared, (x_desc, w0_desc, w1_desc, scale_desc), COLUMNS, STAGES, BAND, GROUPED)),
         ],
         [4, 1],
         [240, 24],
     )
 
 
-def launch(
-    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, offs: Tensor | None, out: Tensor, **knobs: int
+def launch(x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, **knobs: int) -> None:
+    """y = x wᵀ."""
+    if out.dtype == torch.bfloat16:
+        _launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, Config(**knobs), ceil_div(len(out), ROWS))
+    else:
+        gemm.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, **gemm.BUILT_IN[-1]._asdict())  # the same bits
+
+
+def launch_grouped(
+    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, offs: Tensor, out: Tensor, **knobs: int
 ) -> None:
-    """y = x wᵀ, by group if there are `offs`."""
-    config = Config(**knobs)
-    (R, K), N = x_fp8.shape, w_fp8.shape[-2]
-    tiles = first = None
-    E = bound = 0
-    num_m = ceil_div(R, ROWS)
-    if offs is not None:
-        E = len(offs)
-        tiles, first = tile_map(offs, R, ROWS)
-        num_m = bound = tiles.shape[1]
+    """y = x wᵀ by group."""
+    if out.dtype == torch.bfloat16:
+        tiles, first = tile_map(offs, len(out), ROWS)
+        _launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, Config(**knobs), tiles.shape[1], tiles, first)
+    else:
+        grouped_gemm.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, offs, out, **gemm.BUILT_IN[-1]._asdict())
+
+
+def _launch(
+    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, config: Config, num_m: int,
+    tiles: Tensor | None = None, first: Tensor | None = None,
+) -> None:  # fmt: skip
+    (M, N), K = out.shape, x_fp8.shape[1]
     scale_inv = column_major(x_scale_inv).t().reshape(-1)
     if scale_inv.data_ptr() % 16:
         scale_inv = scale_inv.clone()
-    x_fp8, w_fp8 = aligned(x_fp8), aligned(w_fp8.contiguous()).reshape(-1, w_fp8.shape[-1])
+    x_fp8, w_fp8 = gemm.aligned(x_fp8), gemm.aligned(w_fp8.contiguous()).reshape(-1, K)
     describe = TensorDescriptor.from_tensor
-    narrow = 64 if config.columns == 192 else 128
-    grid = (min(num_m * ceil_div(N, config.columns), multiprocessors()),)
-    _warp_specialized_kernel[grid](
-        describe(x_fp8, [128, 128], BYTES), describe(w_fp8, [128, 128], BYTES), describe(w_fp8, [narrow, 128], BYTES),
-        describe(out, [64, 128], HALVES), describe(out, [64, narrow], HALVES), describe(scale_inv, [128], FLOATS),
-        out, w_scale_inv.contiguous(), tiles, first, R, N, K, E, bound,
-        config.columns, config.num_stages, config.band, offs is not None, num_warps=4,
+    grid = (min(num_m * ceil_div(N, config.columns), gemm.multiprocessors()),)
+    _warp_specialized_gemm_kernel[grid](
+        describe(x_fp8, [ROWS, TILE], FP8_TILES),
+        describe(w_fp8, [TILE, TILE], FP8_TILES),
+        describe(w_fp8, [config.narrow, TILE], FP8_TILES),
+        describe(out, [ROWS // 2, TILE], BF16_TILES),
+        describe(out, [ROWS // 2, config.narrow], BF16_TILES),
+        describe(scale_inv, [ROWS], FLOATS),
+        out, w_scale_inv.contiguous(), tiles, first, M, N, K, len(w_scale_inv), num_m,
+        config.columns, config.num_stages, config.band, tiles is not None, num_warps=4,
     )  # fmt: skip
+
+
+def takes(problem: Problem) -> bool:
+    """The copy engine stores rows of y whose length is a multiple of 16 bytes."""
+    return problem.N % 8 == 0 and gemm.hopper()
+
+
+def variant(grouped: bool, config: dict[str, Any]) -> Variant:
+    c = Config(**config)
+    arguments = {
+        "x_desc": f"tensordesc<fp8e4nv[{ROWS}, {TILE}],{FP8_TILES!r}>",
+        "w0_desc": f"tensordesc<fp8e4nv[{TILE}, {TILE}],{FP8_TILES!r}>",
+        "w1_desc": f"tensordesc<fp8e4nv[{c.narrow}, {TILE}],{FP8_TILES!r}>",
+        "y0_desc": f"tensordesc<bf16[{ROWS // 2}, {TILE}],{BF16_TILES!r}>",
+        "y1_desc": f"tensordesc<bf16[{ROWS // 2}, {c.narrow}],{BF16_TILES!r}>",
+        "scale_desc": f"tensordesc<fp32[{ROWS}],{FLOATS!r}>",
+        "y_ptr": BF16,
+        "w_scale_inv_ptr": F32,
+    }
+    constants = {"COLUMNS": c.columns, "STAGES": c.num_stages, "BAND": c.band, "GROUPED": grouped}
+    if grouped:
+        arguments |= {"tiles_ptr": I32, "first_ptr": I32}
+    else:
+        constants |= {"tiles_ptr": None, "first_ptr": None}
+    return Variant(_warp_specialized_gemm_kernel, arguments, constants, num_stages=c.num_stages)
+
+
+def variants() -> Iterator[Variant]:
+    for config in BUILT_IN:
+        yield from (variant(grouped, config._asdict()) for grouped in (False, True))
+
+
+IMPLEMENTATIONS = {
+    "gemm": (Implementation("warp_specialized", SPACE, launch, takes, variant=partial(variant, False)),),
+    "grouped_gemm": (Implementation("warp_specialized", SPACE, launch_grouped, takes, variant=partial(variant, True)),),
+}

@@ -23,6 +23,8 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "transpose": ("transpose_kernel", {}),
     "gemm": ("gemm_kernel", {}),
     "grouped_gemm": ("grouped_gemm_kernel", {}),
+    "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
+    "warp_specialized_grouped_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": True}),
     "wgrad": ("wgrad_kernel", {}),
 }
 
@@ -32,11 +34,16 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.requantize_t.default": ("requantize_t", "requantize_t_grouped", "tile_map"),
     "dsv3c.quantize_block.default": ("quantize_block",),
     "dsv3c.dequantize_block.default": ("dequantize_block",),
-    "dsv3c.gemm.default": ("gemm",),
-    "dsv3c.gemm_dgrad.default": ("gemm", "transpose"),
+    "dsv3c.gemm.default": ("gemm", "warp_specialized_gemm"),
+    "dsv3c.gemm_dgrad.default": ("gemm", "warp_specialized_gemm", "transpose"),
     "dsv3c.gemm_wgrad.default": ("wgrad",),
-    "dsv3c.grouped_gemm.default": ("grouped_gemm", "tile_map"),
-    "dsv3c.grouped_gemm_dgrad.default": ("grouped_gemm", "transpose", "tile_map"),
+    "dsv3c.grouped_gemm.default": ("grouped_gemm", "warp_specialized_grouped_gemm", "tile_map"),
+    "dsv3c.grouped_gemm_dgrad.default": (
+        "grouped_gemm",
+        "warp_specialized_grouped_gemm",
+        "transpose",
+        "tile_map",
+    ),
     "dsv3c.grouped_gemm_wgrad.default": ("wgrad", "tile_map"),
 }
 
