@@ -38,7 +38,6 @@ from dsv3c.numerics import TILE, ceil_div
 ROWS = 128  # of a tile: 64 for each of two consumers
 FP8_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 BF16_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-FLOATS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 class Config(NamedTuple):
@@ -46,7 +45,7 @@ class Config(NamedTuple):
 
     columns: int  # of a tile: a half of 128, and another of 0, 64 or 128 beside it
     num_stages: int  # blocks of the contraction in flight
-    band: int  # rows of tiles that are walked together
+    band: int  # rows of tiles that are walked together; 0: all, and each program takes tiles that follow each other
 
     @property
     def narrow(self) -> int:
@@ -54,8 +53,8 @@ class Config(NamedTuple):
         return 64 if self.columns == 192 else 128
 
 
-SPACE = {"columns": (128, 192, 256), "num_stages": (3, 4, 5), "band": (4, 8, 16, 32)}
-BUILT_IN = (Config(256, 4, 16), Config(192, 4, 8))
+SPACE = {"columns": (128, 192, 256), "num_stages": (3, 4, 5), "band": (0, 4, 8, 16, 32)}
+BUILT_IN = (Config(256, 4, 16), Config(256, 4, 0), Config(192, 4, 8))
 
 
 @gluon.jit
@@ -68,17 +67,28 @@ def _promote(product, scale_inv, acc):
 
 
 @gluon.jit
+def _walk(num_tiles, BAND: gl.constexpr):
+    """A program's tiles as first, end and step."""
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    first, end, step = program, num_tiles, programs
+    if BAND == 0:
+        first, end, step = program * num_tiles // programs, (program + 1) * num_tiles // programs, 1
+    return first, end, step
+
+
+@gluon.jit
 def _locate(tile, problem, groups, COLUMNS: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr):
-    """A tile's first row and the end of its group's rows, its group, the first columns of its halves, and where their
-    scales of w begin."""
-    num_m, num_n, M, N, blocks = problem
-    w_scale_inv_ptr, tiles_ptr, bound = groups
+    """A tile's first row and the end of its group's rows, its group, and the first columns of its halves."""
+    num_m, num_n, M, _N, _blocks = problem
     tile = gl.maximum(gl.minimum(tile, num_m * num_n - 1), 0)  # there may be no next, or none at all
-    first = tile // (BAND * num_n) * BAND
-    height = gl.maximum(gl.minimum(num_m - first, BAND), 1)
+    first, height = 0, gl.maximum(num_m, 1)
+    if BAND > 0:
+        first = tile // (BAND * num_n) * BAND
+        height = gl.maximum(gl.minimum(num_m - first, BAND), 1)
     m, n = first + (tile - first * num_n) % height, (tile - first * num_n) // height
     row, end, e = m * 128, M, 0
     if GROUPED:
+        tiles_ptr, bound = groups
         there = m < num_m
         e = gl.load(tiles_ptr + m, mask=there, other=0)
         row = gl.load(tiles_ptr + bound + m, mask=there, other=0)
@@ -86,33 +96,53 @@ def _locate(tile, problem, groups, COLUMNS: gl.constexpr, BAND: gl.constexpr, GR
     column0, column1 = n * COLUMNS, n * COLUMNS + 128
     if COLUMNS == 192:  # the wide half is the one that begins with a block
         column0, column1 = column0 + n % 2 * 64, column1 - n % 2 * 128
-    last = gl.cdiv(N, 128) - 1  # a half may be outside
-    w_ptr0 = w_scale_inv_ptr + (e * (last + 1) + gl.minimum(column0 // 128, last)) * blocks
-    w_ptr1 = w_scale_inv_ptr + (e * (last + 1) + gl.minimum(column1 // 128, last)) * blocks
-    return row, end, e, column0, column1, w_ptr0, w_ptr1
+    return row, end, e, column0, column1
 
 
 @gluon.jit
-def _produce(shared, descs, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr):
+def _produce(
+    shared, descs, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr
+):  # fmt: skip
+    """Copies blocks of x and w, unless w's are the same as in the tile before and still there."""
     problem, groups, operands, barriers = shared
-    x_desc, w0_desc, w1_desc, scale_desc = descs
-    x_buf, w0_buf, w1_buf, scale_buf = operands
+    x_desc, w0_desc, w1_desc = descs
+    x_buf, w0_buf, w1_buf = operands
     full, empty = barriers
-    num_m, num_n, M, N, blocks = problem
-    block = 0
-    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        row, _end, e, column0, column1, _ptr0, _ptr1 = _locate(tile, problem, groups, COLUMNS, BAND, GROUPED)
+    num_m, num_n, _M, N, blocks = problem
+    block, last_w = 0, -N  # no w begins there
+    first, end, step = _walk(num_m * num_n, BAND)
+    for tile in range(first, end, step):
+        row, _end, e, column0, column1 = _locate(tile, problem, groups, COLUMNS, BAND, GROUPED)
+        w = e * N + column0
+        new = (w != last_w) | (blocks != STAGES)
+        kept = (w == last_w) & (blocks == STAGES)
+        last_w = w
         for k in range(blocks):
             stage = block % STAGES
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), block // STAGES % 2 ^ 1)
-            mbarrier.expect(ready, (128 + COLUMNS) * 128 + 128 * 4)
+            mbarrier.expect(ready, (128 + COLUMNS) * 128, pred=new)
+            mbarrier.expect(ready, 128 * 128, pred=kept)
             tma.async_copy_global_to_shared(x_desc, [row, k * 128], ready, x_buf.index(stage))
-            tma.async_copy_global_to_shared(w0_desc, [e * N + column0, k * 128], ready, w0_buf.index(stage))
+            tma.async_copy_global_to_shared(w0_desc, [w, k * 128], ready, w0_buf.index(stage), pred=new)
             if COLUMNS > 128:
-                tma.async_copy_global_to_shared(w1_desc, [e * N + column1, k * 128], ready, w1_buf.index(stage))
-            tma.async_copy_global_to_shared(scale_desc, [k * M + row], ready, scale_buf.index(stage))
+                w1 = e * N + column1
+                tma.async_copy_global_to_shared(w1_desc, [w1, k * 128], ready, w1_buf.index(stage), pred=new)
             block += 1
+
+
+@gluon.jit
+def _scales(scales, problem, row, e, column0, column1):
+    """Where the scales of a tile's x begin, and those of the halves of w."""
+    x_ptr, _x_step, w_ptr = scales
+    _num_m, _num_n, _M, N, blocks = problem
+    last = gl.cdiv(N, 128) - 1  # a half may be outside
+    w_ptr += e * (last + 1) * blocks
+    return (
+        x_ptr + row,
+        w_ptr + gl.minimum(column0 // 128, last) * blocks,
+        w_ptr + gl.minimum(column1 // 128, last) * blocks,
+    )
 
 
 @gluon.jit
@@ -132,56 +162,62 @@ def _store(acc, y_desc, y_ptr, y_buf, row, end, column, N, GROUPED: gl.constexpr
 
 @gluon.jit
 def _consume(
-    shared, y, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
+    shared, scales, y, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
     MINE: gl.constexpr,
 ):  # fmt: skip
     """Rows MINE to MINE + 64 of each tile."""
     problem, groups, operands, barriers = shared
+    _x_scale_inv_ptr, x_step, _w_scale_inv_ptr = scales
     y_ptr, y0_desc, y1_desc, y0_buf, y1_buf = y
-    x_buf, w0_buf, w1_buf, scale_buf = operands
+    x_buf, w0_buf, w1_buf = operands
     full, empty = barriers
-    num_m, num_n, _M, N, blocks = problem
+    num_m, num_n, M, N, blocks = problem
     WIDTH: gl.constexpr = 64 if COLUMNS == 192 else 128
     L0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     L1: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32])
     product0 = gl.zeros((64, 128), gl.float32, L0)
     product1 = gl.zeros((64, WIDTH), gl.float32, L1)
+    rows = gl.arange(0, 64, gl.SliceLayout(1, L0))
     # Nought, but not known to be the same for all threads: else the compiler would load w's scales into uniform
     # registers, and wait for them at once.
-    zero0 = gl.minimum(N + gl.arange(0, 64, gl.SliceLayout(1, L0)), 0)
-    zero1 = gl.minimum(N + gl.arange(0, 64, gl.SliceLayout(1, L1)), 0)
-    row, end, _e, column0, column1, w_ptr0, w_ptr1 = _locate(gl.program_id(0), problem, groups, COLUMNS, BAND, GROUPED)
-    next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
+    zero = gl.minimum(N + rows, 0)
+    first, last, step = _walk(num_m * num_n, BAND)
+    row, end, e, column0, column1 = _locate(first, problem, groups, COLUMNS, BAND, GROUPED)
+    row += MINE
+    x_ptr, w_ptr0, w_ptr1 = _scales(scales, problem, row, e, column0, column1)
+    next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
+    next0, next1 = gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
     block = 0
-    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        this_row, this_end, this_column0, this_column1 = row + MINE, end, column0, column1
+    for tile in range(first, last, step):
+        this_row, this_end, this_column0, this_column1 = row, end, column0, column1
         if GROUPED and this_row >= this_end:
             for _ in range(blocks):
                 mbarrier.wait(full.index(block % STAGES), block // STAGES % 2)
                 mbarrier.arrive(empty.index(block % STAGES), count=1)
                 block += 1
-            row, end, _e, column0, column1, w_ptr0, w_ptr1 = _locate(
-                tile + gl.num_programs(0), problem, groups, COLUMNS, BAND, GROUPED
-            )
-            next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
+            row, end, e, column0, column1 = _locate(tile + step, problem, groups, COLUMNS, BAND, GROUPED)
+            row += MINE
+            x_ptr, w_ptr0, w_ptr1 = _scales(scales, problem, row, e, column0, column1)
+            next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
+            next0, next1 = gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
         else:
             acc0 = gl.zeros((64, 128), gl.float32, L0)
             acc1 = gl.zeros((64, WIDTH), gl.float32, L1)
             for LAST in gl.static_range(2):  # the last block apart: one half is stored while the other is multiplied
                 for _ in range(1 if LAST else blocks - 1):
                     stage = block % STAGES
-                    scale0, scale1 = next0, next1
+                    scale0 = next_x * next0
+                    scale1 = gl.convert_layout(next_x * next1, gl.SliceLayout(1, L1))
                     if not LAST:
+                        x_ptr += x_step
                         w_ptr0 += 1
                         w_ptr1 += 1
-                        next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
+                        next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
+                        next0, next1 = gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
                     mbarrier.wait(full.index(stage), block // STAGES % 2)
                     x = x_buf.index(stage).slice(MINE, 64)
-                    scales = scale_buf.index(stage).slice(MINE, 64)
                     w0 = w0_buf.index(stage).permute((1, 0))
                     product0 = warpgroup_mma(x, w0, product0, use_acc=False, is_async=True)
-                    scale0 *= scales.load(gl.SliceLayout(1, L0))
-                    scale1 *= scales.load(gl.SliceLayout(1, L1))
                     product0 = warpgroup_mma_wait(0, deps=[product0])
                     if COLUMNS == 128:
                         mbarrier.arrive(empty.index(stage), count=1)
@@ -192,10 +228,11 @@ def _consume(
                         other = warpgroup_mma(x, w1, other, use_acc=False, is_async=True)
                     if LAST:
                         _store(acc0, y0_desc, y_ptr, y0_buf, this_row, this_end, this_column0, N, GROUPED)
-                        row, end, _e, column0, column1, w_ptr0, w_ptr1 = _locate(
-                            tile + gl.num_programs(0), problem, groups, COLUMNS, BAND, GROUPED
-                        )
-                        next0, next1 = gl.load(w_ptr0 + zero0), gl.load(w_ptr1 + zero1)
+                        row, end, e, column0, column1 = _locate(tile + step, problem, groups, COLUMNS, BAND, GROUPED)
+                        row += MINE
+                        x_ptr, w_ptr0, w_ptr1 = _scales(scales, problem, row, e, column0, column1)
+                        next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
+                        next0, next1 = gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
                     if COLUMNS > 128:
                         other = warpgroup_mma_wait(0, deps=[other])
                         mbarrier.arrive(empty.index(stage), count=1)
@@ -210,17 +247,16 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "E", "bound"])
+@gluon.jit(do_not_specialize=["M", "E", "bound", "x_step"])
 def _warp_specialized_gemm_kernel(
-    x_desc, w0_desc, w1_desc, y0_desc, y1_desc, scale_desc, y_ptr, w_scale_inv_ptr, tiles_ptr, first_ptr, M, N, K, E,
-    bound, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
+    x_desc, w0_desc, w1_desc, y0_desc, y1_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, tiles_ptr, first_ptr, M, N, K,
+    E, bound, x_step, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     num_m, num_n, blocks = gl.cdiv(M, 128), gl.cdiv(N, COLUMNS), gl.cdiv(K, 128)
     if GROUPED:
         num_m = gl.load(first_ptr + E)
     x_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), x_desc.layout)
     w0_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), w0_desc.layout)
-    scale_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), scale_desc.layout)
     above0_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 128), y0_desc.layout)
     below0_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 128), y0_desc.layout)
     w1_buf, above1_buf, below1_buf = w0_buf, above0_buf, below0_buf
@@ -235,14 +271,14 @@ def _warp_specialized_gemm_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    problem, groups = (num_m, num_n, M, N, blocks), (w_scale_inv_ptr, tiles_ptr, bound)
-    operands, barriers = (x_buf, w0_buf, w1_buf, scale_buf), (full, empty)
-    shared = (problem, groups, operands, barriers)
+    shared = ((num_m, num_n, M, N, blocks), (tiles_ptr, bound), (x_buf, w0_buf, w1_buf), (full, empty))
+    scales = (x_scale_inv_ptr, x_step, w_scale_inv_ptr)
+    above, below = (y_ptr, y0_desc, y1_desc, above0_buf, above1_buf), (y_ptr, y0_desc, y1_desc, below0_buf, below1_buf)
     gl.warp_specialize(
         [
-            (_consume, (shared, (y_ptr, y0_desc, y1_desc, above0_buf, above1_buf), COLUMNS, STAGES, BAND, GROUPED, 0)),
-            (_consume, (shared, (y_ptr, y0_desc, y1_desc, below0_buf, below1_buf), COLUMNS, STAGES, BAND, GROUPED, 64)),
-            (_produce, (shared, (x_desc, w0_desc, w1_desc, scale_desc), COLUMNS, STAGES, BAND, GROUPED)),
+            (_consume, (shared, scales, above, COLUMNS, STAGES, BAND, GROUPED, 0)),
+            (_consume, (shared, scales, below, COLUMNS, STAGES, BAND, GROUPED, 64)),
+            (_produce, (shared, (x_desc, w0_desc, w1_desc), COLUMNS, STAGES, BAND, GROUPED)),
         ],
         [4, 1],
         [240, 24],
@@ -273,9 +309,7 @@ def _launch(
     tiles: Tensor | None = None, first: Tensor | None = None,
 ) -> None:  # fmt: skip
     (M, N), K = out.shape, x_fp8.shape[1]
-    scale_inv = column_major(x_scale_inv).t().reshape(-1)
-    if scale_inv.data_ptr() % 16:
-        scale_inv = scale_inv.clone()
+    x_scale_inv = column_major(x_scale_inv)
     x_fp8, w_fp8 = gemm.aligned(x_fp8), gemm.aligned(w_fp8.contiguous()).reshape(-1, K)
     describe = TensorDescriptor.from_tensor
     grid = (min(num_m * ceil_div(N, config.columns), gemm.multiprocessors()),)
@@ -285,9 +319,8 @@ def _launch(
         describe(w_fp8, [config.narrow, TILE], FP8_TILES),
         describe(out, [ROWS // 2, TILE], BF16_TILES),
         describe(out, [ROWS // 2, config.narrow], BF16_TILES),
-        describe(scale_inv, [ROWS], FLOATS),
-        out, w_scale_inv.contiguous(), tiles, first, M, N, K, len(w_scale_inv), num_m,
-        config.columns, config.num_stages, config.band, tiles is not None, num_warps=4,
+        out, x_scale_inv, w_scale_inv.contiguous(), tiles, first, M, N, K, len(w_scale_inv), num_m,
+        x_scale_inv.stride(1), config.columns, config.num_stages, config.band, tiles is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -304,8 +337,8 @@ def variant(grouped: bool, config: dict[str, Any]) -> Variant:
         "w1_desc": f"tensordesc<fp8e4nv[{c.narrow}, {TILE}],{FP8_TILES!r}>",
         "y0_desc": f"tensordesc<bf16[{ROWS // 2}, {TILE}],{BF16_TILES!r}>",
         "y1_desc": f"tensordesc<bf16[{ROWS // 2}, {c.narrow}],{BF16_TILES!r}>",
-        "scale_desc": f"tensordesc<fp32[{ROWS}],{FLOATS!r}>",
         "y_ptr": BF16,
+        "x_scale_inv_ptr": F32,
         "w_scale_inv_ptr": F32,
     }
     constants = {"COLUMNS": c.columns, "STAGES": c.num_stages, "BAND": c.band, "GROUPED": grouped}
