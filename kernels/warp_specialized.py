@@ -1,14 +1,14 @@
 """FP8 GEMMs with block scales for many rows: y = x wᵀ, dense and by group, with the warps of a program specialised.
 
-What plain Triton (`gemm.py`) cannot say: one warp only starts copies, two groups of four warps only compute, and each
-waits for the other through barriers in shared memory. A program computes tiles of 128 rows one after the other, a
-consumer 64 rows of each; so one consumer multiplies while the other promotes, copies for the next tile run while the
-last one is stored, and 128×256 fits, which needs 48 KiB of operands for 8.4 MFLOP (128×128: 64). The scales of x come
-with their rows through shared memory: at a load from the L2 cache, late under this traffic, all would wait.
+What plain Triton (`gemm.py`) cannot say: one warp only starts copies, two groups of four warps only compute, and they
+wait for each other through barriers in shared memory. A program computes tiles of 128 rows one after the other, each
+consumer 64 rows of them. So one consumer multiplies while the other promotes, copies for the next tile run while the
+last one is stored, and 128×256 fits, whose operands are 48 KiB for 8.4 MFLOP (twice 128×128: 64). The tile is what counts:
+these products take 7 to 8.5 TB/s of operands from the L2 cache, which is all it gives (H200).
 
-A half is one tensor core product, 64×128 (or 64×64), which must lie in one column of the weight's blocks, and only one
-half's product is alive at a time: the promotion is volatile, as in `gemm.py`. Order of sums and roundings are those of
-`gemm.py` too, and so are the bits of the result.
+A half of a consumer's part is one tensor core product, 64×128 (or 64×64). It must lie in one column of the weight's
+blocks, and only one half's product is alive at a time: the promotion is volatile, as in `gemm.py`. The order of sums and
+the roundings are those of `gemm.py` too, and so are the bits of the result.
 """
 
 from collections.abc import Iterator
@@ -103,13 +103,13 @@ def _locate(tile, problem, groups, COLUMNS: gl.constexpr, BAND: gl.constexpr, GR
 def _produce(
     shared, descs, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr
 ):  # fmt: skip
-    """Copies blocks of x and w, unless w's are the same as in the tile before and still there."""
+    """Copies blocks of x, and those of w unless they are the same as in the tile before and still there."""
     problem, groups, operands, barriers = shared
     x_desc, w0_desc, w1_desc = descs
     x_buf, w0_buf, w1_buf = operands
     full, empty = barriers
     num_m, num_n, _M, N, blocks = problem
-    block, last_w = 0, -N  # no w begins there
+    block, last_w = 0, -N  # where no w begins, and no constant: see `block` in `_consume`
     first, end, step = _walk(num_m * num_n, BAND)
     for tile in range(first, end, step):
         row, _end, e, column0, column1 = _locate(tile, problem, groups, COLUMNS, BAND, GROUPED)
@@ -132,17 +132,22 @@ def _produce(
 
 
 @gluon.jit
-def _scales(scales, problem, row, e, column0, column1):
-    """Where the scales of a tile's x begin, and those of the halves of w."""
+def _begin(
+    tile, problem, groups, scales, rows, zero, COLUMNS: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
+    MINE: gl.constexpr,
+):  # fmt: skip
+    """Where a consumer's part of a tile is, where its scales lie (x's rows, w's halves), and the first of them."""
+    _num_m, _num_n, M, N, blocks = problem
     x_ptr, _x_step, w_ptr = scales
-    _num_m, _num_n, _M, N, blocks = problem
+    row, end, e, column0, column1 = _locate(tile, problem, groups, COLUMNS, BAND, GROUPED)
+    row += MINE
     last = gl.cdiv(N, 128) - 1  # a half may be outside
     w_ptr += e * (last + 1) * blocks
-    return (
-        x_ptr + row,
-        w_ptr + gl.minimum(column0 // 128, last) * blocks,
-        w_ptr + gl.minimum(column1 // 128, last) * blocks,
-    )
+    x_ptr += row
+    w_ptr0 = w_ptr + gl.minimum(column0 // 128, last) * blocks
+    w_ptr1 = w_ptr + gl.minimum(column1 // 128, last) * blocks
+    next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
+    return row, end, column0, column1, x_ptr, w_ptr0, w_ptr1, next_x, gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
 
 
 @gluon.jit
@@ -182,12 +187,10 @@ def _consume(
     # registers, and wait for them at once.
     zero = gl.minimum(N + rows, 0)
     first, last, step = _walk(num_m * num_n, BAND)
-    row, end, e, column0, column1 = _locate(first, problem, groups, COLUMNS, BAND, GROUPED)
-    row += MINE
-    x_ptr, w_ptr0, w_ptr1 = _scales(scales, problem, row, e, column0, column1)
-    next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
-    next0, next1 = gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
-    block = 0
+    row, end, column0, column1, x_ptr, w_ptr0, w_ptr1, next_x, next0, next1 = _begin(
+        first, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE
+    )
+    block = 0  # counted one by one: Triton folds away what a loop adds if it was not made in the partition (3.6, 3.7)
     for tile in range(first, last, step):
         this_row, this_end, this_column0, this_column1 = row, end, column0, column1
         if GROUPED and this_row >= this_end:
@@ -195,11 +198,9 @@ def _consume(
                 mbarrier.wait(full.index(block % STAGES), block // STAGES % 2)
                 mbarrier.arrive(empty.index(block % STAGES), count=1)
                 block += 1
-            row, end, e, column0, column1 = _locate(tile + step, problem, groups, COLUMNS, BAND, GROUPED)
-            row += MINE
-            x_ptr, w_ptr0, w_ptr1 = _scales(scales, problem, row, e, column0, column1)
-            next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
-            next0, next1 = gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
+            row, end, column0, column1, x_ptr, w_ptr0, w_ptr1, next_x, next0, next1 = _begin(
+                tile + step, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE
+            )
         else:
             acc0 = gl.zeros((64, 128), gl.float32, L0)
             acc1 = gl.zeros((64, WIDTH), gl.float32, L1)
@@ -228,11 +229,9 @@ def _consume(
                         other = warpgroup_mma(x, w1, other, use_acc=False, is_async=True)
                     if LAST:
                         _store(acc0, y0_desc, y_ptr, y0_buf, this_row, this_end, this_column0, N, GROUPED)
-                        row, end, e, column0, column1 = _locate(tile + step, problem, groups, COLUMNS, BAND, GROUPED)
-                        row += MINE
-                        x_ptr, w_ptr0, w_ptr1 = _scales(scales, problem, row, e, column0, column1)
-                        next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
-                        next0, next1 = gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
+                        row, end, column0, column1, x_ptr, w_ptr0, w_ptr1, next_x, next0, next1 = _begin(
+                            tile + step, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE
+                        )
                     if COLUMNS > 128:
                         other = warpgroup_mma_wait(0, deps=[other])
                         mbarrier.arrive(empty.index(stage), count=1)
