@@ -32,6 +32,7 @@ FAMILIES = (
     "norm",
     "rotary",
     "mla_decode",
+    "warp_specialized",
 )
 
 
@@ -48,7 +49,8 @@ class Variant:
     @property
     def name(self) -> str:
         """The kernel's name and what distinguishes this variant."""
-        values = [t.lstrip("*") for t in self.arguments.values()] + [f"{k}{v}" for k, v in self.constants.items()]
+        values = [t.lstrip("*").split(",NVMMA")[0] for t in self.arguments.values()]  # without Gluon's layouts
+        values += [f"{k}{v}" for k, v in self.constants.items()]
         return "-".join(
             [self.kernel.__name__.strip("_"), *values, f"warps{self.num_warps}", f"stages{self.num_stages}"]
         )

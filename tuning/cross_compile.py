@@ -50,6 +50,9 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent_backward": ("latent_backward_kernel", {}),
     "join_keys": ("join_keys_kernel", {}),
     "split_keys": ("split_keys_kernel", {}),
+    "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
+    "warp_specialized_grouped_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": True}),
+    "wgrad": ("wgrad_kernel", {}),
 }
 
 _KERNELS: dict[str, tuple[str, ...]] = {
@@ -67,6 +70,16 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.gemm_wgrad_accumulate.default": ("wgrad_accumulate",),
     "dsv3c.grouped_gemm.default": ("grouped_gemm", "tile_map"),
     "dsv3c.grouped_gemm_dgrad.default": ("grouped_gemm", "transpose", "tile_map"),
+    "dsv3c.gemm.default": ("gemm", "warp_specialized_gemm"),
+    "dsv3c.gemm_dgrad.default": ("gemm", "warp_specialized_gemm", "transpose"),
+    "dsv3c.gemm_wgrad.default": ("wgrad",),
+    "dsv3c.grouped_gemm.default": ("grouped_gemm", "warp_specialized_grouped_gemm", "tile_map"),
+    "dsv3c.grouped_gemm_dgrad.default": (
+        "grouped_gemm",
+        "warp_specialized_grouped_gemm",
+        "transpose",
+        "tile_map",
+    ),
     "dsv3c.grouped_gemm_wgrad.default": ("wgrad", "tile_map"),
     "dsv3c.grouped_gemm_wgrad_accumulate.default": ("wgrad_accumulate", "tile_map"),
     "dsv3c.gate.default": ("gate",),
