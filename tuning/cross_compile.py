@@ -52,7 +52,6 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "split_keys": ("split_keys_kernel", {}),
     "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
     "warp_specialized_grouped_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": True}),
-    "wgrad": ("wgrad_kernel", {}),
 }
 
 _KERNELS: dict[str, tuple[str, ...]] = {
@@ -64,15 +63,10 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.dequantize_block.default": ("dequantize_block",),
     "dsv3c.quantize_e5m6.default": ("quantize_e5m6",),
     "dsv3c.dequantize_e5m6.default": ("dequantize_e5m6",),
-    "dsv3c.gemm.default": ("gemm",),
-    "dsv3c.gemm_dgrad.default": ("gemm", "transpose"),
     "dsv3c.gemm_wgrad.default": ("wgrad",),
     "dsv3c.gemm_wgrad_accumulate.default": ("wgrad_accumulate",),
-    "dsv3c.grouped_gemm.default": ("grouped_gemm", "tile_map"),
-    "dsv3c.grouped_gemm_dgrad.default": ("grouped_gemm", "transpose", "tile_map"),
     "dsv3c.gemm.default": ("gemm", "warp_specialized_gemm"),
     "dsv3c.gemm_dgrad.default": ("gemm", "warp_specialized_gemm", "transpose"),
-    "dsv3c.gemm_wgrad.default": ("wgrad",),
     "dsv3c.grouped_gemm.default": ("grouped_gemm", "warp_specialized_grouped_gemm", "tile_map"),
     "dsv3c.grouped_gemm_dgrad.default": (
         "grouped_gemm",
