@@ -24,6 +24,8 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemm": ("gemm_kernel", {}),
     "grouped_gemm": ("grouped_gemm_kernel", {}),
     "wgrad": ("wgrad_kernel", {}),
+    "mla_decode": ("mla_decode_kernel", {}),
+    "mla_decode_combine": ("combine_kernel", {}),
 }
 
 _KERNELS: dict[str, tuple[str, ...]] = {
@@ -38,6 +40,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.grouped_gemm.default": ("grouped_gemm", "tile_map"),
     "dsv3c.grouped_gemm_dgrad.default": ("grouped_gemm", "transpose", "tile_map"),
     "dsv3c.grouped_gemm_wgrad.default": ("wgrad", "tile_map"),
+    "dsv3c.mla_decode.default": ("mla_decode", "mla_decode_combine"),
 }
 
 
