@@ -136,7 +136,7 @@ def _scan(x, axis, combine):
 def _allocate(dtype, shape, layout):
     if dtype == torch.int64:
         return Shared([Barrier() for _ in range(shape[0])])
-    return Shared(torch.full(shape, math.nan, dtype=dtype))
+    return Shared(torch.full(shape, math.nan if dtype.is_floating_point else 0, dtype=dtype))
 
 
 def _specialize(partitions, num_warps, num_registers) -> None:
