@@ -5,7 +5,8 @@ take keys in units of two tiles of 64: the even group computes scores and probab
 of the second, and each hands them to the other through shared memory, over the rope columns of the tile, which nobody
 needs by then. Queries and two tiles take 27 buffers of 64×64 numbers; there is no room for a third tile. So both groups
 multiply with a tile as soon as its probabilities are there, so that it can be loaded again; its left and right half, as
-the group that holds those columns is done with them. Half a tile is waited for in two pieces.
+the group that holds those columns is done with them. Half a tile is waited for in two pieces (H200, 128 heads, batch
+128, 16384 keys: 558 TFLOPS; in one piece, 402).
 """
 
 from triton.experimental import gluon
