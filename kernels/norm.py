@@ -58,8 +58,9 @@ def _norm_backward_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < K
     dweight = tl.zeros((BLOCK,), tl.float32)
+    stride = K.to(tl.int64)
     for row in range(program, R, tl.num_programs(0)):
-        at = row.to(tl.int64) * K + column
+        at = row * stride + column
         rstd = tl.load(rstd_ptr + row)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
