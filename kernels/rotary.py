@@ -3,6 +3,9 @@ norm and rotation and cast, and keys put together from what the heads share and 
 
 Memory-bound. A pair that is rotated is one 32-bit word of two BF16 numbers, so that interleaved pairs are loaded and
 stored 16 bytes at a time.
+
+H200, 4096 tokens and 128 heads, in the time of a copy of as many bytes: queries 0.88 (42 µs), their gradient 0.79, the
+latent 0.89 (8 µs), its gradient 0.41 (20 µs), keys 0.88 (94 µs), their gradient 0.93 (158 µs).
 """
 
 from collections.abc import Iterator
