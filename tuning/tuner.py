@@ -38,16 +38,17 @@ def space(problem: Problem, verdicts: Mapping[Of, Sequence[Verdict]]) -> Space:
     return Space({name: implementations(problem.operator)[name].space for name in found}, found)
 
 
-def first_choices(problem: Problem, rows: Iterable[Row], most: int) -> list[Choice]:
-    """Every library, the bests of the nearest problems, and of each implementation in turn what is known to be good."""
-    found = implementations(problem.operator)
+def first_choices(problem: Problem, names: Iterable[str], rows: Iterable[Row], most: int) -> list[Choice]:
+    """Of the implementations `names`: every library, the bests of the nearest problems, and of each in turn what is
+    known to be good."""
+    found = {name: implementations(problem.operator)[name] for name in names}
 
     def distance(row: Row) -> tuple:
         per_group = row.rows / row.groups, problem.rows / problem.groups
         return (row.N, row.K) != (problem.N, problem.K), max(per_group) / min(per_group)
 
     near = sorted((row for row in rows if row.operator == problem.operator), key=distance)
-    bests = [entry for row in near for entry in (row.best, row.runner_up) if entry is not None]
+    bests = [entry for row in near for entry in (row.best, row.runner_up) if entry and entry.implementation in found]
     known = zip_longest(
         *([(name, config) for config in implementation.known] for name, implementation in found.items())
     )
@@ -72,7 +73,7 @@ def tune(
     used."""
     candidates = space(problem, verdicts)
     study = studies.open_study(problem, target.name, candidates, storage)
-    first = first_choices(problem, rows, most=2 * trials // 3)
+    first = first_choices(problem, candidates.knobs, rows, most=2 * trials // 3)
     studies.search(study, candidates, first, measure, trials, lambda outcome: progress(study, outcome))
     best = studies.finish(study, measure)
     if best is None:

@@ -123,11 +123,10 @@ def test_a_choice_costs_little_at_launch(two_implementations):
 
 
 @pytest.mark.parametrize("operator", FILES)
-def test_what_is_registered(operator, monkeypatch):
-    pytest.importorskip("triton")
+def test_what_is_registered(operator, monkeypatch, request):
     monkeypatch.undo()
+    request.getfixturevalue("hopper")
     found = implementations(operator)
-    monkeypatch.setattr("dsv3c.kernels.gemm.hopper", lambda: True)
     for rows in (1, 64, 4096):
         implementation, config = default(Problem(operator, rows * 8, 4096, 7168, 8 if "grouped" in operator else 1))
         assert found[implementation.name] is implementation
