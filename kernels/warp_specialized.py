@@ -353,7 +353,10 @@ def variants() -> Iterator[Variant]:
         yield from (variant(grouped, config._asdict()) for grouped in (False, True))
 
 
+KNOWN = tuple(config._asdict() for config in BUILT_IN)
 IMPLEMENTATIONS = {
-    "gemm": (Implementation("warp_specialized", SPACE, launch, takes, variant=partial(variant, False)),),
-    "grouped_gemm": (Implementation("warp_specialized", SPACE, launch_grouped, takes, variant=partial(variant, True)),),
+    operator: (
+        Implementation("warp_specialized", SPACE, launcher, takes, variant=partial(variant, grouped), known=KNOWN),
+    )
+    for operator, launcher, grouped in (("gemm", launch, False), ("grouped_gemm", launch_grouped, True))
 }
