@@ -97,8 +97,9 @@ def casts() -> Iterator[Case]:
         for name, (traffic, arguments) in cases.items():
             run, expected = getattr(ops, name), getattr(reference, f"{name}_ref")
             yield against_copy(f"{name} {R}x{K}", traffic, partial(run, *arguments), partial(expected, *arguments))
-        yield against_copy(f"dequantize_e5m6 {R}x{K}", 7 * n // 2, lambda a=e5m6: (ops.dequantize_e5m6(*a, torch.bfloat16),),
-                           lambda a=e5m6: (reference.dequantize_e5m6_ref(*a, torch.bfloat16),))  # fmt: skip
+        back = lambda a=e5m6: (ops.dequantize_e5m6(*a, torch.bfloat16),)  # noqa: E731
+        expected = lambda a=e5m6: (reference.dequantize_e5m6_ref(*a, torch.bfloat16),)  # noqa: E731
+        yield against_copy(f"dequantize_e5m6 {R}x{K}", 7 * n // 2, back, expected)
     for shape in [(7168, 16384), (32, 4096, 7168)]:
         w = normal(*shape)
         q, scale_inv = ops.quantize_block(w, FLOOR, False)

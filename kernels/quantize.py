@@ -11,7 +11,8 @@ pages of memory.
 The transposing casts (`_retile_kernel`) are in Gluon, which lets a thread have four columns of 16 rows: four scales to
 compute for 64 values. The tile waits in shared memory meanwhile and is read from there once for the maxima and once
 for the values, so that few registers are taken and enough programs are in flight. Moving single bytes would be the next
-bottleneck, so four rows of a column are packed into a word before they are transposed.
+bottleneck, so four rows of a column are packed into a word before they are transposed. (H200, 32768×7168, in parts of a
+copy's speed: `quantize_tile` 100 %, `quantize_tile_t` 89 %, `requantize_t` 71 %.)
 """
 
 from collections.abc import Iterator
