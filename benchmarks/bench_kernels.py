@@ -25,7 +25,8 @@ from dsv3c.benchmarks.timing import interleaved
 from dsv3c.kernels import gemm, grouped_gemm, small_gemm, wgrad, wgrad_specialized
 from dsv3c.kernels.implementations import Problem
 from dsv3c.kernels.reference import casts as reference
-from dsv3c.numerics import TILE, Recipe, gemm_bounds
+from dsv3c.numerics import TILE, Recipe
+from dsv3c.tuning.workloads import close
 
 ops = torch.ops.dsv3c
 FLOOR = Recipe().amax_floor
@@ -55,24 +56,6 @@ def same_bits(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for f, e in zip(found, expected, strict=True):
         if not torch.equal(f.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8)):
             raise AssertionError("bits differ from the definition")
-
-
-def close(out: Tensor, x: Tensor, x_scale_inv: Tensor, w: Tensor, w_scale_inv: Tensor) -> None:
-    """`out` against x wᵀ in float64."""
-    K = x.shape[1]
-
-    def dequantized(q: Tensor, scale_inv: Tensor) -> Tensor:
-        each = scale_inv.double().repeat_interleave(TILE, 1)[:, :K]
-        return q.double() * (each if len(each) == len(q) else each.repeat_interleave(TILE, 0)[: len(q)])
-
-    x, w = dequantized(x, x_scale_inv), dequantized(w, w_scale_inv)
-    expected, norm = x @ w.T, (x.square() @ w.square().T).sqrt()
-    element, rms = gemm_bounds(expected, norm, out.dtype, K)
-    error = (out.double() - expected).abs()
-    if not bool((error <= element).all()) or not float((error / norm).square().mean().sqrt()) <= rms:
-        raise AssertionError(
-            f"beyond the bound: RMS {float((error / norm).square().mean().sqrt()):.3g}, bound {rms:.3g}"
-        )
 
 
 def against_copy(name: str, traffic: int, run: Callable[[], tuple], expected: Callable[[], tuple]) -> Case:

@@ -13,26 +13,28 @@ against it. Recorded sweeps lie in benchmarks/results/tuning/; a replayed study 
 import argparse
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 from tabulate import tabulate
 
+from dsv3c.benchmarks.timing import Timing, interleaved
 from dsv3c.kernels.implementations import FILES, Problem, choose, implementations
 from dsv3c.tuning import study as studies
 from dsv3c.tuning import targets, tuner
-from dsv3c.tuning.prefilter import Verdict, prefilter
-from dsv3c.tuning.study import Choice, Space, Timing
+from dsv3c.tuning.prefilter import Of, Verdict, everything, prefilter
+from dsv3c.tuning.study import Choice, Space
 
 RESULTS = Path(__file__).parent / "results" / "tuning"
+ROUNDS = 7
 SWEPT = (
     Problem("gemm", 4096, 4096, 7168),
     Problem("grouped_gemm", 8 * 4096, 4096, 7168, 8),
     Problem("gemm", 128, 4096, 7168),
-    Problem("grouped_gemm", 256 * 128, 7168, 2048, 256),
+    Problem("gemm_wgrad", 4096, 4096, 7168),
 )
 HELD_BACK = (
     *(Problem("gemm", M, N, K) for N, K in ((4096, 7168), (7168, 2048)) for M in (48, 100, 3712, 4000)),
@@ -43,7 +45,7 @@ HELD_BACK = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every configuration of a problem, timed."""
+    """Every configuration of a problem's kernel, timed."""
 
     problem: Problem
     times: dict[tuple, Timing]  # by `studies.key`
@@ -74,11 +76,12 @@ def recorded() -> list[Sweep]:
 
 def read(path: Path) -> Sweep:
     document = json.loads(path.read_text())
-    times, configs = {}, {}
+    times: dict[tuple, Timing] = {}
+    configs: dict[str, list[dict]] = {}
     for name, values, *us in document["rows"]:
         config = dict(zip(document["knobs"] if values else [], values, strict=True))
         configs.setdefault(name, []).append(config)
-        times[studies.key(name, config)] = SimpleNamespace(median_us=us[0], p20_us=us[1], p80_us=us[2])
+        times[studies.key(name, config)] = Timing(us[0], us[1], us[2], ROUNDS, None)
     return Sweep(Problem(**document["problem"]), times, configs)
 
 
@@ -97,43 +100,38 @@ def write(path: Path, problem: Problem, rows: list[tuple[str, dict, Timing]]) ->
     path.write_text(json.dumps(head)[:-1] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
 
 
-def compile_all(out: Path) -> None:
-    for operator in FILES:
-        start, fits = time.monotonic(), {}
-        for name, implementation in implementations(operator).items():
-            verdicts = prefilter(operator, implementation, targets.load("h200"))
-            fits[name] = [verdict.config for verdict in verdicts if verdict.reason is None]
-            reasons = [str(verdict.reason) for verdict in verdicts]
-            counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-            print(f"{operator} {name} {counts} {time.monotonic() - start:.0f} s", flush=True)
-        (out / f"fits-{operator}.json").write_text(json.dumps(fits))
-
-
-def verdicts_of(out: Path, operator: str) -> dict[str, list[Verdict]]:
-    """What `compile_all` found to fit."""
-    fits = json.loads((out / f"fits-{operator}.json").read_text())
-    return {name: [Verdict(config, None) for config in configs] for name, configs in fits.items()}
+def compile_all(out: Path, operators: Iterable[str] = FILES) -> dict[Of, list[Verdict]]:
+    """Verdicts on everything; kept in OUT/fits.json, since `sweep` and `held-back` need them too."""
+    kept = out / "fits.json"
+    if not kept.exists():
+        start = time.monotonic()
+        found = prefilter(everything(operators), targets.load("h200"))
+        kept.write_text(json.dumps([[*of, list(map(asdict, verdicts))] for of, verdicts in found.items()]))
+        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    return {
+        (operator, name): [Verdict(**verdict) for verdict in verdicts]
+        for operator, name, verdicts in json.loads(kept.read_text())
+    }
 
 
 def sweep(out: Path) -> None:
-    from dsv3c.benchmarks.timing import interleaved
     from dsv3c.tuning.measure import verified
 
+    verdicts = compile_all(out)
     for problem in SWEPT:
-        start, calls, choices = time.monotonic(), {}, []
-        for name, verdicts in verdicts_of(out, problem.operator).items():
-            if not implementations(problem.operator)[name].takes(problem):
-                continue
-            for verdict in verdicts:
+        start = time.monotonic()
+        calls: dict[str, Callable[[], None]] = {}
+        choices: list[Choice] = []
+        for verdict in verdicts[problem.operator, "triton"]:
+            if verdict.reason is None:
                 try:
-                    calls[str(len(calls))] = verified(problem, (name, verdict.config))
-                    choices.append((name, verdict.config))
+                    calls[str(len(calls))] = verified(problem, ("triton", verdict.config))
+                    choices.append(("triton", verdict.config))
                 except Exception as error:  # wrong, or does not run: no time
-                    print("WRONG", problem, name, verdict.config, str(error).partition("\n")[0], flush=True)
-        timings = interleaved(calls, rounds=7, seconds=5)
+                    print("WRONG", problem, verdict.config, str(error).partition("\n")[0], flush=True)
+        timings = interleaved(calls, rounds=ROUNDS, seconds=5)
         rows = [(*choice, timing) for choice, timing in zip(choices, timings.values(), strict=True)]
-        name = f"sweep-{problem.operator}-{problem.rows}x{problem.N}x{problem.K}-nvidia-h200.json"
-        write(out / name, problem, rows)
+        write(out / f"sweep-{problem.operator}-{problem.rows}x{problem.N}x{problem.K}-nvidia-h200.json", problem, rows)
         best = min(rows, key=lambda row: row[2].median_us)
         print(f"{problem}: {len(rows)} right, best {best}, {time.monotonic() - start:.0f} s", flush=True)
 
@@ -142,36 +140,21 @@ def held_back(out: Path) -> None:
     """What the table chooses, beside what a study of that very size finds, in one run."""
     from dsv3c.tuning.measure import measure
 
-    rows = []
+    target, verdicts, rows = targets.load("h200"), compile_all(out), []
     for problem in HELD_BACK:
-        start = time.monotonic()
-        chosen, config = choose(problem)
-        verdicts = verdicts_of(out, problem.operator)
-        own = tuner.tune(
-            problem, targets.load("h200"), verdicts, lambda *request, p=problem: measure(p, *request), trials=30
-        )
-        assert own.row is not None
-        best = (own.row.best.implementation, own.row.best.config)
-        ours, optimum = measure(problem, [(chosen.name, dict(config)), best], 25)
-        rows.append(
-            [
-                str(tuple(problem)),
-                chosen.name,
-                ours.median_us,
-                optimum.median_us,
-                ours.median_us / optimum.median_us - 1,
-            ]
-        )
-        print(rows[-1], f"{time.monotonic() - start:.0f} s", flush=True)
-    print(
-        tabulate(
-            rows, ["problem", "chosen", "µs", "its own optimum", "slower by"], floatfmt=("", "", ".1f", ".1f", ".1%")
-        )
-    )
+        implementation, config = choose(problem)
+        own = tuner.tune(problem, target, verdicts, partial(measure, problem), trials=30).row
+        assert own is not None
+        best = own.best.implementation, own.best.config
+        ours, optimum = (t.median_us for t in measure(problem, [(implementation.name, dict(config)), best], 25))
+        rows.append([str(tuple(problem)), implementation.name, ours, best[0], optimum, ours / optimum - 1])
+        print(rows[-1], flush=True)
+    headers = ["problem", "chosen", "µs", "its own optimum", "µs", "slower by"]
+    print(tabulate(rows, headers, floatfmt=("", "", ".1f", "", ".1f", ".1%")))
     (out / "held-back.json").write_text(json.dumps(rows))
 
 
-def replay(seeds: int = 20) -> dict[str, object]:
+def replay(seeds: int = 20) -> dict[str, list[float]]:
     """Regrets of studies that begin with the known configurations, as `dsv3c tune` does, and of studies without."""
     rows, report = [], {}
     for found in recorded():

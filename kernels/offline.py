@@ -31,6 +31,8 @@ FAMILIES = (
     "swiglu",
     "norm",
     "rotary",
+    "mla_decode",
+    "warp_specialized",
 )
 
 
@@ -43,12 +45,12 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    maxnreg: int | None = None
 
     @property
     def name(self) -> str:
         """The kernel's name and what distinguishes this variant."""
-        values = [t.lstrip("*") for t in self.arguments.values()] + [f"{k}{v}" for k, v in self.constants.items()]
+        values = [t.lstrip("*").split(",NVMMA")[0] for t in self.arguments.values()]  # without Gluon's layouts
+        values += [f"{k}{v}" for k, v in self.constants.items()]
         return "-".join(
             [self.kernel.__name__.strip("_"), *values, f"warps{self.num_warps}", f"stages{self.num_stages}"]
         )
@@ -65,7 +67,7 @@ class Variant:
             constexprs={(names.index(n),): v for n, v in self.constants.items()},
             attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -100,7 +102,7 @@ def _spills(code: str) -> int:
     lines = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)]
     jumps = [(int(m[1], 16), at) for at, op in lines if (m := re.search(r"BRA\S* .*?(0x[0-9a-f]+)", op))]
     loops = sorted(((to, at) for to, at in jumps if to <= at), key=lambda loop: loop[1] - loop[0])
-    innermost = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "QGMMA" in op}
+    innermost = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "GMMA" in op}
     spilled = [at for at, op in lines if "STL" in op or "LDL" in op]
     return sum(not innermost or any(first <= at <= last for first, last in innermost) for at in spilled)
 

@@ -278,7 +278,7 @@ def wgrad_cublaslt_takes(problem: Problem) -> bool:
     return cublaslt_takes(Problem("gemm", problem.N, problem.K, problem.rows))
 
 
-def variant(config: dict[str, Any], dw: str = BF16, accumulate: bool = False) -> Variant:
+def variant(config: dict[str, Any], dw: str = F32, accumulate: bool = False) -> Variant:
     knobs = dict(config)
     chunk, c = knobs.pop("chunk"), Config(**knobs)
     operands = {"dyt_scale_inv_ptr": F32, "xt_scale_inv_ptr": F32, "first_ptr": I32, "dw_ptr": dw}
@@ -311,6 +311,6 @@ IMPLEMENTATIONS = {
 
 def variants() -> Iterator[Variant]:
     for config in KNOWN:
+        yield variant(config, BF16)
         yield variant(config)
-        yield variant(config, F32)
-        yield variant(config, F32, accumulate=True)
+        yield variant(config, accumulate=True)

@@ -10,7 +10,7 @@ import torch
 from dsv3c.kernels.implementations import Problem, implementations
 from dsv3c.tuning import study as studies
 from dsv3c.tuning.buckets import bucket
-from dsv3c.tuning.prefilter import Verdict
+from dsv3c.tuning.prefilter import Of, Verdict
 from dsv3c.tuning.study import Choice, Measure, Space
 from dsv3c.tuning.tables import Row, triton_version
 from dsv3c.tuning.targets import Target
@@ -26,10 +26,10 @@ class Tuned:
     row: Row | None
 
 
-def space(problem: Problem, verdicts: Mapping[str, Sequence[Verdict]]) -> Space:
+def space(problem: Problem, verdicts: Mapping[Of, Sequence[Verdict]]) -> Space:
     """Of the implementations that take the problem, what the prefilter left."""
     found = {
-        name: [verdict.config for verdict in verdicts[name] if verdict.reason is None]
+        name: [verdict.config for verdict in verdicts[problem.operator, name] if verdict.reason is None]
         for name, implementation in implementations(problem.operator).items()
         if implementation.takes(problem)
     }
@@ -59,7 +59,7 @@ def first_choices(problem: Problem, rows: Iterable[Row]) -> list[Choice]:
 def tune(
     problem: Problem,
     target: Target,
-    verdicts: Mapping[str, Sequence[Verdict]],
+    verdicts: Mapping[Of, Sequence[Verdict]],
     measure: Measure,
     *,
     trials: int,

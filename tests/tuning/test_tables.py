@@ -107,3 +107,20 @@ def test_shipped_predictions_are_derived_from_the_shipped_measurements(name):
     assert not any(row.predicted for row in measured)
     derived = derive.derive(measured, targets.load("h200"), targets.load(name))
     assert tables.read(tables.SHIPPED / f"{name}.json", name) == sorted(derived, key=lambda row: row.key)
+
+
+def test_shipped_choices_are_of_this_version():
+    """Every row's, so that a knob that changes its name takes its rows along; and a sample of them fits the device."""
+    pytest.importorskip("triton")
+    from dsv3c.kernels.implementations import implementations
+    from dsv3c.tuning.prefilter import prefilter
+
+    h200, chosen = targets.load("h200"), {}
+    for row in tables.read(tables.SHIPPED / "h200.json", "h200"):
+        for entry in filter(None, (row.best, row.runner_up)):
+            implementation = implementations(row.operator)[entry.implementation]
+            assert implementation.holds(entry.config), (row, entry)
+            if entry.config:
+                chosen.setdefault((row.operator, entry.implementation), []).append(entry.config)
+    for of, (verdict,) in prefilter({of: configs[:1] for of, configs in chosen.items()}, h200).items():
+        assert verdict.reason is None, (of, verdict)
