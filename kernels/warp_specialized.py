@@ -3,12 +3,12 @@
 What plain Triton (`gemm.py`) cannot say: one warp only starts copies, two groups of four warps only compute, and they
 wait for each other through barriers in shared memory. A program computes tiles of 128 rows one after the other, each
 consumer 64 rows of them. So one consumer multiplies while the other promotes, copies for the next tile run while the
-last one is stored, and 128×256 fits, whose operands are 48 KiB for 8.4 MFLOP (twice 128×128: 64). The tile is what counts:
-these products take 7 to 8.5 TB/s of operands from the L2 cache, which is all it gives (H200).
+last one is stored, and 128×256 fits, whose operands are 48 KiB for 8.4 MFLOP (twice 128×128: 64). The size is what
+counts: these products take 7 to 8.5 TB/s of operands from the L2 cache, about all that it gives (H200).
 
 A half of a consumer's part is one tensor core product, 64×128 (or 64×64). It must lie in one column of the weight's
-blocks, and only one half's product is alive at a time: the promotion is volatile, as in `gemm.py`. The order of sums and
-the roundings are those of `gemm.py` too, and so are the bits of the result.
+blocks, and only one half's product is alive at a time: the promotion is volatile, as in `gemm.py`. The order of sums
+and the roundings are those of `gemm.py` too, and so are the bits of the result.
 """
 
 from collections.abc import Iterator
