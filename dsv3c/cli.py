@@ -50,7 +50,7 @@ def compile_artifact(
     elapsed_s = time.perf_counter() - start
     if as_json:
         report = made.report.to_dict()
-        summary = ("name", "layers", "flops", "moved_bytes", "predicted_us")
+        summary = ("name", "modules", "flops", "moved_bytes", "predicted_us")
         _print_json(
             artifact=str(made.path), target=report["target"], precision=report["precision"], elapsed_s=elapsed_s,
             units=[{key: unit[key] for key in summary} for unit in report["units"]], kernels=made.kernels,

@@ -24,7 +24,7 @@ def tune(
     ] = None,
     target: Annotated[str, Option(help="A target, or auto: this machine's GPU, without one h200.")] = "auto",
     trials: Annotated[int, Option(min=1, help="Configurations to measure for a problem.")] = 30,
-    model: Annotated[str, Option(metavar="CHECKPOINT|PRESET", help="Tune the linears of this model.")] = "deepseek-v3",
+    model: Annotated[str, Option(metavar="CHECKPOINT|PRESET", help="Tune the linears of this model.")] = "v3-671b",
     rows: Annotated[
         list[int] | None, Option(min=1, help="Tokens in a call; may be repeated.", show_default="64, 128, 4096")
     ] = None,
@@ -114,12 +114,14 @@ class _Tuning:
 
     def run(self, operators: list[str], problems: list[Problem], trials: int, plots: Path | None) -> dict[str, Any]:
         with _progress() as progress:
-            verdicts = {operator: self._prefilter(operator, progress) for operator in operators}
-            fits = {operator: {name: _counts(v) for name, v in of_it.items()} for operator, of_it in verdicts.items()}
+            verdicts = self._prefilter(operators, progress)
             tuned = [] if self.why_not else self._measure(problems, verdicts, trials, plots, progress)
         return {
             "target": self.target.name,
-            "configurations": fits,
+            "configurations": [
+                {"operator": operator, "implementation": name, **_counts(found)}
+                for (operator, name), found in verdicts.items()
+            ],
             "measured": self.why_not is None,
             "why_not": self.why_not,
             "problems": [p._asdict() for p in problems],
@@ -128,15 +130,15 @@ class _Tuning:
             "storage": None if self.why_not else str(self.storage),
         }
 
-    def _prefilter(self, operator: str, progress: Any) -> dict[str, list]:
-        from dsv3c.kernels.implementations import implementations
-        from dsv3c.tuning.prefilter import num_kernels, prefilter
+    def _prefilter(self, operators: list[str], progress: Any) -> dict[tuple[str, str], list]:
+        from dsv3c.tuning.prefilter import everything, prefilter
 
-        found = {}
-        for name, implementation in implementations(operator).items():
-            task = progress.add_task(f"compile {operator} {name}", total=num_kernels(implementation))
-            found[name] = prefilter(operator, implementation, self.target, progress=partial(progress.advance, task))
-        return found
+        task = progress.add_task(f"compile for {self.target.name}", total=None)
+
+        def advance(done: int, kernels: int) -> None:
+            progress.update(task, completed=done, total=kernels)
+
+        return prefilter(everything(operators), self.target, advance)
 
     def _measure(self, problems, verdicts, trials: int, plots: Path | None, progress: Any) -> list[dict[str, Any]]:
         from dsv3c.tuning import study as studies
@@ -149,24 +151,14 @@ class _Tuning:
         with Worker(measure, limit_s=LIMIT_S) as worker:
             for problem in problems:
                 task = progress.add_task(_name(problem), total=trials)
-
-                def advance(study, outcome: str, task=task, problem=problem) -> None:
-                    best = studies.best_us(study)
-                    shown = f"best {best:.1f} µs" if math.isfinite(best) else outcome
-                    progress.update(
-                        task, completed=len(studies.measured(study)), description=f"{_name(problem)} {shown}"
-                    )
-
                 found = tuner.tune(
-                    problem, self.target, verdicts[problem.operator], lambda *request, p=problem: worker(p, *request),
-                    trials=trials, storage=self.storage, rows=self.rows, progress=advance,
+                    problem, self.target, verdicts, partial(worker, problem), trials=trials, storage=self.storage,
+                    rows=self.rows, progress=partial(_show, progress, task, problem),
                 )  # fmt: skip
                 if plots is not None:
                     studies.plots(found.study, plots)
                 if found.row is None:
-                    progress.console.print(
-                        f"{_name(problem)}: no configuration could be measured; built-in rules decide"
-                    )
+                    progress.console.print(f"{_name(problem)}: nothing could be measured; built-in rules decide")
                     continue
                 self.rows = tables.merge(self.rows, [found.row])
                 tables.write(self.output, self.target.name, self.rows)
@@ -210,21 +202,20 @@ def _name(problem: Problem) -> str:
     return f"{problem.operator}:{groups}{problem.rows // problem.groups}x{problem.N}x{problem.K}"
 
 
-def _counts(verdicts: list) -> dict[str, int]:
-    reasons = [verdict.reason or "fit" for verdict in verdicts]
-    return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+def _counts(verdicts: list) -> dict[str, Any]:
+    reasons = [verdict.reason for verdict in verdicts if verdict.reason]
+    dropped = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    return {"configurations": len(verdicts), "fit": len(verdicts) - len(reasons), "dropped": dropped}
 
 
 def _text(report: dict[str, Any]) -> str:
     from tabulate import tabulate
 
     lines = [f"compiled for {report['target']}:"]
-    for operator, found in report["configurations"].items():
-        for name, counts in found.items():
-            listed = ", ".join(
-                f"{count} {'fit' if why == 'fit' else 'dropped: ' + why}" for why, count in counts.items()
-            )
-            lines.append(f"  {operator} {name}: {listed}")
+    for found in report["configurations"]:
+        why = ", ".join(f"{reason} {count}" for reason, count in found["dropped"].items())
+        fit = f"{found['fit']} of {found['configurations']} configurations fit"
+        lines.append(f"  {found['operator']} {found['implementation']}: {fit}{why and f'; dropped: {why}'}")
     if not report["measured"]:
         return "\n".join([*lines, f"nothing was measured and no table written: {report['why_not']}"])
     table = [

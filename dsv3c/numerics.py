@@ -106,6 +106,72 @@ def gemm_bounds(reference: Tensor, norm: Tensor, dtype: torch.dtype, contraction
     return element, sqrt(u**2 * float(ratio) + accumulated**2)
 
 
+# -- fused producers --
+#
+# A producer computes in float32, rounds to BF16, and quantises. Rounding is monotone: an evaluation within `error` of
+# the value gives a BF16 number between the roundings of value - error and value + error, nearly always the same one;
+# and the same holds for the quotients by a tile's scale_inv.
+
+
+def rounded_between(value: Tensor, error: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """The least and the largest result of a float32 evaluation within `error` of float64 `value`, rounded to dtype."""
+    return (value - error).float().to(dtype), (value + error).float().to(dtype)
+
+
+def sigmoid_bound(x: Tensor) -> Tensor:
+    """Largest relative error of 1/(1 + exp(-x)) in float32, on a GPU with exp2 and the reciprocal approximated.
+
+    x·log₂e has a rounding of its own and the constant's, which exp2 turns into relative errors of |x|u each; exp2 is
+    within 2^-22 = 4u, the sum is rounded once, the reciprocal is within 2u. Where exp overflows the result is 0.
+    """
+    u = unit_roundoff(torch.float32)
+    return (2 * x.double().abs() + 7) * u
+
+
+def swiglu_bound(gate: Tensor, a: Tensor) -> Tensor:
+    """Largest error of a = silu(gate)·up·weight: the sigmoid's and three products'. 2^-100: where exp overflows."""
+    return (sigmoid_bound(gate) + 3 * unit_roundoff(torch.float32)) * a.abs() + 2.0**-100 * (a != 0)
+
+
+def swiglu_gradient_bound(gate: Tensor, dup: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest errors of dgate = factor·(s + silu(gate)(1 - s)), with factor = da·weight·up, and of dup = da·weight·silu.
+
+    dup as a. Within dgate's bracket: silu - silu·s and s have relative errors of at most δ + u, the sigmoid's δ and a
+    product's, in each occurrence of s and silu, and the bracket, at most 1.1, is rounded twice; then three products.
+    """
+    gate, u = gate.double(), unit_roundoff(torch.float32)
+    relative, sigmoid = sigmoid_bound(gate) + 5 * u, gate.sigmoid()
+    bracket = relative * (2 * (gate * sigmoid).abs() + sigmoid + 1.1)
+    return factor.abs() * (bracket + 2.0**-100), swiglu_bound(gate, dup)
+
+
+def sum_bound(terms: Tensor, depth: int, dim: int = -1) -> Tensor:
+    """Largest error of the float32 sum of `terms` over dim in which each goes through at most `depth` roundings, its own
+    computation's included."""
+    return depth * unit_roundoff(torch.float32) * terms.abs().sum(dim)
+
+
+# Roundings of a term of a row's sum in the kernels: 32 values a thread, up to 1024 threads, and three for the term.
+ROW_DEPTH = 32 + 10 + 3
+
+
+def rstd_bound() -> float:
+    """Largest relative error of 1/sqrt(mean x² + eps): the positive terms' relative error, a quotient within 4u and a
+    sum, halved by the root; the root's own, within 4u."""
+    return ((ROW_DEPTH + 5) / 2 + 4) * unit_roundoff(torch.float32)
+
+
+def norm_gradient_bound(dnormed: Tensor, normed: Tensor, rstd: Tensor, dx: Tensor) -> Tensor:
+    """Largest error of dx = rstd·(dnormed - normed·mean(dnormed·normed)) (+ what is added) before it is rounded.
+
+    The mean's is that of its sum, and a quotient's within 4u. Then normed, three products and two sums, a rounding each
+    of one of the two terms or of dx.
+    """
+    u, terms = unit_roundoff(torch.float32), dnormed * normed
+    mean, error = terms.mean(-1, keepdim=True).abs(), sum_bound(terms, ROW_DEPTH + 4)[..., None] / terms.shape[-1]
+    return rstd[..., None] * (normed.abs() * (error + 6 * u * mean) + 6 * u * dnormed.abs()) + u * dx.abs()
+
+
 # -- model bounds --
 
 # In float32 our model may be so many times farther from its float64 evaluation than transformers' model is: the same
@@ -175,6 +241,17 @@ def positive_sum_bound(terms: int, dtype: torch.dtype, value: float) -> float:
     Every partial sum is at most the whole: one rounding per addition, and 8 for the factors and the references' own.
     """
     return (terms + 8) * unit_roundoff(dtype) * value
+
+
+def rounded_sum_bound(reference: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """Largest distance from `reference` of a sum of so many products, in float32 and in any order, rounded to dtype.
+
+    `magnitude` is Σ|product|, which no partial sum passes: every product and every addition rounds by at most its unit
+    roundoff. Then one rounding of what came out: half the spacing, in the normal range u(dtype) of its size.
+    """
+    accumulated = 2 * terms * unit_roundoff(torch.float32) * magnitude
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # spacing below the normal range
+    return accumulated + unit_roundoff(dtype) * (reference.abs() + accumulated) + smallest
 
 
 def cross_entropy_bound(logits: Tensor) -> float:

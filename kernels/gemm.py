@@ -59,6 +59,7 @@ SPACE = {
 # Without a table. Each compiles for sm_90 without spills in its loop, with 3.6 and 3.7 of Triton (tested). On an H200:
 # the first for up to 64 rows, the third for few rows a group (4.1 TB/s of weights), the last for everything else.
 BUILT_IN = (Config(64, 64, 1, 4, 4), Config(64, 128, 1, 4, 3), Config(64, 128, 1, 4, 4), Config(64, 128, 2, 4, 3))
+KNOWN = tuple(config._asdict() for config in BUILT_IN)
 
 
 def valid(config: dict[str, Any]) -> bool:
@@ -309,7 +310,7 @@ def default(problem: Problem) -> tuple[str, dict[str, Any]]:
     few = problem.rows <= 64 and problem.K <= 4096  # there cuBLASLt is slower; a longer contraction it splits
     if not few and cublaslt_takes(problem):
         return "cublaslt", {}
-    return "triton", BUILT_IN[0 if problem.rows <= 64 else -1]._asdict()
+    return "triton", KNOWN[0 if problem.rows <= 64 else -1]
 
 
 def variant(config: dict[str, Any]) -> Variant:
@@ -321,7 +322,7 @@ def variant(config: dict[str, Any]) -> Variant:
 
 IMPLEMENTATIONS = {
     "gemm": (
-        Implementation("triton", SPACE, launch, valid=valid, variant=variant),
+        Implementation("triton", SPACE, launch, valid=valid, variant=variant, known=KNOWN),
         Implementation("cublaslt", {}, cublaslt, takes=cublaslt_takes),
     )
 }
@@ -329,8 +330,8 @@ IMPLEMENTATIONS = {
 
 def variants() -> Iterator[Variant]:
     yield Variant(_transpose_kernel, {"w_ptr": I32, "t_ptr": I32}, {"ROWS4": 32, "COLUMNS4": 32})
-    for config in BUILT_IN:
-        yield variant(config._asdict())
+    for config in KNOWN:
+        yield variant(config)
 
 
 def described(a: str, b: str, config: Config) -> dict[str, str]:

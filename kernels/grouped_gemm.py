@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv3c.kernels.gemm import (
-    BUILT_IN,
+    KNOWN,
     SPACE,
     Config,
     aligned,
@@ -107,7 +107,7 @@ def launch(
 
 
 def default(problem: Problem) -> tuple[str, dict[str, Any]]:
-    return "triton", BUILT_IN[2 if problem.rows <= 64 * problem.groups else -1]._asdict()
+    return "triton", KNOWN[2 if problem.rows <= 64 * problem.groups else -1]
 
 
 def variant(config: dict[str, Any]) -> Variant:
@@ -117,9 +117,11 @@ def variant(config: dict[str, Any]) -> Variant:
     return Variant(_grouped_gemm_kernel, operands, tile_constants(c), c.num_warps, c.num_stages)
 
 
-IMPLEMENTATIONS = {"grouped_gemm": (Implementation("triton", SPACE, launch, valid=valid, variant=variant),)}
+IMPLEMENTATIONS = {
+    "grouped_gemm": (Implementation("triton", SPACE, launch, valid=valid, variant=variant, known=KNOWN),)
+}
 
 
 def variants() -> Iterator[Variant]:
-    for config in BUILT_IN:
-        yield variant(config._asdict())
+    for config in KNOWN:
+        yield variant(config)

@@ -44,6 +44,7 @@ class Implementation:
         takes: problems it can compute.
         valid: combinations of knobs that its code supports; whether they fit the device is the assembler's to say.
         variant: a configuration's kernel, for compiling without a GPU. None for a library.
+        known: configurations that were good somewhere, where a search begins.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Implementation:
     takes: Callable[[Problem], bool] = lambda problem: True
     valid: Callable[[Config], bool] = lambda config: True
     variant: "Callable[[Config], Variant] | None" = None
+    known: tuple[Config, ...] = ()
 
     def holds(self, config: Config) -> bool:
         """Whether `config` is one of its configurations."""

@@ -16,7 +16,20 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
-FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad", "warp_specialized")
+I16 = "*i16"
+FAMILIES = (
+    "groups",
+    "quantize",
+    "gemm",
+    "grouped_gemm",
+    "wgrad",
+    "router",
+    "permute",
+    "swiglu",
+    "norm",
+    "rotary",
+    "warp_specialized",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +64,7 @@ class Variant:
             constexprs={(names.index(n),): v for n, v in self.constants.items()},
             attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 

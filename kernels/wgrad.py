@@ -48,7 +48,7 @@ SPACE = {
     "chunk": (1, 4, 16),
 }
 # Without a table. On an H200 the first is best from about 256 rows a group on, the second below.
-BUILT_IN = tuple(
+KNOWN = tuple(
     {"rows": 64, "columns": columns, "halves": 2, "num_warps": 4, "num_stages": 3, "band": 8, "chunk": chunk}
     for columns, chunk in ((128, 1), (64, 16))
 )
@@ -175,8 +175,8 @@ def launch(
 
 def default(problem: Problem) -> tuple[str, dict[str, Any]]:
     if problem.operator == "gemm_wgrad":
-        return ("cublaslt", {}) if wgrad_cublaslt_takes(problem) else ("triton", BUILT_IN[0])
-    return "triton", BUILT_IN[1 if problem.rows < 256 * problem.groups else 0]
+        return ("cublaslt", {}) if wgrad_cublaslt_takes(problem) else ("triton", KNOWN[0])
+    return "triton", KNOWN[1 if problem.rows < 256 * problem.groups else 0]
 
 
 def wgrad_cublaslt_takes(problem: Problem) -> bool:
@@ -184,7 +184,7 @@ def wgrad_cublaslt_takes(problem: Problem) -> bool:
     return cublaslt_takes(Problem("gemm", problem.N, problem.K, problem.rows))
 
 
-def variant(config: dict[str, Any], dw: str = BF16) -> Variant:
+def variant(config: dict[str, Any], dw: str = F32) -> Variant:
     knobs = dict(config)
     chunk, c = knobs.pop("chunk"), Config(**knobs)
     operands = {"dyt_scale_inv_ptr": F32, "xt_scale_inv_ptr": F32, "first_ptr": I32, "dw_ptr": dw}
@@ -194,14 +194,14 @@ def variant(config: dict[str, Any], dw: str = BF16) -> Variant:
 
 IMPLEMENTATIONS = {
     "gemm_wgrad": (
-        Implementation("triton", SPACE, launch_plain, valid=valid, variant=variant),
+        Implementation("triton", SPACE, launch_plain, valid=valid, variant=variant, known=KNOWN),
         Implementation("cublaslt", {}, partial(cublaslt, w_tiled=True), takes=wgrad_cublaslt_takes),
     ),
-    "grouped_gemm_wgrad": (Implementation("triton", SPACE, launch_grouped, valid=valid, variant=variant),),
+    "grouped_gemm_wgrad": (Implementation("triton", SPACE, launch_grouped, valid=valid, variant=variant, known=KNOWN),),
 }
 
 
 def variants() -> Iterator[Variant]:
-    for config in BUILT_IN:
+    for config in KNOWN:
+        yield variant(config, BF16)
         yield variant(config)
-        yield variant(config, F32)

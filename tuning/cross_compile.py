@@ -26,6 +26,12 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
     "warp_specialized_grouped_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": True}),
     "wgrad": ("wgrad_kernel", {}),
+    "gate": ("gate_kernel", {}),
+    "gate_backward": ("gate_backward_kernel", {"SOFTMAX": False}),
+    "sort_by_expert": ("sort_by_expert_kernel", {}),
+    "permute": ("permute_kernel", {}),
+    "unpermute": ("unpermute_kernel", {}),
+    "unpermute_backward": ("unpermute_backward_kernel", {}),
 }
 
 _KERNELS: dict[str, tuple[str, ...]] = {
@@ -45,6 +51,12 @@ _KERNELS: dict[str, tuple[str, ...]] = {
         "tile_map",
     ),
     "dsv3c.grouped_gemm_wgrad.default": ("wgrad", "tile_map"),
+    "dsv3c.gate.default": ("gate",),
+    "dsv3c.gate_backward.default": ("gate_backward",),
+    "dsv3c.sort_by_expert.default": ("sort_by_expert",),
+    "dsv3c.permute.default": ("permute",),
+    "dsv3c.unpermute.default": ("unpermute",),
+    "dsv3c.unpermute_backward.default": ("unpermute_backward",),
 }
 
 

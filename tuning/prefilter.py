@@ -4,20 +4,21 @@ What is compiled stays in Triton's cache, where a launch with the same types fin
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from dsv3c.kernels import implementations
-from dsv3c.kernels.implementations import Implementation
+from dsv3c.kernels.implementations import implementations
 from dsv3c.kernels.offline import Resources, resources
 from dsv3c.tuning.targets import Target
 
 # Two halves of a tile use all 255 registers, and two versions of one compiler differ by a few: those cost nothing that
 # could be measured, and the fastest configurations of 128 rows have them.
 SPILLS = 4
+
+Of = tuple[str, str]  # operator, name of an implementation
 
 
 @dataclass(frozen=True)
@@ -28,44 +29,47 @@ class Verdict:
     reason: str | None
 
 
-def num_kernels(implementation: Implementation) -> int:
-    """How many kernels its configurations are: some knobs belong to the launch alone."""
-    if implementation.variant is None:
-        return 0
-    return len({implementation.variant(config).name for config in implementation.configs()})
+def everything(operators: Iterable[str]) -> dict[Of, list[dict[str, Any]]]:
+    """Every valid configuration of the operators' implementations."""
+    return {
+        (operator, name): list(found.configs())
+        for operator in operators
+        for name, found in implementations(operator).items()
+    }
 
 
 def prefilter(
-    operator: str,
-    implementation: Implementation,
+    configs: Mapping[Of, Sequence[dict[str, Any]]],
     target: Target,
-    *,
-    configs: Iterable[dict[str, Any]] | None = None,
-    progress: Callable[[], None] = lambda: None,
-) -> list[Verdict]:
-    """A verdict on each of `configs`, by default all valid ones, compiled in as many processes as there are cores.
+    progress: Callable[[int, int], None] = lambda done, kernels: None,
+) -> dict[Of, list[Verdict]]:
+    """A verdict on each, compiled in as many processes as there are cores.
 
-    `progress` is called for each kernel compiled.
+    Several configurations may be one kernel: some knobs belong to the launch alone, and operators share kernels.
+    `progress` is told how many kernels of how many are compiled.
     """
-    configs = list(implementation.configs() if configs is None else configs)
-    if implementation.variant is None:
-        return [Verdict(config, None) for config in configs]
-    names = [implementation.variant(config).name for config in configs]
-    distinct = dict(zip(names, configs, strict=True))  # see `num_kernels`
-    reasons = {}
+    names = {of: [_name(of, config) for config in given] for of, given in configs.items()}
+    jobs = {name: (of, config) for of in configs for name, config in zip(names[of], configs[of], strict=True) if name}
+    reasons: dict[str | None, str | None] = {None: None}  # of a library there is nothing to compile
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        found = {
-            name: pool.submit(_compile, operator, implementation.name, config) for name, config in distinct.items()
-        }
+        found = {name: pool.submit(_compile, *job) for name, job in jobs.items()}
         for name, future in found.items():
-            reasons[name] = _reason(future.result(), distinct[name].get("num_warps", 4), target)
-            progress()
-    return [Verdict(config, reasons[name]) for name, config in zip(names, configs, strict=True)]
+            reasons[name] = _reason(future.result(), jobs[name][1].get("num_warps", 4), target)
+            progress(len(reasons) - 1, len(jobs))
+    return {
+        of: [Verdict(config, reasons[name]) for name, config in zip(names[of], configs[of], strict=True)]
+        for of in configs
+    }
 
 
-def _compile(operator: str, name: str, config: dict[str, Any]) -> Resources | str:
+def _name(of: Of, config: dict[str, Any]) -> str | None:
+    variant = implementations(of[0])[of[1]].variant
+    return variant and variant(config).name
+
+
+def _compile(of: Of, config: dict[str, Any]) -> Resources | str:
     """In a process of the pool. Its resources, or the compiler's complaint."""
-    variant = implementations.implementations(operator)[name].variant
+    variant = implementations(of[0])[of[1]].variant
     assert variant is not None
     try:
         return resources(variant(config).compile())

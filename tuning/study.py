@@ -1,8 +1,9 @@
 """An Optuna study for each problem: 30 trials instead of every configuration.
 
 A trial is one configuration of one implementation, measured by a function that is given. It is pruned after a few
-rounds when those are clearly slower than the best so far. What the study proposes and the prefilter dropped, or an
-earlier trial had, costs nothing and is told to the sampler as pruned. The fastest few are timed again in turns.
+rounds when those are clearly slower than the best of its implementation so far. What the study proposes and the
+prefilter dropped, or an earlier trial had, costs nothing and is told to the sampler as pruned. The fastest few are
+timed again in turns.
 """
 
 import math
@@ -11,11 +12,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
+from dsv3c.benchmarks.timing import Timing
 from dsv3c.errors import TuneError
 from dsv3c.kernels.implementations import Problem
 from dsv3c.tuning.tables import Entry, triton_version
@@ -23,17 +25,9 @@ from dsv3c.tuning.worker import WorkerError
 
 Choice = tuple[str, dict[str, Any]]
 SHORT, LONG = 3, 15  # rounds
-SLOWER = 1.2  # so much slower than the best in the short timing, and a trial is pruned
+SLOWER = 1.2  # so much slower than its implementation's best in the short timing, and a trial is pruned
 FINALISTS = 4
 ASKED_PER_TRIAL = 50  # proposals that cost nothing, at most
-
-
-class Timing(Protocol):
-    """As benchmarks/timing.py has it."""
-
-    median_us: float
-    p20_us: float
-    p80_us: float
 
 
 Measure = Callable[[Sequence[Choice], int], Sequence[Timing]]  # (choices, rounds) -> times, in turns
@@ -47,7 +41,7 @@ class Space:
     configs: Mapping[str, Sequence[Mapping[str, Any]]]
 
     def choices(self) -> set[tuple]:
-        return {_key(name, config) for name, configs in self.configs.items() for config in configs}
+        return {key(name, config) for name, configs in self.configs.items() for config in configs}
 
     def suggest(self, trial: optuna.Trial) -> Choice:
         name = trial.suggest_categorical("implementation", sorted(self.knobs))
@@ -107,19 +101,19 @@ def search(
         first: choices to begin with, such as the built-in ones and a neighbour's best.
         progress: called after each trial, with what became of it.
     """
-    allowed, done = space.choices(), {_key(*choice_of(trial)) for trial in measured(study)}
+    allowed, done = space.choices(), {key(*choice_of(trial)) for trial in measured(study)}
     for name, config in first:
-        if _key(name, config) in allowed - done:
+        if key(name, config) in allowed - done:
             study.enqueue_trial(_parameters(name, config), skip_if_exists=True)
     for _ in range(ASKED_PER_TRIAL * trials):
         if len(done) >= min(trials, len(allowed)):
             return
         trial = study.ask()
         choice = space.suggest(trial)
-        if _key(*choice) not in allowed - done:
+        if key(*choice) not in allowed - done:
             study.tell(trial, state=TrialState.PRUNED)
             continue
-        done.add(_key(*choice))
+        done.add(key(*choice))
         progress(_run(study, trial, choice, measure))
 
 
@@ -129,7 +123,7 @@ def _run(study: optuna.Study, trial: optuna.Trial, choice: Choice, measure: Meas
     try:
         (short,) = measure([choice], SHORT)
         trial.report(short.median_us, SHORT)
-        if short.median_us > SLOWER * best_us(study):
+        if short.median_us > SLOWER * best_us(study, choice[0]):
             study.tell(trial, state=TrialState.PRUNED)
             return "pruned"
         (found,) = measure([choice], LONG)
@@ -142,9 +136,10 @@ def _run(study: optuna.Study, trial: optuna.Trial, choice: Choice, measure: Meas
     return "measured"
 
 
-def best_us(study: optuna.Study) -> float:
-    """Infinite while nothing was measured."""
-    values = [trial.value for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
+def best_us(study: optuna.Study, name: str | None = None) -> float:
+    """Of all, or of the implementation `name`; infinite while nothing was measured."""
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    values = [trial.value for trial in complete if name in (None, trial.params["implementation"])]
     return min((value for value in values if value is not None), default=math.inf)
 
 
@@ -162,7 +157,9 @@ def choice_of(trial: optuna.trial.FrozenTrial) -> Choice:
 def finish(study: optuna.Study, measure: Measure) -> tuple[Entry, Entry | None] | None:
     """The best, and the best of another implementation: of the fastest few and of each implementation's fastest, timed
     again in turns. None if nothing could be measured."""
-    complete = sorted(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), key=lambda trial: trial.value)
+    complete = sorted(
+        study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), key=lambda trial: trial.value or math.inf
+    )
     best_of: dict[str, Choice] = {}
     for trial in complete:
         best_of.setdefault(choice_of(trial)[0], choice_of(trial))
@@ -199,12 +196,13 @@ def plots(study: optuna.Study, folder: Path) -> list[Path]:
         drawings["importance"] = lambda: draw.plot_param_importances(study, evaluator=evaluator)
     made = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # experimental; and few trials, which the picture shows
         for name, drawing in drawings.items():
             path = folder / f"{study.study_name.replace(' ', '-')}-{name}.png"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                drawing().figure.savefig(path, bbox_inches="tight", dpi=150)
+                drawing()
+                pyplot.savefig(path, bbox_inches="tight", dpi=150)
             except OSError as error:
                 raise TuneError(f"{path}: expected a file to write, found: {error.strerror}") from error
             pyplot.close("all")
@@ -216,5 +214,5 @@ def _parameters(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"implementation": name} | {f"{name}.{knob}": value for knob, value in config.items()}
 
 
-def _key(name: str, config: Mapping[str, Any]) -> tuple:
+def key(name: str, config: Mapping[str, Any]) -> tuple:
     return name, *sorted(config.items())

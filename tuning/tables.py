@@ -10,7 +10,7 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -86,12 +86,12 @@ def read(path: Path, target: str) -> list[Row]:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    row = Row(**fields)
+    runner_up = fields["runner_up"] and Entry(**fields["runner_up"])
+    row = Row(**{**fields, "best": Entry(**fields["best"]), "runner_up": runner_up})
     numbers = row.N, row.K, row.groups, row.bucket, row.rows
     if not all(isinstance(n, int) and n > 0 for n in numbers):
         raise ValueError(f"N, K, groups, bucket, rows {numbers}")
-    runner_up = row.runner_up and Entry(**row.runner_up)
-    return replace(row, best=Entry(**row.best), runner_up=runner_up)
+    return row
 
 
 def write(path: Path, target: str, rows: Iterable[Row]) -> None:

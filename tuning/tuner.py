@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import optuna
 import torch
 
-from dsv3c.kernels.implementations import Problem, default, implementations
+from dsv3c.kernels.implementations import Problem, implementations
 from dsv3c.tuning import study as studies
 from dsv3c.tuning.buckets import bucket
-from dsv3c.tuning.prefilter import Verdict
+from dsv3c.tuning.prefilter import Of, Verdict
 from dsv3c.tuning.study import Choice, Measure, Space
 from dsv3c.tuning.tables import Row, triton_version
 from dsv3c.tuning.targets import Target
 
-NEIGHBOURS = 4  # bests of other problems to begin with
+NEIGHBOURS = 6  # choices of other problems' rows to begin with
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class Tuned:
     row: Row | None
 
 
-def space(problem: Problem, verdicts: Mapping[str, Sequence[Verdict]]) -> Space:
+def space(problem: Problem, verdicts: Mapping[Of, Sequence[Verdict]]) -> Space:
     """Of the implementations that take the problem, what the prefilter left."""
     found = {
-        name: [verdict.config for verdict in verdicts[name] if verdict.reason is None]
+        name: [verdict.config for verdict in verdicts[problem.operator, name] if verdict.reason is None]
         for name, implementation in implementations(problem.operator).items()
         if implementation.takes(problem)
     }
@@ -37,29 +38,29 @@ def space(problem: Problem, verdicts: Mapping[str, Sequence[Verdict]]) -> Space:
     return Space({name: implementations(problem.operator)[name].space for name in found}, found)
 
 
-def first_choices(problem: Problem, rows: Iterable[Row]) -> list[Choice]:
-    """The built-in choice, every library, and the bests of the nearest problems."""
-    implementation, config = default(problem)
-    choices: list[Choice] = [(implementation.name, dict(config))]
-    choices += [(name, {}) for name, found in implementations(problem.operator).items() if not found.space]
+def first_choices(problem: Problem, rows: Iterable[Row], most: int) -> list[Choice]:
+    """Every library, the bests of the nearest problems, and of each implementation in turn what is known to be good."""
+    found = implementations(problem.operator)
 
     def distance(row: Row) -> tuple:
         per_group = row.rows / row.groups, problem.rows / problem.groups
         return (row.N, row.K) != (problem.N, problem.K), max(per_group) / min(per_group)
 
     near = sorted((row for row in rows if row.operator == problem.operator), key=distance)
-    bests = [entry for row in near for entry in (row.best, row.runner_up) if entry is not None and entry.config]
-    others: list[Choice] = []
-    for entry in bests:
-        if (entry.implementation, entry.config) not in (*choices, *others):
-            others.append((entry.implementation, entry.config))
-    return choices + others[:NEIGHBOURS]
+    bests = [entry for row in near for entry in (row.best, row.runner_up) if entry is not None]
+    known = zip_longest(
+        *([(name, config) for config in implementation.known] for name, implementation in found.items())
+    )
+    choices = [(name, {}) for name, implementation in found.items() if not implementation.space]
+    choices += [(entry.implementation, entry.config) for entry in bests[:NEIGHBOURS]]
+    choices += [choice for in_turn in known for choice in in_turn if choice is not None]
+    return list({studies.key(*choice): (choice[0], dict(choice[1])) for choice in choices}.values())[:most]
 
 
 def tune(
     problem: Problem,
     target: Target,
-    verdicts: Mapping[str, Sequence[Verdict]],
+    verdicts: Mapping[Of, Sequence[Verdict]],
     measure: Measure,
     *,
     trials: int,
@@ -71,9 +72,8 @@ def tune(
     used."""
     candidates = space(problem, verdicts)
     study = studies.open_study(problem, target.name, candidates, storage)
-    studies.search(
-        study, candidates, first_choices(problem, rows), measure, trials, lambda outcome: progress(study, outcome)
-    )
+    first = first_choices(problem, rows, most=2 * trials // 3)
+    studies.search(study, candidates, first, measure, trials, lambda outcome: progress(study, outcome))
     best = studies.finish(study, measure)
     if best is None:
         return Tuned(study, None)

@@ -9,6 +9,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from dsv3c.errors import TuneError
+
 
 class WorkerError(Exception):
     """A request without an answer: it raised, took too long, or ended the process."""
@@ -33,13 +35,13 @@ class Worker:
 
         Raises:
             WorkerError: it raised, hung, or crashed; its message says which.
+            TuneError: no process can be started.
         """
         if self._process is None:
             self._start()
-            self._wait(self._start_s, "did not start")
         assert self._pipe is not None
         self._pipe.send(request)
-        answer, error = self._wait(self._limit_s, "took longer")
+        answer, error = self._wait(self._limit_s)
         if error is not None:
             raise WorkerError(error)
         return answer
@@ -47,12 +49,17 @@ class Worker:
     def _start(self) -> None:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self._function, theirs), daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(self._function, theirs), daemon=True)
+        process.start()
+        self._process = process
         theirs.close()
         self.starts += 1
+        try:
+            self._wait(self._start_s)
+        except WorkerError as error:
+            raise TuneError(f"worker: expected a process to start, found: it {error}") from error
 
-    def _wait(self, seconds: float, what: str) -> Any:
+    def _wait(self, seconds: float) -> Any:
         assert self._pipe is not None
         try:
             if self._pipe.poll(seconds):
@@ -63,7 +70,7 @@ class Worker:
             self.close()
             raise WorkerError(f"crashed: the process ended with {code}") from None
         self.close()
-        raise WorkerError(f"hung: {what} than {seconds:g} s" if what == "took longer" else f"{what} in {seconds:g} s")
+        raise WorkerError(f"hung: no answer in {seconds:g} s")
 
     def close(self) -> None:
         """Ends the process, at once; the next request starts another."""

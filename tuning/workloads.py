@@ -119,6 +119,11 @@ class Closeness:
                 raise AssertionError(f"beyond the bound: RMS {found:.3g}, bound {rms:.3g}")
 
 
+def close(out: Tensor, x: Tensor, x_scale_inv: Tensor, w: Tensor, w_scale_inv: Tensor) -> None:
+    """`Closeness`, once."""
+    Closeness([(out, (x, x_scale_inv, w, w_scale_inv))])()
+
+
 def _expected(
     out: Tensor, x: Tensor, x_scale_inv: Tensor, w: Tensor, w_scale_inv: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3c import numerics
+from dsv3c.kernels.reference import casts as reference
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,38 @@ def assert_product(out: Tensor, reference: Tensor, norm: Tensor, contraction: in
     assert found <= rms, f"RMS {found:.3g}, bound {rms:.3g}"
 
 
+def assert_tiles_between(
+    found: tuple[Tensor, Tensor], low: Tensor, high: Tensor, amax_floor: float, pow2: bool, certain: float = 0.98
+) -> None:
+    """1×128 tiles of some x between BF16 low and high, its scale_inv between those of the tile's least and largest
+    amax, and each value between low and high divided by that scale_inv: equal to the definition where there is but one
+    choice, which is so for the share `certain` of the values at least, or the test would say little."""
+    q, scale_inv = found
+    low, high = low.float(), high.float()
+    smallest = torch.where((low < 0) & (high > 0), 0.0, torch.minimum(low.abs(), high.abs()))
+    least, largest = (
+        reference._quantize_rows(magnitude, amax_floor, pow2)[1]
+        for magnitude in (smallest, torch.maximum(low.abs(), high.abs()))
+    )
+    assert bool(((least <= scale_inv) & (scale_inv <= largest)).all()), "scale_inv is out of its bounds"
+    each = scale_inv.repeat_interleave(128, 1)[:, : q.shape[1]]
+    least, largest = (reference._to_fp8(x, each).float() for x in (low, high))
+    wrong = ~((least <= q.float()) & (q.float() <= largest))
+    assert not bool(wrong.any()), f"{int(wrong.sum())} of {wrong.numel()} values are out of their bounds"
+    assert float((least == largest).float().mean()) >= certain
+
+
+def transposed(x: Tensor, sizes: list[int] | None) -> Tensor:
+    """xᵀ with each group of rows padded to a multiple of 128, as `quantize_tile_t` lays it out."""
+    R, K = x.shape
+    out = x.new_zeros(K, -(-R // 128) * 128 + 128 * len(sizes or ()))
+    start = first = 0
+    for n in [R] if sizes is None else sizes:
+        out[:, first : first + n] = x[start : start + n].T
+        start, first = start + n, first - (-n // 128) * 128
+    return out
+
+
 @pytest.fixture
 def check():
     """The helpers above, for test files, which cannot import a conftest."""
@@ -56,5 +89,7 @@ def check():
         ends = staticmethod(ends)
         product = staticmethod(product)
         assert_product = staticmethod(assert_product)
+        assert_tiles_between = staticmethod(assert_tiles_between)
+        transposed = staticmethod(transposed)
 
     return Check

@@ -1,0 +1,125 @@
+"""Fused producers at V3's sizes, each beside a copy that moves as many bytes, in turns.
+
+    python -m dsv3c.benchmarks.bench_producers [--only swiglu,norm,...] [--seconds 2]
+
+Each is checked against its definition before it is timed. Prints a table; the last line is JSON. `of copy` is the
+copy's time over the producer's: the share of what the memory gives.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from tabulate import tabulate
+from torch import Tensor
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.benchmarks.timing import interleaved
+from dsv3c.kernels.reference import norm, swiglu
+from dsv3c.kernels.reference.casts import dequantize_tile
+from dsv3c.numerics import E4M3, Recipe, distance, quantized_gemm_rms, unit_roundoff
+
+ops = torch.ops.dsv3c
+FLOOR, GRADIENT_FLOOR = Recipe().amax_floor, Recipe().gradient_amax_floor
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A producer and its definition on the same operands, and the bytes that it reads and writes at least."""
+
+    name: str
+    run: Callable[[], object]
+    definition: Callable[[], object]
+    bytes: int
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16)
+
+
+def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """FP8 pairs dequantised; the tests compare far more closely."""
+    tensors = list(zip(found, expected, strict=True))
+    while tensors:
+        (f, e), *tensors = tensors
+        bound = unit_roundoff(torch.bfloat16)
+        if f.dtype == E4M3:
+            (f_scale_inv, e_scale_inv), *tensors = tensors
+            f, e = dequantize_tile(f, f_scale_inv), dequantize_tile(e, e_scale_inv)
+            bound = quantized_gemm_rms()
+        if f.numel() and not distance(f, e)[0] <= bound:
+            raise AssertionError(f"RMS distance {distance(f, e)[0]:.3g}, bound {bound:.3g}")
+
+
+def swiglus() -> Iterator[Case]:
+    for rows, width, groups in [(32768, 2048, 8), (4096, 18432, None)]:
+        h, da = normal(rows, 2 * width), normal(rows, width)
+        offs = None if groups is None else torch.arange(1, groups + 1, dtype=torch.int32) * (rows // groups)
+        weight = None if groups is None else torch.rand(rows)
+        n = rows * width
+        saved = ops.quantize_tile(h, FLOOR, False)
+        for name, size, arguments in [
+            ("swiglu_quantize", 5, (h, weight, FLOOR, False)),
+            ("swiglu_quantize_save", 7, (h, weight, FLOOR, False)),
+            ("swiglu_quantize_backward", 9, (*saved, da, weight, offs, FLOOR, GRADIENT_FLOOR, False)),
+        ]:
+            yield case(f"{name} {rows}x{width}", name, arguments, getattr(swiglu, f"{name}_ref"), size * n)
+
+
+def norms() -> Iterator[Case]:
+    for rows, width in [(4096, 7168), (16384, 7168), (4096, 1536)]:
+        x, residual, weight, n = normal(rows, width), normal(rows, width), normal(width), rows * width
+        rstd = norm.rms_norm(x, weight, EPS)[1]
+        for name, size, arguments in [
+            ("rms_norm_quantize", 3, (x, weight, EPS, FLOOR, False)),
+            ("add_rms_norm_quantize", 9, (x, residual, weight, EPS, FLOOR, False)),
+            ("rms_norm_backward", 8, (residual, x, weight, rstd, x)),
+        ]:
+            yield case(f"{name} {rows}x{width}", name, arguments, getattr(norm, f"{name}_ref"), size * n)
+
+
+def case(title: str, name: str, arguments: tuple, definition: Callable, moved: int) -> Case:
+    return Case(title, lambda: getattr(ops, name)(*arguments), lambda: definition(*arguments), moved)
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {"swiglu": swiglus, "norm": norms}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
+    arguments = parser.parse_args()
+    torch.set_default_device("cuda")
+    torch.manual_seed(0)
+    table, rows, wrong = [], [], 0
+    for section in arguments.only.split(","):
+        for each in SECTIONS[section]():
+            try:
+                agree(each.run(), each.definition())
+            except Exception as error:  # one that is wrong, or does not run, gets no time
+                print(f"WRONG {each.name}: {error}", flush=True)
+                wrong += 1
+                continue
+            source, target = torch.empty(2, each.bytes // 2, dtype=torch.uint8)
+            contenders = {"ours": each.run, "copy": lambda s=source, t=target: t.copy_(s)}
+            times = interleaved(contenders, rounds=30, seconds=arguments.seconds)
+            ours, copy = times["ours"], times["copy"]
+            share = copy.median_us / ours.median_us
+            table.append([each.name, ours.median_us, ours.p20_us, ours.p80_us, copy.median_us, share])
+            rows += [{"case": each.name, "contender": key, **asdict(t)} for key, t in times.items()]
+            print(f"{each.name}: {ours.median_us:.1f} us, {share:.2f} of copy", flush=True)
+            del source, target, contenders
+            torch.cuda.empty_cache()
+    print(tabulate(table, ["case", "µs", "p20", "p80", "copy", "of copy"], floatfmt=".2f"), flush=True)
+    document = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    print(json.dumps(document | {"wrong": wrong, "rows": rows}))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""What multi-head latent attention does around its products. What each means: `kernels/reference/rotary.py`."""
+
+import torch
+
+from dsv3c.kernels.reference import rotary
+from dsv3c.operators.define import OperatorError, check_floor, check_rank, define, empty_tiles, expect
+from dsv3c.operators.norm import check_norm
+
+
+def _check_angles(R, cos_Rr, sin_Rr) -> None:
+    check_rank("cos", cos_Rr, 2)
+    expect("rows of cos", cos_Rr.shape[0], R)
+    expect("shape of sin", tuple(sin_Rr.shape), tuple(cos_Rr.shape))
+    pairs = cos_Rr.shape[1]
+    if pairs & (pairs - 1):
+        raise OperatorError(f"columns of cos: expected a power of two, found {pairs}; try the eager rotation")
+
+
+def _rotate_heads_(x_RHD, cos_Rr, sin_Rr, inverse):
+    check_rank("x", x_RHD, 3)
+    expect("dtype of x", x_RHD.dtype, torch.bfloat16)
+    _check_angles(x_RHD.shape[0], cos_Rr, sin_Rr)
+    expect("strides of x modulo 2, the last one", [x_RHD.stride(0) % 2, x_RHD.stride(1) % 2, x_RHD.stride(2)], [0, 0, 1])
+    expect("size of a head modulo 2", x_RHD.shape[2] % 2, 0)
+
+
+def _check_latent(x_RL, weight_K, cos_Rr, sin_Rr) -> None:
+    check_rank("x", x_RL, 2)
+    check_norm(x_RL[:, : weight_K.shape[0]], weight_K)
+    _check_angles(x_RL.shape[0], cos_Rr, sin_Rr)
+    expect("columns of x", x_RL.shape[1], weight_K.shape[0] + 2 * cos_Rr.shape[1])
+
+
+def _latent_quantize(x_RL, weight_K, cos_Rr, sin_Rr, eps, amax_floor, pow2):
+    _check_latent(x_RL, weight_K, cos_Rr, sin_Rr)
+    check_floor(amax_floor)
+    R, K = x_RL.shape[0], weight_K.shape[0]
+    return x_RL.new_empty(x_RL.shape), *empty_tiles(x_RL, R, K), x_RL.new_empty(R, dtype=torch.float32)
+
+
+def _latent_backward(dnormed_RK, drope, x_RL, weight_K, cos_Rr, sin_Rr, rstd_R):
+    _check_latent(x_RL, weight_K, cos_Rr, sin_Rr)
+    R, K = x_RL.shape[0], weight_K.shape[0]
+    for name, gradient, columns in (("dnormed", dnormed_RK, K), ("drope", drope, 2 * cos_Rr.shape[1])):
+        expect(f"dtype of {name}", gradient.dtype, torch.bfloat16)
+        expect(f"shape of {name}", tuple(gradient.shape), (R, columns))
+    expect("dtype of rstd", rstd_R.dtype, torch.float32)
+    expect("shape of rstd", tuple(rstd_R.shape), (R,))
+    return x_RL.new_empty(x_RL.shape), x_RL.new_empty(K, dtype=torch.float32)
+
+
+def _join_keys(kv_RHD, rope, nope):
+    check_rank("kv", kv_RHD, 3)
+    check_rank("rope", rope, 2)
+    expect("dtype of kv", kv_RHD.dtype, torch.bfloat16)
+    expect("dtype of rope", rope.dtype, torch.bfloat16)
+    R, H, D = kv_RHD.shape
+    expect("rows of rope", rope.shape[0], R)
+    _check_nope(nope, D)
+    return kv_RHD.new_empty((R, H, nope + rope.shape[1]))
+
+
+def _split_keys(dk_RHD, dv_RHV, nope):
+    check_rank("dk", dk_RHD, 3)
+    check_rank("dv", dv_RHV, 3)
+    expect("dtype of dk", dk_RHD.dtype, torch.bfloat16)
+    expect("dtype of dv", dv_RHV.dtype, torch.bfloat16)
+    R, H, D = dk_RHD.shape
+    expect("rows and heads of dv", tuple(dv_RHV.shape[:2]), (R, H))
+    _check_nope(nope, D)
+    return dk_RHD.new_empty((R, H, nope + dv_RHV.shape[2])), dk_RHD.new_empty((R, D - nope))
+
+
+def _check_nope(nope, D) -> None:
+    if not 0 < nope < D:
+        raise OperatorError(f"nope: expected between 1 and {D - 1}, found {nope}; try qk_nope_head_dim")
+
+
+_ANGLES = "Tensor cos, Tensor sin"
+
+define(f"rotate_heads_(Tensor(a!) x, {_ANGLES}, bool inverse) -> ()",
+       _rotate_heads_, rotary.rotate_heads_ref, "rotary")  # fmt: skip
+define(
+    f"latent_quantize(Tensor x, Tensor weight, {_ANGLES}, float eps, float amax_floor, bool pow2) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _latent_quantize,
+    rotary.latent_quantize_ref,
+    "rotary",
+)
+define(
+    f"latent_backward(Tensor dnormed, Tensor drope, Tensor x, Tensor weight, {_ANGLES}, Tensor rstd) -> "
+    "(Tensor, Tensor)",
+    _latent_backward,
+    rotary.latent_backward_ref,
+    "rotary",
+)
+define("join_keys(Tensor kv, Tensor rope, int nope) -> Tensor", _join_keys, rotary.join_keys_ref, "rotary")
+define("split_keys(Tensor dk, Tensor dv, int nope) -> (Tensor, Tensor)", _split_keys, rotary.split_keys_ref, "rotary")

@@ -1,0 +1,68 @@
+"""What multi-head latent attention does around its products, fused: rotary embedding, the latent's norm, the keys.
+
+H heads of D = nope + 2r features, the last 2r of them rotary; V features of a value; cos and sin [R, r]. A rotation turns interleaved
+pairs (x0, x1), (x2, x3), … by their angles; its result holds all first halves, then all second ones, as dsv3c.model's
+and transformers' (`rope_interleave`) do. It is computed in float32 and rounded once. The inverse takes halves to
+interleaved pairs: the gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from dsv3c.kernels.reference.casts import quantize_tile_ref
+from dsv3c.kernels.reference.norm import rms_norm, rms_norm_backward_ref
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """x [.., 2r], rotated; cos and sin [.., r] broadcast to it. In float32, or float64 of float64."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if inverse:
+        first, second = x.chunk(2, dim=-1)
+        return torch.stack((first * cos + second * sin, second * cos - first * sin), dim=-1).flatten(-2)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+
+
+def rotate_heads_ref(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: bool) -> None:
+    """Rotates the last 2r features of every head of x, in place."""
+    rope = x_RHD[..., -2 * cos_Rr.shape[1] :]
+    rope.copy_(rotate(rope, cos_Rr[:, None], sin_Rr[:, None], inverse))
+
+
+def latent_quantize_ref(
+    x_RL: Tensor, weight_K: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, eps: float, amax_floor: float, pow2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(latent [R, K + 2r], latent_fp8 [R, K], latent_scale_inv, rstd [R]) of kv_a's output x: K features normed, and the
+    2r behind them, which are the heads' common key, rotated. The latent is what the cache holds; the FP8 pair, of the
+    normed part, what kv_b takes."""
+    K = len(weight_K)
+    normed_RK, rstd_R = rms_norm(x_RL[:, :K], weight_K, eps)
+    rope = rotate(x_RL[:, K:], cos_Rr, sin_Rr).to(x_RL.dtype)
+    return torch.cat((normed_RK, rope), dim=-1), *quantize_tile_ref(normed_RK, amax_floor, pow2), rstd_R
+
+
+def latent_backward_ref(
+    dnormed_RK: Tensor,
+    drope: Tensor,
+    x_RL: Tensor,
+    weight_K: Tensor,
+    cos_Rr: Tensor,
+    sin_Rr: Tensor,
+    rstd_R: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(dx [R, K + 2r], dweight float32 [K]) from the gradients of both parts of the latent, drope [R, 2r]."""
+    dx_RK, dweight_K = rms_norm_backward_ref(dnormed_RK, x_RL[:, : len(weight_K)], weight_K, rstd_R, None)
+    return torch.cat((dx_RK, rotate(drope, cos_Rr, sin_Rr, inverse=True).to(dx_RK.dtype)), dim=-1), dweight_K
+
+
+def join_keys_ref(kv_RHD: Tensor, rope: Tensor, nope: int) -> Tensor:
+    """k [R, H, nope + 2r]: the first `nope` features of each head of kv_b's output, then the rotary part [R, 2r] that
+    the heads share. The values are the other features, and stay where they are."""
+    return torch.cat((kv_RHD[..., :nope], rope[:, None].expand(-1, kv_RHD.shape[1], -1)), dim=-1)
+
+
+def split_keys_ref(dk_RHD: Tensor, dv_RHV: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """(dkv [R, H, nope + V], drope [R, 2r]): from the gradients of keys and values that of kv_b's output, and that of
+    the shared rotary part, summed over heads in float32 (float64 of float64)."""
+    drope = dk_RHD[..., nope:].to(torch.promote_types(dk_RHD.dtype, torch.float32)).sum(1)
+    return torch.cat((dk_RHD[..., :nope], dv_RHV), dim=-1), drope.to(dk_RHD.dtype)

@@ -1,0 +1,266 @@
+"""What multi-head latent attention does between its products, fused: the rotation of the queries in place, the latent's
+norm and rotation and cast, and keys put together from what the heads share and what they do not.
+
+Memory-bound. A pair that is rotated is one 32-bit word of two BF16 numbers, so that interleaved pairs are loaded and
+stored 16 bytes at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv3c.kernels.norm import normalized, sum_programs
+from dsv3c.kernels.offline import BF16, F32, FP8, Variant
+from dsv3c.kernels.tiles import high, low, pack, rounded, store_tiles
+from dsv3c.numerics import TILE, ceil_div
+
+HEADS, WARPS = 64, 4  # of a program
+PROGRAMS = 1056  # of the latent's backward kernel, each a warp
+
+
+@triton.jit
+def _turn(first, second, cos, sin):
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _rotate_heads_kernel(
+    x_ptr, cos_ptr, sin_ptr, H, row_stride, head_stride, PAIRS: tl.constexpr, INVERSE: tl.constexpr, HEADS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    pair = tl.arange(0, PAIRS)[None, :]
+    inside = head < H
+    cos = tl.load(cos_ptr + row * PAIRS + pair).to(tl.float32)
+    sin = tl.load(sin_ptr + row * PAIRS + pair).to(tl.float32)
+    halves = x_ptr + row * row_stride + head * head_stride + pair
+    words = (x_ptr + row * row_stride).to(tl.pointer_type(tl.int32)) + head * (head_stride // 2) + pair
+    if INVERSE:
+        first = tl.load(halves, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(halves + PAIRS, mask=inside, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # every thread has read what another may overwrite
+        even, odd = _turn(first, second, cos, -sin)
+        tl.store(words, pack(even, odd), mask=inside)
+    else:
+        word = tl.load(words, mask=inside, other=0)
+        tl.debug_barrier()
+        first, second = _turn(low(word), high(word), cos, sin)
+        tl.store(halves, first.to(tl.bfloat16), mask=inside)
+        tl.store(halves + PAIRS, second.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _latent_kernel(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, latent_ptr, q_ptr, scale_inv_ptr, rstd_ptr, R, K, x_stride, eps, amax_floor,
+    POW2: tl.constexpr, TILES: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    latent_ptr += row * (K + 2 * PAIRS)
+    tile = tl.arange(0, TILES)
+    column = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = column < K
+    x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    pair = tl.arange(0, PAIRS)
+    word = tl.load((x_ptr + K).to(tl.pointer_type(tl.int32)) + pair)
+    cos = tl.load(cos_ptr + row * PAIRS + pair).to(tl.float32)
+    sin = tl.load(sin_ptr + row * PAIRS + pair).to(tl.float32)
+    first, second = _turn(low(word), high(word), cos, sin)
+    tl.store(latent_ptr + K + pair, first.to(tl.bfloat16))
+    tl.store(latent_ptr + K + PAIRS + pair, second.to(tl.bfloat16))
+    x, rstd = normalized(x, K, eps)
+    y = rounded(x * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32))
+    tl.store(latent_ptr + column, y.to(tl.bfloat16), mask=inside)
+    scale_at = scale_inv_ptr + tile.to(tl.int64) * R + row
+    store_tiles(y, q_ptr + row * K + column, scale_at, tile * 128 < K, amax_floor, POW2)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _latent_backward_kernel(
+    dy_ptr, drope_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, rstd_ptr, dx_ptr, partial_ptr, R, K, x_stride, dy_stride,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    pair = tl.arange(0, PAIRS)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    for row_32 in range(program, R, tl.num_programs(0)):
+        row = row_32.to(tl.int64)
+        at = row * (K + 2 * PAIRS)
+        rstd = tl.load(rstd_ptr + row)
+        x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32) * rstd
+        dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+        first = tl.load(drope_ptr + row * 2 * PAIRS + pair).to(tl.float32)
+        second = tl.load(drope_ptr + row * 2 * PAIRS + PAIRS + pair).to(tl.float32)
+        cos = tl.load(cos_ptr + row * PAIRS + pair).to(tl.float32)
+        sin = tl.load(sin_ptr + row * PAIRS + pair).to(tl.float32)
+        dweight += dy * x
+        dy *= weight
+        dx = rstd * (dy - x * (tl.sum(dy * x) / K))
+        tl.store(dx_ptr + at + column, dx.to(tl.bfloat16), mask=inside)
+        even, odd = _turn(first, second, cos, -sin)
+        tl.store((dx_ptr + at + K).to(tl.pointer_type(tl.int32)) + pair, pack(even, odd))
+    tl.store(partial_ptr + program.to(tl.int64) * K + column, dweight, mask=inside)
+
+
+@triton.jit
+def _join_keys_kernel(
+    kv_ptr, rope_ptr, k_ptr, H, NOPE, ROPE, row_stride, head_stride, rope_stride, BLOCK: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (head < H) & (column < NOPE)
+    nope = tl.load(kv_ptr + row * row_stride + head * head_stride + column, mask=inside)
+    out = k_ptr + (row * H + head) * (NOPE + ROPE)
+    tl.store(out + column, nope, mask=inside)
+    column = tl.arange(0, ROPE_BLOCK)[None, :]
+    rope = tl.load(rope_ptr + row * rope_stride + column, mask=column < ROPE)
+    tl.store(out + NOPE + column, tl.broadcast_to(rope, (HEADS, ROPE_BLOCK)), mask=(head < H) & (column < ROPE))
+
+
+@triton.jit
+def _split_keys_kernel(
+    dk_ptr, dv_ptr, dkv_ptr, drope_ptr, H, NOPE, ROPE, V, dk_row, dk_head, dv_row, dv_head, BLOCK: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """One program has all heads of a row: their sum needs no other."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    turned = tl.arange(0, ROPE_BLOCK)[None, :]
+    drope = tl.zeros((HEADS, ROPE_BLOCK), tl.float32)
+    for start in range(0, H, HEADS):
+        head = start + tl.arange(0, HEADS)[:, None]
+        dk = dk_ptr + row * dk_row + head * dk_head
+        dnope = tl.load(dk + column, mask=(head < H) & (column < NOPE))
+        dv = tl.load(dv_ptr + row * dv_row + head * dv_head + column, mask=(head < H) & (column < V))
+        drope += tl.load(dk + NOPE + turned, mask=(head < H) & (turned < ROPE), other=0.0).to(tl.float32)
+        out = dkv_ptr + (row * H + head) * (NOPE + V) + column
+        tl.store(out, dnope, mask=(head < H) & (column < NOPE))
+        tl.store(out + NOPE, dv, mask=(head < H) & (column < V))
+    turned = tl.arange(0, ROPE_BLOCK)
+    tl.store(drope_ptr + row * ROPE + turned, tl.sum(drope, 0).to(tl.bfloat16), mask=turned < ROPE)
+
+
+def rotate_heads_(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: bool, out: None) -> None:
+    """Launcher of `dsv3c::rotate_heads_`."""
+    R, H, D = x_RHD.shape
+    pairs = cos_Rr.shape[1]
+    if x_RHD.numel() == 0:
+        return
+    _rotate_heads_kernel[(R, ceil_div(H, HEADS))](
+        x_RHD[..., D - 2 * pairs :], cos_Rr.contiguous(), sin_Rr.contiguous(), H, x_RHD.stride(0), x_RHD.stride(1),
+        pairs, inverse, HEADS, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def latent_quantize(
+    x_RL: Tensor, weight_K: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, eps: float, amax_floor: float, pow2: bool, out: tuple
+) -> None:
+    """Launcher of `dsv3c::latent_quantize`."""
+    latent, q, scale_inv, rstd = out
+    R, K = q.shape
+    if R == 0:
+        return
+    x_RL = _words(x_RL)
+    _latent_kernel[(R,)](
+        x_RL, weight_K.contiguous(), cos_Rr.contiguous(), sin_Rr.contiguous(), latent, q, scale_inv, rstd, R, K,
+        x_RL.stride(0), eps, amax_floor, pow2, triton.next_power_of_2(K // TILE), cos_Rr.shape[1], num_warps=1,
+    )  # fmt: skip
+
+
+def latent_backward(
+    dnormed_RK: Tensor,
+    drope: Tensor,
+    x_RL: Tensor,
+    weight_K: Tensor,
+    cos_Rr: Tensor,
+    sin_Rr: Tensor,
+    rstd_R: Tensor,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Launcher of `dsv3c::latent_backward`."""
+    dx_RL, dweight_K = out
+    R, K = dnormed_RK.shape
+    programs = min(R, PROGRAMS)
+    if R == 0:
+        dweight_K.zero_()
+        return
+    partial = dnormed_RK.new_empty((programs, K), dtype=torch.float32)
+    dnormed_RK, x_RL = _words(dnormed_RK), _words(x_RL)
+    _latent_backward_kernel[(programs,)](
+        dnormed_RK, drope.contiguous(), x_RL, weight_K.contiguous(), cos_Rr.contiguous(), sin_Rr.contiguous(), rstd_R, dx_RL,
+        partial, R, K, x_RL.stride(0), dnormed_RK.stride(0), cos_Rr.shape[1], triton.next_power_of_2(K), num_warps=1,
+    )  # fmt: skip
+    sum_programs(partial, dweight_K)
+
+
+def join_keys(kv_RHD: Tensor, rope: Tensor, nope: int, out: Tensor) -> None:
+    """Launcher of `dsv3c::join_keys`."""
+    R, H, _ = kv_RHD.shape
+    if out.numel() == 0:
+        return
+    kv_RHD, rope = _words(kv_RHD), _words(rope)
+    sizes = nope, rope.shape[1]
+    _join_keys_kernel[(R, ceil_div(H, HEADS))](
+        kv_RHD, rope, out, H, *sizes, kv_RHD.stride(0), kv_RHD.stride(1), rope.stride(0),
+        *map(triton.next_power_of_2, sizes), HEADS, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def split_keys(dk_RHD: Tensor, dv_RHV: Tensor, nope: int, out: tuple[Tensor, Tensor]) -> None:
+    """Launcher of `dsv3c::split_keys`."""
+    dkv, drope = out
+    R, H, V = dv_RHV.shape
+    if dkv.numel() == 0:
+        drope.zero_()
+        return
+    dk_RHD, dv_RHV = _words(dk_RHD), _words(dv_RHV)
+    rope = drope.shape[1]
+    block = triton.next_power_of_2(max(nope, V))
+    _split_keys_kernel[(R,)](
+        dk_RHD, dv_RHV, dkv, drope, H, nope, rope, V, dk_RHD.stride(0), dk_RHD.stride(1), dv_RHV.stride(0),
+        dv_RHV.stride(1), block, triton.next_power_of_2(rope), 16, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _words(x: Tensor) -> Tensor:
+    """x with contiguous rows that start at a 32-bit word."""
+    aligned = x.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def variants() -> Iterator[Variant]:
+    angles = {"cos_ptr": F32, "sin_ptr": F32}
+    for inverse in (False, True):
+        yield Variant(
+            _rotate_heads_kernel,
+            {"x_ptr": BF16} | angles,
+            {"PAIRS": 32, "INVERSE": inverse, "HEADS": HEADS},
+            num_warps=WARPS,
+        )
+    latent = {"x_ptr": BF16, "weight_ptr": BF16, "rstd_ptr": F32} | angles
+    yield Variant(
+        _latent_kernel,
+        latent | {"latent_ptr": BF16, "q_ptr": FP8, "scale_inv_ptr": F32, "eps": "fp32", "amax_floor": "fp32"},
+        {"POW2": False, "TILES": 4, "PAIRS": 32},
+        num_warps=1,
+    )
+    yield Variant(
+        _latent_backward_kernel,
+        latent | {"dy_ptr": BF16, "drope_ptr": BF16, "dx_ptr": BF16, "partial_ptr": F32},
+        {"PAIRS": 32, "BLOCK": 512},
+        num_warps=1,
+    )
+    blocks = {"BLOCK": 128, "ROPE_BLOCK": 64}
+    keys = {"kv_ptr": BF16, "rope_ptr": BF16, "k_ptr": BF16}
+    yield Variant(_join_keys_kernel, keys, blocks | {"HEADS": HEADS}, num_warps=WARPS)
+    gradients = dict.fromkeys(("dk_ptr", "dv_ptr", "dkv_ptr", "drope_ptr"), BF16)
+    yield Variant(_split_keys_kernel, gradients, blocks | {"HEADS": 16}, num_warps=WARPS)

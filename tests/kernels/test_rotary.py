@@ -1,0 +1,170 @@
+"""Rotary embedding, the latent's norm and the keys, fused: against the model's own functions and float64."""
+
+import pytest
+import torch
+
+import dsv3c.operators  # noqa: F401
+from dsv3c import model, numerics
+from dsv3c.kernels.reference import rotary as reference
+from dsv3c.kernels.reference.norm import rms_norm
+from dsv3c.numerics import Recipe, rounded_between
+from dsv3c.operators import OperatorError
+
+ops = torch.ops.dsv3c
+FLOOR, EPS = Recipe().amax_floor, 2.0**-20
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ROWS = [1, 5, 70]
+
+
+def angles(rows, pairs, device) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = torch.rand(rows, pairs, device=device) * 100
+    return angle.cos(), angle.sin()
+
+
+def rotated_between(x, cos, sin, inverse) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two products and a sum in float32: a rounding each of numbers no larger than |x0| + |x1|."""
+    x = x.double()
+    first, second = x.abs().chunk(2, -1) if inverse else (x[..., 0::2].abs(), x[..., 1::2].abs())
+    size = torch.stack((first + second,) * 2, -1).flatten(-2) if inverse else torch.cat((first + second,) * 2, -1)
+    value = reference.rotate(x, cos.double(), sin.double(), inverse)
+    return rounded_between(value, 3 * numerics.unit_roundoff(torch.float32) * size)
+
+
+def between(found, bounds) -> bool:
+    return bool(((bounds[0] <= found) & (found <= bounds[1])).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("heads", "nope", "pairs"), [(128, 128, 32), (3, 16, 4), (70, 0, 8)])
+def test_rotate_heads(check, rows, heads, nope, pairs, device):
+    x = check.varied(rows, heads * (nope + 2 * pairs), torch.bfloat16, device).view(rows, heads, -1)
+    cos, sin = angles(rows, pairs, device)
+    for inverse in (False, True):
+        found = x.clone()
+        ops.rotate_heads_(found, cos, sin, inverse)
+        assert torch.equal(found[..., :nope], x[..., :nope])
+        bounds = rotated_between(x[..., nope:], cos[:, None], sin[:, None], inverse)
+        assert between(found[..., nope:], bounds)
+        wide = torch.cat((x, x), 1)
+        ops.rotate_heads_(wide[:, heads:], cos, sin, inverse)  # strided, in place: what lies beside stays
+        assert torch.equal(wide, torch.cat((x, found), 1))
+
+
+def test_rotation_is_the_model_s():
+    """Forward dsv3c.model's, bit for bit; and the inverse undoes it."""
+    x, (cos, sin) = torch.randn(7, 64).bfloat16(), angles(7, 32, "cpu")
+    assert torch.equal(reference.rotate(x, cos, sin).bfloat16(), model.rotate(x, cos, sin))
+    x, cos, sin = x.double(), *angles(7, 32, "cpu")
+    angle = torch.rand(7, 32, dtype=torch.float64)
+    cos, sin = angle.cos(), angle.sin()
+    back = reference.rotate(reference.rotate(x, cos, sin), cos, sin, inverse=True)
+    assert numerics.distance(back, x)[1] <= numerics.reordered_bound(1, 4, torch.float64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("width", "pairs"), [(512, 32), (128, 8), (384, 16)])
+def test_latent(check, rows, width, pairs, device):
+    x = check.varied(rows, width + 2 * pairs + 6, torch.bfloat16, device)[:, : width + 2 * pairs]
+    weight = check.varied(1, width, torch.bfloat16, device)[0]
+    cos, sin = angles(rows, pairs, device)
+    latent, *pair, rstd = ops.latent_quantize(x, weight, cos, sin, EPS, FLOOR, False)
+    assert between(latent[:, width:], rotated_between(x[:, width:], cos, sin, False))
+    expected = (x[:, :width].double().square().mean(-1) + EPS).rsqrt()
+    assert bool(((rstd - expected).abs() <= numerics.rstd_bound() * expected).all())
+    normed = x[:, :width].double() * expected[:, None]
+    error = (numerics.rstd_bound() + numerics.unit_roundoff(torch.float32)) * normed.abs()
+    ends = [(end.double() * weight.double()).float().bfloat16() for end in rounded_between(normed, error)]
+    assert between(latent[:, :width], (torch.minimum(*ends), torch.maximum(*ends)))
+    again = ops.quantize_tile(latent[:, :width], FLOOR, False)
+    assert torch.equal(pair[0].view(torch.uint8), again[0].view(torch.uint8))
+    assert torch.equal(pair[1], again[1])
+    assert pair[1].stride() == again[1].stride()
+
+    dnormed = check.varied(rows, width, torch.bfloat16, device)
+    drope = check.varied(rows, 2 * pairs, torch.bfloat16, device)
+    dx, dweight = ops.latent_backward(dnormed, drope, x, weight, cos, sin, rstd)
+    assert between(dx[:, width:], rotated_between(drope, cos, sin, True))
+    normed = x[:, :width].double() * rstd[:, None].double()
+    scaled = dnormed.double() * weight.double()
+    exact = rstd[:, None].double() * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    error = numerics.norm_gradient_bound(scaled, normed, rstd.double(), exact)
+    assert between(dx[:, :width], rounded_between(exact, error))
+    terms = dnormed.double() * normed
+    assert bool(((dweight - terms.sum(0)).abs() <= numerics.sum_bound(terms, rows + 16, 0)).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("heads", "nope", "rope", "value"), [(128, 128, 64, 128), (3, 16, 8, 24), (17, 30, 6, 12)])
+def test_keys(check, rows, heads, nope, rope, value, device):
+    kv = check.varied(rows, heads * (nope + value), torch.bfloat16, device).view(rows, heads, -1)
+    latent = check.varied(rows, 10 + rope, torch.bfloat16, device)
+    k = ops.join_keys(kv, latent[:, 10:], nope)
+    assert torch.equal(k, reference.join_keys_ref(kv, latent[:, 10:], nope))
+
+    dk = check.varied(rows, heads * (nope + rope), torch.bfloat16, device).view(rows, heads, -1)
+    dv = check.varied(heads, rows * value, torch.bfloat16, device).view(heads, rows, -1).transpose(0, 1)
+    dkv, drope = ops.split_keys(dk, dv, nope)
+    assert torch.equal(dkv, torch.cat((dk[..., :nope], dv), -1))
+    terms = dk[..., nope:].double()
+    assert between(drope, rounded_between(terms.sum(1), numerics.sum_bound(terms, heads, 1)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_rows(device):
+    x = torch.empty(0, 4, 24, dtype=torch.bfloat16, device=device)
+    cos = torch.empty(0, 4, device=device)
+    ops.rotate_heads_(x, cos, cos, False)
+    dkv, drope = ops.split_keys(x, x, 16)
+    assert (dkv.shape, drope.shape) == ((0, 4, 40), (0, 8))
+    assert ops.join_keys(x, drope, 16).shape == (0, 4, 24)
+
+
+def test_definitions_are_the_model_s_autograd():
+    """Latent and keys in float64: gradients of the plain formulas."""
+    R, H, nope, pairs, K, V = 3, 5, 6, 2, 128, 4
+    x = torch.randn(R, K + 2 * pairs, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(K, dtype=torch.float64, requires_grad=True)
+    cos, sin = (t.double() for t in angles(R, pairs, "cpu"))
+    normed, rstd = rms_norm(x[:, :K], weight, EPS)
+    rope = model.rotate(x[:, K:], cos, sin)
+    dnormed, drope = torch.randn(R, K, dtype=torch.float64), torch.randn(R, 2 * pairs, dtype=torch.float64)
+    expected = torch.autograd.grad((normed, rope), (x, weight), (dnormed, drope))
+    found = reference.latent_backward_ref(dnormed, drope, x.detach(), weight.detach(), cos, sin, rstd.detach())
+    kv = torch.randn(R, H, nope + V, dtype=torch.float64, requires_grad=True)
+    rope = torch.randn(R, 2 * pairs, dtype=torch.float64, requires_grad=True)
+    k, v = reference.join_keys_ref(kv, rope, nope), kv[..., nope:]
+    dk, dv = torch.randn_like(k), torch.randn_like(v)
+    expected += torch.autograd.grad((k, v), (kv, rope), (dk, dv))
+    found += reference.split_keys_ref(dk, dv, nope)
+    for f, e in zip(found, expected, strict=True):
+        assert numerics.distance(f.detach(), e.detach())[1] <= numerics.reordered_bound(1, K, torch.float64)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(check):
+    x = check.varied(64, 4 * 24, torch.bfloat16, "cuda").view(64, 4, 24)
+    cos, sin = angles(64, 4, "cuda")
+    once = x.clone()
+    ops.rotate_heads_(once, cos, sin, False)
+    captured = x.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.rotate_heads_(captured, cos, sin, False)
+    graph.replay()
+    assert torch.equal(captured, once)
+
+
+def test_what_is_refused():
+    x, cos = torch.zeros(4, 2, 24, dtype=torch.bfloat16), torch.zeros(4, 3)
+    with pytest.raises(OperatorError, match="columns of cos: expected a power of two, found 3"):
+        ops.rotate_heads_(x, cos, cos, False)
+    cos = torch.zeros(4, 4)
+    with pytest.raises(OperatorError, match="strides of x"):
+        ops.rotate_heads_(x.transpose(1, 2), cos, cos, False)
+    with pytest.raises(OperatorError, match="columns of x"):
+        ops.latent_quantize(x.flatten(1)[:, :40], torch.zeros(0, dtype=torch.bfloat16), cos, cos, EPS, FLOOR, False)
+    with pytest.raises(OperatorError, match="nope: expected between 1 and 23, found 24"):
+        ops.join_keys(x, x[:, 0, :8], 24)
