@@ -2,8 +2,9 @@
 
     python -m dsv3c.benchmarks.bench_producers [--only swiglu,norm,...] [--seconds 2]
 
-Each is checked against its definition before it is timed. Prints a table; the last line is JSON. `of copy` is the
-copy's time over the producer's: the share of what the memory gives.
+Each is checked against its definition before it is timed. Both are captured in CUDA graphs: in a model the host is
+ahead, and here its launches would count. Prints a table; the last line is JSON. `of copy` is the copy's time over the
+producer's: the share of what the memory gives.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.timing import interleaved
-from dsv3c.kernels.reference import norm, swiglu
+from dsv3c.kernels.reference import norm, rotary, swiglu
 from dsv3c.kernels.reference.casts import dequantize_tile
 from dsv3c.numerics import E4M3, Recipe, distance, quantized_gemm_rms, unit_roundoff
 
@@ -82,11 +83,45 @@ def norms() -> Iterator[Case]:
             yield case(f"{name} {rows}x{width}", name, arguments, getattr(norm, f"{name}_ref"), size * n)
 
 
+def rotaries() -> Iterator[Case]:
+    R, H, nope, rope, V, K = 4096, 128, 128, 64, 128, 512
+    q, kv, dv = normal(R, H, nope + rope), normal(R, H, nope + V), normal(R, H, V)
+    x, weight, dnormed, drope = normal(R, K + rope), normal(K), normal(R, K), normal(R, rope)
+    angle = torch.rand(R, rope // 2)
+    cos, sin = angle.cos(), angle.sin()
+    rstd = norm.rms_norm(x[:, :K], weight, EPS)[1]
+    angles_moved, latent = 8 * R * rope // 2, K + rope
+    for name, moved, arguments in [
+        ("latent_quantize", R * (2 * latent + 2 * latent + K) + angles_moved, (x, weight, cos, sin, EPS, FLOOR, False)),
+        ("latent_backward", R * 6 * latent + angles_moved, (dnormed, drope, x, weight, cos, sin, rstd)),
+        ("join_keys", 2 * R * H * (2 * nope + rope), (kv, drope, nope)),
+        ("split_keys", 2 * R * H * (2 * nope + 2 * V + rope), (q, dv, nope)),
+    ]:
+        yield case(f"{name} {R}", name, arguments, getattr(rotary, f"{name}_ref"), moved)
+    for inverse in (False, True):
+        expected = q.clone()
+        rotary.rotate_heads_ref(expected, cos, sin, inverse)
+        yield Case(
+            f"rotate_heads_ {R}{' inverse' * inverse}",
+            lambda inverse=inverse: (ops.rotate_heads_(q, cos, sin, inverse), q)[1:],
+            lambda expected=expected: (expected,),
+            4 * R * H * rope + angles_moved,
+        )
+
+
 def case(title: str, name: str, arguments: tuple, definition: Callable, moved: int) -> Case:
     return Case(title, lambda: getattr(ops, name)(*arguments), lambda: definition(*arguments), moved)
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {"swiglu": swiglus, "norm": norms}
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {"swiglu": swiglus, "norm": norms, "rotary": rotaries}
 
 
 def main() -> int:
@@ -106,7 +141,7 @@ def main() -> int:
                 wrong += 1
                 continue
             source, target = torch.empty(2, each.bytes // 2, dtype=torch.uint8)
-            contenders = {"ours": each.run, "copy": lambda s=source, t=target: t.copy_(s)}
+            contenders = {"ours": captured(each.run), "copy": captured(lambda s=source, t=target: t.copy_(s))}
             times = interleaved(contenders, rounds=30, seconds=arguments.seconds)
             ours, copy = times["ours"], times["copy"]
             share = copy.median_us / ours.median_us

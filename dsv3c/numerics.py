@@ -15,6 +15,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+E5M6_MAX = 65024.0  # (2 - 2^-6) · 2^15
 TILE = 128
 # A smaller floor would make quotients and products of scale_invs leave the normal range of float32.
 MIN_AMAX_FLOOR = 2.0**-64
@@ -134,7 +135,7 @@ def swiglu_bound(gate: Tensor, a: Tensor) -> Tensor:
 
 
 def swiglu_gradient_bound(gate: Tensor, dup: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest errors of dgate = factor·(s + silu(gate)(1 - s)), with factor = da·weight·up, and of dup = da·weight·silu.
+    """Largest errors of dgate = factor·(s + silu(gate)(1 - s)), factor = da·weight·up, and of dup = da·weight·silu.
 
     dup as a. Within dgate's bracket: silu - silu·s and s have relative errors of at most δ + u, the sigmoid's δ and a
     product's, in each occurrence of s and silu, and the bracket, at most 1.1, is rounded twice; then three products.
@@ -146,8 +147,8 @@ def swiglu_gradient_bound(gate: Tensor, dup: Tensor, factor: Tensor) -> tuple[Te
 
 
 def sum_bound(terms: Tensor, depth: int, dim: int = -1) -> Tensor:
-    """Largest error of the float32 sum of `terms` over dim in which each goes through at most `depth` roundings, its own
-    computation's included."""
+    """Largest error of the float32 sum of `terms` over dim, each of which goes through at most `depth` roundings, those
+    of its own computation included."""
     return depth * unit_roundoff(torch.float32) * terms.abs().sum(dim)
 
 
@@ -170,6 +171,33 @@ def norm_gradient_bound(dnormed: Tensor, normed: Tensor, rstd: Tensor, dx: Tenso
     u, terms = unit_roundoff(torch.float32), dnormed * normed
     mean, error = terms.mean(-1, keepdim=True).abs(), sum_bound(terms, ROW_DEPTH + 4)[..., None] / terms.shape[-1]
     return rstd[..., None] * (normed.abs() * (error + 6 * u * mean) + 6 * u * dnormed.abs()) + u * dx.abs()
+
+
+def attention_bounds(
+    reference: Tensor, norm: Tensor, score: float, keys: int, terms: int
+) -> tuple[Tensor, float, float]:
+    """How far attention may be from `reference` [.., V], its float64 value softmax(q·k · softmax_scale) v.
+
+    `norm` is sqrt(Σ p² v²) over the keys, p the probabilities: the size of a sum of p·v whose signs are random. `score`
+    bounds |q·k| and sqrt(Σ q²k²), both times softmax_scale; a score sums `terms` products. Returns the bound of |out −
+    reference| element by element, that of the RMS of (out − reference)/norm, and that of a log-sum-exp's error.
+
+    Roundings to BF16, u = 2^-8: p before its product with v, at most u, u/sqrt(3) in RMS, independent from key to key;
+    the output, u·|reference|. In float32: a tensor core's instruction adds 16 products and the accumulator after
+    cutting all 17 at 2^-23 of the largest, whose square is at most 2·norm² (see `accumulate_rms`). That is an absolute
+    error of a score; rounding the exponent, a difference of two numbers of at most `score`, is another; both are
+    relative errors of p. An error e of each p changes out by Σ p e (v − out), of size at most e·(norm + |out|). The sum
+    over keys is cut likewise, and rescaled each 64 keys.
+    """
+    u, cut = unit_roundoff(torch.bfloat16), 2.0**-23 / sqrt(3)
+    exponent = score * cut * (sqrt(2 * 17 * ceil_div(terms, 16)) + 4)
+    total = cut * (sqrt(2 * 17 * ceil_div(keys, 16)) + ceil_div(keys, 64))
+    rms = u / sqrt(3) + exponent + total
+    reached = norm > 0
+    ratio = reference[reached].abs() / norm[reached]
+    element = u * reference.abs() + 8 * (rms * norm + (exponent + total) * reference.abs()) * (1 + u)
+    relative = float(ratio.square().mean().sqrt()) if reached.any() else 0.0
+    return element, rms + (u + exponent + total) * relative, 8 * (exponent + total)
 
 
 # -- model bounds --

@@ -307,10 +307,11 @@ def cublaslt(
 
 
 def default(problem: Problem) -> tuple[str, dict[str, Any]]:
-    few = problem.rows <= 64 and problem.K <= 4096  # there cuBLASLt is slower; a longer contraction it splits
-    if not few and cublaslt_takes(problem):
-        return "cublaslt", {}
-    return "triton", KNOWN[0 if problem.rows <= 64 else -1]
+    if problem.rows <= 128:
+        from dsv3c.kernels import small_gemm  # which is built on this file
+
+        return small_gemm.default(problem)
+    return ("cublaslt", {}) if cublaslt_takes(problem) else ("triton", KNOWN[-1])
 
 
 def variant(config: dict[str, Any]) -> Variant:

@@ -75,7 +75,7 @@ Choice = tuple[Implementation, Config]
 
 # Operator -> its kernel files. The first also has `default(problem) -> (name, config)`, the rule without a table.
 FILES: dict[str, tuple[str, ...]] = {
-    "gemm": ("gemm", "warp_specialized"),
+    "gemm": ("gemm", "small_gemm", "warp_specialized"),
     "gemm_wgrad": ("wgrad",),
     "grouped_gemm": ("grouped_gemm", "warp_specialized"),
     "grouped_gemm_wgrad": ("wgrad",),

@@ -1,8 +1,8 @@
 """RMSNorm and the cast behind it, memory-bound: 3 bytes a value, 9 with the residual addition in front and the BF16
 result beside. A program has one row; its two sums stay on the multiprocessor.
 
-Backward needs a sum over rows for the weight's gradient: PROGRAMS programs add up theirs, each every PROGRAMS-th row,
-and a second launch adds up the programs'. No atomics: the order is always the same.
+Backward needs a sum over rows for the weight's gradient: as many programs as the GPU runs at a time add up theirs, and
+a second launch adds up the programs'. No atomics: the order is always the same.
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3c.kernels.offline import BF16, F32, FP8, Variant
-from dsv3c.kernels.tiles import rounded, store_tiles
+from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
+from dsv3c.kernels.tiles import as_words, high, low, pack, plus, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
-PROGRAMS = 264  # of the backward kernel: two for each multiprocessor of an H200
+WARPS = 2112  # of all programs of the backward kernel: 16 for each multiprocessor of an H200
 
 
 @triton.jit
-def normalized(x, K, eps):
-    """x, a row of K values in float32 (and zeros), over its root mean square, rounded to BF16; and 1/that."""
-    rstd = tl.rsqrt(tl.sum(x * x) / K + eps)
-    return rounded(x * rstd), rstd
+def normalized(words, K, eps):
+    """A row of K BF16 values, two in a word (and zeros), over its root mean square; and 1/that."""
+    first, second = low(words), high(words)
+    rstd = tl.rsqrt(tl.sum(first * first + second * second) / K + eps)
+    return pack(first * rstd, second * rstd), rstd
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -33,17 +34,18 @@ def _norm_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
-    column = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < K
-    at = row * K + column
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    column = tile[:, None] * 64 + tl.arange(0, 64)[None, :]  # in words: half of the columns
+    inside = column < K // 2
+    at = row * (K // 2) + column
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0)
     if ADD:
-        x = rounded(x + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32))
-        tl.store(sum_ptr + at, x.to(tl.bfloat16), mask=inside)
-    x, rstd = normalized(x, K, eps)
-    y = rounded(x * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32))
+        x = plus(x, tl.load(residual_ptr + at, mask=inside, other=0))
+        tl.store(sum_ptr + at, x, mask=inside)
+    normed, rstd = normalized(x, K, eps)
+    y = times(normed, weight)
     if ADD:
-        tl.store(y_ptr + at, y.to(tl.bfloat16), mask=inside)
+        tl.store(y_ptr + at, y, mask=inside)
     store_tiles(y, q_ptr + at, scale_inv_ptr + tile.to(tl.int64) * R + row, tile * 128 < K, amax_floor, POW2)
     tl.store(rstd_ptr + row, rstd)
 
@@ -91,18 +93,20 @@ def add_rms_norm_quantize(
     x_RK: Tensor, residual_RK: Tensor, weight_K: Tensor, eps: float, amax_floor: float, pow2: bool, out: tuple
 ) -> None:
     """Launcher of `dsv3c::add_rms_norm_quantize`."""
-    _forward(x_RK, residual_RK.contiguous(), weight_K, *out, eps, amax_floor, pow2)
+    total, y, *quantized = out
+    residual = as_words(residual_RK.contiguous())
+    _forward(x_RK, residual, weight_K, as_words(total), as_words(y), *quantized, eps, amax_floor, pow2)
 
 
-def _forward(x_RK, residual_RK, weight_K, total, y, q, scale_inv, rstd, eps, amax_floor, pow2) -> None:
+def _forward(x_RK, residual, weight_K, total, y, q, scale_inv, rstd, eps, amax_floor, pow2) -> None:
     R, K = q.shape
     if q.numel() == 0:
         return
-    x_RK = x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
+    x = as_words(x_RK)
     tiles = triton.next_power_of_2(K // TILE)
     _norm_kernel[(R,)](
-        x_RK, residual_RK, weight_K.contiguous(), total, y, q, scale_inv, rstd, R, K, x_RK.stride(0), eps, amax_floor,
-        pow2, residual_RK is not None, tiles, num_warps=_warps(tiles),
+        x, residual, as_words(weight_K), total, y, q.view(torch.int16), scale_inv, rstd, R, K, x.stride(0), eps,
+        amax_floor, pow2, residual is not None, tiles, num_warps=_warps(tiles),
     )  # fmt: skip
 
 
@@ -112,16 +116,17 @@ def rms_norm_backward(
     """Launcher of `dsv3c::rms_norm_backward`."""
     dx_RK, dweight_K = out
     R, K = dx_RK.shape
-    programs = min(R, PROGRAMS)
+    block = triton.next_power_of_2(K)
+    warps = _warps(block // TILE)
+    programs = min(R, WARPS // warps)
     if dx_RK.numel() == 0:
         dweight_K.zero_()
         return
     partial = x_RK.new_empty((programs, K), dtype=torch.float32)
     dsum_RK = None if dsum_RK is None else dsum_RK.contiguous()
-    block = triton.next_power_of_2(K)
     _norm_backward_kernel[(programs,)](
         dy_RK.contiguous(), x_RK.contiguous(), weight_K.contiguous(), rstd_R, dsum_RK, dx_RK, partial, R, K,
-        dsum_RK is not None, block, num_warps=_warps(block // TILE),
+        dsum_RK is not None, block, num_warps=warps,
     )  # fmt: skip
     sum_programs(partial, dweight_K)
 
@@ -141,9 +146,9 @@ def variants() -> Iterator[Variant]:
         also = ("residual_ptr", "sum_ptr", "y_ptr")
         yield Variant(
             _norm_kernel,
-            {"x_ptr": BF16, "weight_ptr": BF16, "q_ptr": FP8, "scale_inv_ptr": F32, "rstd_ptr": F32}
+            {"x_ptr": I32, "weight_ptr": I32, "q_ptr": I16, "scale_inv_ptr": F32, "rstd_ptr": F32}
             | {"eps": "fp32", "amax_floor": "fp32"}
-            | (dict.fromkeys(also, BF16) if add else {}),
+            | (dict.fromkeys(also, I32) if add else {}),
             {"POW2": False, "ADD": add, "TILES": 64} | ({} if add else dict.fromkeys(also)),
             num_warps=8,
         )

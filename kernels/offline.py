@@ -20,14 +20,18 @@ I16 = "*i16"
 FAMILIES = (
     "groups",
     "quantize",
+    "e5m6",
     "gemm",
+    "small_gemm",
     "grouped_gemm",
     "wgrad",
+    "wgrad_specialized",
     "router",
     "permute",
     "swiglu",
     "norm",
     "rotary",
+    "mla_decode",
     "warp_specialized",
 )
 
@@ -41,7 +45,6 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    maxnreg: int | None = None
 
     @property
     def name(self) -> str:
@@ -64,7 +67,7 @@ class Variant:
             constexprs={(names.index(n),): v for n, v in self.constants.items()},
             attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -100,7 +103,7 @@ def _spills(code: str) -> int:
     # on a condition: without one, what jumps back returns from a wait that is written out of line
     jumps = [(int(m[1], 16), at) for at, op in lines if (m := re.match(r"@.*BRA\S* .*?(0x[0-9a-f]+)", op))]
     loops = sorted(((to, at) for to, at in jumps if to <= at), key=lambda loop: loop[1] - loop[0])
-    around = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "QGMMA" in op}
+    around = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "GMMA" in op}
     # without a loop over tiles around a product that is also written out behind its own loop
     innermost = {a for a in around if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in around)}
     spilled = [at for at, op in lines if "STL" in op or "LDL" in op]

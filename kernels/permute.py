@@ -88,12 +88,11 @@ def permute(
     if R == 0 or H == 0:
         return
     x_fp8_TH, x_scale_inv = _readable(x_fp8_TH), column_major(x_scale_inv)
-    columns, scales = PERMUTE_COLUMNS, 1024
-    num_scales = x_scale_inv.shape[1] * ceil_div(R, scales)
-    _permute_kernel[(num_scales + T * ceil_div(H, columns),)](
+    num_scales = x_scale_inv.shape[1] * ceil_div(R, PERMUTE_SCALES)
+    _permute_kernel[(num_scales + T * ceil_div(H, PERMUTE_COLUMNS),)](
         x_fp8_TH.view(torch.uint8), x_scale_inv, permutation_R.contiguous(), inverse_TK.contiguous(),
         out[0].view(torch.uint8), out[1], R, H, x_fp8_TH.stride(0), x_scale_inv.stride(1), num_scales,
-        top_k, columns, scales, num_warps=PERMUTE_WARPS,
+        top_k, PERMUTE_COLUMNS, PERMUTE_SCALES, num_warps=PERMUTE_WARPS,
     )  # fmt: skip
 
 
@@ -131,15 +130,15 @@ def unpermute_backward(
     if T == 0:
         return
     dout_TH, y_RH = _readable(dout_TH), _readable(y_RH)
+    columns = triton.next_power_of_2(max(H, 1))
     _unpermute_backward_kernel[(T,)](
         dout_TH, y_RH, inverse_TK.contiguous(), topk_weights_TK.contiguous(), *out, H, dout_TH.stride(0),
-        y_RH.stride(0), inverse_TK.shape[1], triton.next_power_of_2(max(H, 1)), num_warps=BACKWARD_WARPS,
+        y_RH.stride(0), inverse_TK.shape[1], columns, num_warps=max(4, columns // 2048),
     )  # fmt: skip
 
 
-PERMUTE_COLUMNS, PERMUTE_WARPS = 2048, 4
+PERMUTE_COLUMNS, PERMUTE_SCALES, PERMUTE_WARPS = 2048, 4096, 4
 UNPERMUTE_COLUMNS, UNPERMUTE_WARPS = 1024, 4
-BACKWARD_WARPS = 8
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ def _readable(x: Tensor) -> Tensor:
 def variants() -> Iterator[Variant]:
     moved = {"x_ptr": "*u8", "out_ptr": "*u8", "scale_inv_ptr": F32, "out_scale_inv_ptr": F32}
     moved |= {"permutation_ptr": I32, "inverse_ptr": I32}
-    constants = {"TOP_K": 8, "COLUMNS": PERMUTE_COLUMNS, "SCALES": 1024}
+    constants = {"TOP_K": 8, "COLUMNS": PERMUTE_COLUMNS, "SCALES": PERMUTE_SCALES}
     yield Variant(_permute_kernel, moved, constants, num_warps=PERMUTE_WARPS)
     summed = {"y_ptr": BF16, "inverse_ptr": I32, "out_ptr": BF16}
     constants = {"TOP_K": 8, "COLUMNS": UNPERMUTE_COLUMNS}
@@ -160,4 +159,4 @@ def variants() -> Iterator[Variant]:
         yield Variant(_unpermute_kernel, arguments, absent | constants, num_warps=UNPERMUTE_WARPS)
     arguments = {"dout_ptr": BF16, "y_ptr": BF16, "dy_ptr": BF16, "inverse_ptr": I32}
     arguments |= {"weights_ptr": F32, "dweights_ptr": F32}
-    yield Variant(_unpermute_backward_kernel, arguments, {"TOP_K": 8, "COLUMNS": 8192}, num_warps=BACKWARD_WARPS)
+    yield Variant(_unpermute_backward_kernel, arguments, {"TOP_K": 8, "COLUMNS": 8192}, num_warps=4)

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv3c.kernels.norm import normalized, sum_programs
-from dsv3c.kernels.offline import BF16, F32, FP8, Variant
-from dsv3c.kernels.tiles import high, low, pack, rounded, store_tiles
+from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
+from dsv3c.kernels.tiles import as_words, high, low, pack, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
 HEADS, WARPS = 64, 4  # of a program
@@ -59,23 +59,25 @@ def _latent_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
+    words_ptr = latent_ptr.to(tl.pointer_type(tl.int32)) + row * (K // 2 + PAIRS)
     latent_ptr += row * (K + 2 * PAIRS)
     tile = tl.arange(0, TILES)
-    column = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < K
-    x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    column = tile[:, None] * 64 + tl.arange(0, 64)[None, :]  # in words: half of the columns
+    inside = column < K // 2
+    x = tl.load(x_ptr + column, mask=inside, other=0)
     pair = tl.arange(0, PAIRS)
-    word = tl.load((x_ptr + K).to(tl.pointer_type(tl.int32)) + pair)
+    turning = tl.load(x_ptr + K // 2 + pair)
     cos = tl.load(cos_ptr + row * PAIRS + pair).to(tl.float32)
     sin = tl.load(sin_ptr + row * PAIRS + pair).to(tl.float32)
-    first, second = _turn(low(word), high(word), cos, sin)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0)
+    first, second = _turn(low(turning), high(turning), cos, sin)
     tl.store(latent_ptr + K + pair, first.to(tl.bfloat16))
     tl.store(latent_ptr + K + PAIRS + pair, second.to(tl.bfloat16))
-    x, rstd = normalized(x, K, eps)
-    y = rounded(x * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32))
-    tl.store(latent_ptr + column, y.to(tl.bfloat16), mask=inside)
-    scale_at = scale_inv_ptr + tile.to(tl.int64) * R + row
-    store_tiles(y, q_ptr + row * K + column, scale_at, tile * 128 < K, amax_floor, POW2)
+    normed, rstd = normalized(x, K, eps)
+    y = times(normed, weight)
+    tl.store(words_ptr + column, y, mask=inside)
+    q_ptr += row * (K // 2) + column
+    store_tiles(y, q_ptr, scale_inv_ptr + tile.to(tl.int64) * R + row, tile * 128 < K, amax_floor, POW2)
     tl.store(rstd_ptr + row, rstd)
 
 
@@ -162,17 +164,24 @@ def rotate_heads_(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: bool, 
 
 
 def latent_quantize(
-    x_RL: Tensor, weight_K: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, eps: float, amax_floor: float, pow2: bool, out: tuple
+    x_RL: Tensor,
+    weight_K: Tensor,
+    cos_Rr: Tensor,
+    sin_Rr: Tensor,
+    eps: float,
+    amax_floor: float,
+    pow2: bool,
+    out: tuple,
 ) -> None:
     """Launcher of `dsv3c::latent_quantize`."""
     latent, q, scale_inv, rstd = out
     R, K = q.shape
     if R == 0:
         return
-    x_RL = _words(x_RL)
+    x = as_words(x_RL)
     _latent_kernel[(R,)](
-        x_RL, weight_K.contiguous(), cos_Rr.contiguous(), sin_Rr.contiguous(), latent, q, scale_inv, rstd, R, K,
-        x_RL.stride(0), eps, amax_floor, pow2, triton.next_power_of_2(K // TILE), cos_Rr.shape[1], num_warps=1,
+        x, as_words(weight_K), cos_Rr.contiguous(), sin_Rr.contiguous(), latent, q.view(torch.int16), scale_inv, rstd,
+        R, K, x.stride(0), eps, amax_floor, pow2, triton.next_power_of_2(K // TILE), cos_Rr.shape[1], num_warps=1,
     )  # fmt: skip
 
 
@@ -194,10 +203,11 @@ def latent_backward(
         dweight_K.zero_()
         return
     partial = dnormed_RK.new_empty((programs, K), dtype=torch.float32)
-    dnormed_RK, x_RL = _words(dnormed_RK), _words(x_RL)
+    dnormed_RK, x_RL = _rows(dnormed_RK), _rows(x_RL)
     _latent_backward_kernel[(programs,)](
-        dnormed_RK, drope.contiguous(), x_RL, weight_K.contiguous(), cos_Rr.contiguous(), sin_Rr.contiguous(), rstd_R, dx_RL,
-        partial, R, K, x_RL.stride(0), dnormed_RK.stride(0), cos_Rr.shape[1], triton.next_power_of_2(K), num_warps=1,
+        dnormed_RK, drope.contiguous(), x_RL, weight_K.contiguous(), cos_Rr.contiguous(), sin_Rr.contiguous(), rstd_R,
+        dx_RL, partial, R, K, x_RL.stride(0), dnormed_RK.stride(0), cos_Rr.shape[1], triton.next_power_of_2(K),
+        num_warps=1,
     )  # fmt: skip
     sum_programs(partial, dweight_K)
 
@@ -207,7 +217,7 @@ def join_keys(kv_RHD: Tensor, rope: Tensor, nope: int, out: Tensor) -> None:
     R, H, _ = kv_RHD.shape
     if out.numel() == 0:
         return
-    kv_RHD, rope = _words(kv_RHD), _words(rope)
+    kv_RHD, rope = _rows(kv_RHD), _rows(rope)
     sizes = nope, rope.shape[1]
     _join_keys_kernel[(R, ceil_div(H, HEADS))](
         kv_RHD, rope, out, H, *sizes, kv_RHD.stride(0), kv_RHD.stride(1), rope.stride(0),
@@ -222,7 +232,7 @@ def split_keys(dk_RHD: Tensor, dv_RHV: Tensor, nope: int, out: tuple[Tensor, Ten
     if dkv.numel() == 0:
         drope.zero_()
         return
-    dk_RHD, dv_RHV = _words(dk_RHD), _words(dv_RHV)
+    dk_RHD, dv_RHV = _rows(dk_RHD), _rows(dv_RHV)
     rope = drope.shape[1]
     block = triton.next_power_of_2(max(nope, V))
     _split_keys_kernel[(R,)](
@@ -231,10 +241,9 @@ def split_keys(dk_RHD: Tensor, dv_RHV: Tensor, nope: int, out: tuple[Tensor, Ten
     )  # fmt: skip
 
 
-def _words(x: Tensor) -> Tensor:
-    """x with contiguous rows that start at a 32-bit word."""
-    aligned = x.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1])
-    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+def _rows(x: Tensor) -> Tensor:
+    """x with contiguous rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def variants() -> Iterator[Variant]:
@@ -249,7 +258,16 @@ def variants() -> Iterator[Variant]:
     latent = {"x_ptr": BF16, "weight_ptr": BF16, "rstd_ptr": F32} | angles
     yield Variant(
         _latent_kernel,
-        latent | {"latent_ptr": BF16, "q_ptr": FP8, "scale_inv_ptr": F32, "eps": "fp32", "amax_floor": "fp32"},
+        latent
+        | {
+            "x_ptr": I32,
+            "weight_ptr": I32,
+            "latent_ptr": BF16,
+            "q_ptr": I16,
+            "scale_inv_ptr": F32,
+            "eps": "fp32",
+            "amax_floor": "fp32",
+        },
         {"POW2": False, "TILES": 4, "PAIRS": 32},
         num_warps=1,
     )

@@ -1,12 +1,12 @@
-"""The gate behind its product, and the sort of token copies by expert: two launches, no atomics.
+"""The gate behind its product, and the sort of token copies by expert: three launches, no atomics on memory.
 
 A row of logits is small, so the gate is arithmetic and latency, not bytes. One warp has whole rows: nothing waits at a
 barrier. Scores are compared as integers in the same order, because Hopper reduces integers over a warp in one
-instruction; `expert best of the rest` is then two of them, the greatest key and the lowest place that has it.
+instruction; the best expert of the rest is then two of them, the greatest key and the lowest place that has it.
 
-In the sort each expert has a program, which reads all of topk_idx, from L2, and keeps its copies in order: what comes
-before it is a count of lower experts, so no program waits for another. It reads E·R numbers, 8 million for V3's
-experts and 4096 tokens.
+The sort cuts the copies into at most 128 tiles, and counts each tile's experts. Then each tile reads all counts: those
+of all tiles say where an expert's rows begin, those of the tiles before it where its own do. One launch in which each
+expert reads all of topk_idx and keeps its copies in order took 35 µs instead of 9 (H200, 4096 tokens).
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from dsv3c.kernels.offline import F32, I32, Variant
-from dsv3c.numerics import ceil_div
+from dsv3c.numerics import ceil_div, round_up
 
 LOWEST = tl.constexpr(-(2**31))  # less than the key of any number
 MINUS_INFINITY = tl.constexpr(-2139095041)  # its key
@@ -146,28 +146,48 @@ def _gate_backward_kernel(
     tl.store(dlogits_ptr + row * E + expert, dlogits, mask=inside)
 
 
-@triton.jit(do_not_specialize=["R"])
-def _sort_by_expert_kernel(idx_ptr, num_tokens_ptr, offs_ptr, permutation_ptr, inverse_ptr, R, BLOCK: tl.constexpr):
-    e = tl.program_id(0)
-    lower = tl.zeros((BLOCK,), tl.int32)
-    equal = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, R, BLOCK):
+@triton.jit(do_not_specialize=["R", "tile"])
+def _count_experts_kernel(idx_ptr, counts_ptr, R, tile, E: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr):
+    expert = tl.arange(0, PLACES)
+    counts = tl.zeros((PLACES,), tl.int32)
+    first = tl.program_id(0) * tile
+    end = tl.minimum(first + tile, R)
+    for start in range(first, end, BLOCK):
         copy = start + tl.arange(0, BLOCK)
-        expert = tl.load(idx_ptr + copy, mask=copy < R, other=0x7FFFFFFF)
-        lower += (expert < e).to(tl.int32)
-        equal += (expert == e).to(tl.int32)
-    first = tl.sum(lower)
-    num_tokens = tl.sum(equal)
-    tl.store(num_tokens_ptr + e, num_tokens)
-    tl.store(offs_ptr + e, first + num_tokens)
-    for start in range(0, R, BLOCK):
-        copy = start + tl.arange(0, BLOCK)
-        mine = tl.load(idx_ptr + copy, mask=copy < R, other=0x7FFFFFFF) == e
-        count = tl.cumsum(mine.to(tl.int32), 0)
-        row = first + count - 1
-        tl.store(permutation_ptr + row, copy, mask=mine)
-        tl.store(inverse_ptr + copy, row, mask=mine)
-        first += tl.sum(mine.to(tl.int32))
+        idx = tl.load(idx_ptr + copy, mask=copy < end, other=0)
+        counts += tl.histogram(idx, PLACES, mask=copy < end)
+    tl.store(counts_ptr + tl.program_id(0) * E + expert, counts, mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["R", "tiles", "tile"])
+def _sort_by_expert_kernel(
+    idx_ptr, counts_ptr, num_tokens_ptr, offs_ptr, permutation_ptr, inverse_ptr, R, tiles, tile,
+    E: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    expert = tl.arange(0, PLACES)
+    num_tokens = tl.zeros((PLACES,), tl.int32)
+    before = tl.zeros((PLACES,), tl.int32)
+    for first in range(0, tiles, CHUNK):
+        row = first + tl.arange(0, CHUNK)[:, None]
+        mask = (row < tiles) & (expert < E)[None, :]
+        counts = tl.load(counts_ptr + row * E + expert[None, :], mask=mask, other=0)
+        num_tokens += tl.sum(counts, 0)
+        before += tl.sum(tl.where(row < program, counts, 0), 0)
+    end = tl.cumsum(num_tokens, 0)
+    if program == 0:
+        tl.store(num_tokens_ptr + expert, num_tokens, mask=expert < E)
+        tl.store(offs_ptr + expert, end, mask=expert < E)
+    next_row = end - num_tokens + before
+    at = tl.arange(0, BLOCK)
+    for start in range(program * tile, tl.minimum((program + 1) * tile, R), BLOCK):
+        copy = start + at
+        idx = tl.load(idx_ptr + copy, mask=copy < R, other=0)
+        earlier = (idx[:, None] == idx[None, :]) & (at[None, :] < at[:, None])
+        row = tl.gather(next_row, idx, 0) + tl.sum(earlier.to(tl.int32), 1)
+        next_row += tl.histogram(idx, PLACES, mask=copy < R)
+        tl.store(permutation_ptr + row, copy, mask=copy < R)
+        tl.store(inverse_ptr + copy, row, mask=copy < R)
 
 
 def gate(
@@ -223,13 +243,21 @@ def gate_backward(
 
 def sort_by_expert(topk_idx_TK: Tensor, num_experts: int, out: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """Launcher of `dsv3c::sort_by_expert`."""
-    if num_experts:
-        _sort_by_expert_kernel[(num_experts,)](
-            topk_idx_TK.contiguous(), *out, topk_idx_TK.numel(), SORT_BLOCK, num_warps=SORT_WARPS
-        )
+    topk_idx_TK, R = topk_idx_TK.contiguous(), topk_idx_TK.numel()
+    tile = round_up(max(ceil_div(R, MOST_TILES), 1), SORT["BLOCK"])
+    tiles = max(ceil_div(R, tile), 1)
+    counts = topk_idx_TK.new_empty((tiles, num_experts))
+    sizes = {"E": num_experts, "PLACES": _places(num_experts)}
+    _count_experts_kernel[(tiles,)](topk_idx_TK, counts, R, tile, **sizes, BLOCK=COUNT_BLOCK)
+    _sort_by_expert_kernel[(tiles,)](topk_idx_TK, counts, *out, R, tiles, tile, **sizes, **SORT)
 
 
-SORT_BLOCK, SORT_WARPS = 2048, 8
+MOST_TILES, COUNT_BLOCK = 128, 256
+SORT = {"BLOCK": 32, "CHUNK": 64}
+
+
+def _places(num_experts: int) -> int:
+    return max(triton.next_power_of_2(num_experts), 32)
 
 
 def variants() -> Iterator[Variant]:
@@ -247,5 +275,8 @@ def variants() -> Iterator[Variant]:
         constants = {"E": 256, "TOP_K": 8, "SOFTMAX": softmax, "NORM": True, "PLACES": 256, "SLOTS": 8, "TOKENS": 4}
         arguments = {"dweights_ptr": F32, "logits_ptr": F32, "idx_ptr": I32, "dlogits_ptr": F32, "factor": "fp32"}
         yield Variant(_gate_backward_kernel, arguments, constants, num_warps=1)
-    results = {f"{name}_ptr": I32 for name in ("idx", "num_tokens", "offs", "permutation", "inverse")}
-    yield Variant(_sort_by_expert_kernel, results, {"BLOCK": SORT_BLOCK}, num_warps=SORT_WARPS)
+    sizes = {"E": 256, "PLACES": 256}
+    counted = {"idx_ptr": I32, "counts_ptr": I32}
+    yield Variant(_count_experts_kernel, counted, sizes | {"BLOCK": COUNT_BLOCK})
+    results = {f"{name}_ptr": I32 for name in ("num_tokens", "offs", "permutation", "inverse")}
+    yield Variant(_sort_by_expert_kernel, counted | results, sizes | SORT)

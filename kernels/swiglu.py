@@ -20,10 +20,22 @@ from triton.experimental.gluon import language as gl
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.offline import BF16, F32, FP8, I16, I32, Variant
 from dsv3c.kernels.quantize import column_major
-from dsv3c.kernels.tiles import divide, high, larger, low, magnitudes, pack, reciprocal, rounded, scale_inv, store_tiles
+from dsv3c.kernels.tiles import (
+    as_words,
+    divide,
+    high,
+    larger,
+    low,
+    magnitudes,
+    pack,
+    reciprocal,
+    scale_inv,
+    store_tiles,
+    to_fp8,
+)
 from dsv3c.numerics import TILE, ceil_div
 
-ROWS, WARPS = 32, 4  # of a program of the forward kernel
+ROWS, WARPS = 16, 4  # of a program of the forward kernel
 
 
 @triton.jit
@@ -41,54 +53,70 @@ def _sigmoid(x):
 
 @triton.jit(do_not_specialize=["R"])
 def _swiglu_kernel(
-    h_ptr, weight_ptr, a_ptr, a_scale_inv_ptr, h_fp8_ptr, h_scale_inv_ptr, R, I, amax_floor, POW2: tl.constexpr,
+    h_ptr, weight_ptr, a_ptr, a_scale_inv_ptr, h_fp8_ptr, h_scale_inv_ptr, R, width, amax_floor, POW2: tl.constexpr,
     WEIGHTED: tl.constexpr, SAVE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tile * 128 + tl.arange(0, 128)[None, :]
+    column = tile * 64 + tl.arange(0, 64)[None, :]  # in words: half of the columns
     row_64 = row[:, None].to(tl.int64)
-    at = row_64 * 2 * I + column
+    at = row_64 * width + column
     inside = row < R
-    gate = tl.load(h_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    up = tl.load(h_ptr + at + I, mask=inside[:, None], other=0.0).to(tl.float32)
-    a = gate * _sigmoid(gate) * up
+    gate = tl.load(h_ptr + at, mask=inside[:, None], other=0)
+    up = tl.load(h_ptr + at + width // 2, mask=inside[:, None], other=0)
+    a_0 = low(gate) * _sigmoid(low(gate)) * low(up)
+    a_1 = high(gate) * _sigmoid(high(gate)) * high(up)
     if WEIGHTED:
-        a *= tl.load(weight_ptr + row, mask=inside, other=0.0)[:, None]
+        weight = tl.load(weight_ptr + row, mask=inside, other=0.0)[:, None]
+        a_0 *= weight
+        a_1 *= weight
     scale_at = tile.to(tl.int64) * R + row
-    store_tiles(rounded(a), a_ptr + row_64 * I + column, a_scale_inv_ptr + scale_at, inside, amax_floor, POW2)
+    a_ptr += row_64 * (width // 2) + column
+    store_tiles(pack(a_0, a_1), a_ptr, a_scale_inv_ptr + scale_at, inside, amax_floor, POW2)
     if SAVE:
         store_tiles(gate, h_fp8_ptr + at, h_scale_inv_ptr + scale_at, inside, amax_floor, POW2)
-        scale_at += (I // 128).to(tl.int64) * R
-        store_tiles(up, h_fp8_ptr + at + I, h_scale_inv_ptr + scale_at, inside, amax_floor, POW2)
+        scale_at += (width // 128).to(tl.int64) * R
+        store_tiles(up, h_fp8_ptr + at + width // 2, h_scale_inv_ptr + scale_at, inside, amax_floor, POW2)
 
 
 @gluon.jit
-def _gradients(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, dweight_ptr, row, end, column, R, I, WEIGHTED: gl.constexpr):
-    """Gradients of gate and up, and the activation, of rows [64] × columns [128], in float32; zero from `end` on."""
-    inside = row < end
-    row_64 = row.to(gl.int64)[:, None]
+def _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row, rows, column, R, width, WEIGHTED: gl.constexpr):
+    """What `_gradients` takes of rows `row` × columns [128], as it lies in memory; zero from `rows` on."""
+    inside = row < rows
     mask = inside[:, None]
-    at = row_64 * 2 * I + column[None, :]
-    gate = gl.load(h_ptr + at, mask=mask, other=0.0).to(gl.float32)
-    up = gl.load(h_ptr + at + I, mask=mask, other=0.0).to(gl.float32)
-    da = gl.load(da_ptr + row_64 * I + column[None, :], mask=mask, other=0.0).to(gl.float32)
-    gate *= gl.load(h_scale_inv_ptr + row, mask=inside, other=0.0)[:, None]
-    up *= gl.load(h_scale_inv_ptr + (I // 128).to(gl.int64) * R + row, mask=inside, other=0.0)[:, None]
+    at = row[:, None] * width + column[None, :]
+    gate = gl.load(h_ptr + at + row[:, None] * width, mask=mask, other=0.0)
+    up = gl.load(h_ptr + at + row[:, None] * width + width, mask=mask, other=0.0)
+    da = gl.load(da_ptr + at, mask=mask, other=0.0)
+    gate_scale_inv = gl.load(h_scale_inv_ptr + row, mask=inside, other=0.0)
+    up_scale_inv = gl.load(h_scale_inv_ptr + (width // 128).to(gl.int64) * R + row, mask=inside, other=0.0)
+    weight = gate_scale_inv
+    if WEIGHTED:
+        weight = gl.load(weight_ptr + row, mask=inside, other=0.0)
+    return gate, up, da, gate_scale_inv, up_scale_inv, weight
+
+
+@gluon.jit
+def _gradients(loaded, WEIGHTED: gl.constexpr):
+    """Gradients of gate and up, the activation, and the rows' sums of da·a without weight, in float32."""
+    gate, up, da, gate_scale_inv, up_scale_inv, weight = loaded
+    gate = gate.to(gl.float32) * gate_scale_inv[:, None]
+    up = up.to(gl.float32) * up_scale_inv[:, None]
+    da = da.to(gl.float32)
     sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
     a = silu * up
+    dweight = weight
     if WEIGHTED:
-        gl.store(dweight_ptr + row, gl.sum(da * a, 1), mask=inside)
-        weight = gl.load(weight_ptr + row, mask=inside, other=0.0)[:, None]
-        a *= weight
-        da *= weight
+        dweight = gl.sum(da * a, 1)
+        a *= weight[:, None]
+        da *= weight[:, None]
     dgate = da * up * (gl.fma(-silu, sigmoid, silu) + sigmoid)
-    return dgate, da * silu, a
+    return dgate, da * silu, a, dweight
 
 
 @gluon.jit
-def _store_rows(words, q_ptr, scale_inv_ptr, columns, row, end, column, amax_floor, POW2: gl.constexpr):
+def _store_rows(words, q_ptr, scale_inv_ptr, columns, row, rows, column, amax_floor, POW2: gl.constexpr):
     """Tiles along the columns of words [.., 128] that hold rows `row` and `row` + 1, into q [.., columns]."""
     amax = gl.reduce(magnitudes(words), 1, larger)
     scale_0, scale_1 = scale_inv(low(amax), amax_floor, POW2), scale_inv(high(amax), amax_floor, POW2)
@@ -96,41 +124,39 @@ def _store_rows(words, q_ptr, scale_inv_ptr, columns, row, end, column, amax_flo
     first_1, second_1 = reciprocal(scale_1)
     q_0 = divide(low(words), first_0[:, None], second_0[:, None]).to(gl.float8e4nv)
     q_1 = divide(high(words), first_1[:, None], second_1[:, None]).to(gl.float8e4nv)
-    at = row.to(gl.int64)[:, None] * columns + column[None, :]
-    gl.store(q_ptr + at, q_0, mask=row[:, None] < end)
-    gl.store(q_ptr + at + columns, q_1, mask=row[:, None] + 1 < end)
-    gl.store(scale_inv_ptr + row, scale_0, mask=row < end)
-    gl.store(scale_inv_ptr + row + 1, scale_1, mask=row + 1 < end)
+    at = row[:, None] * columns + column[None, :]
+    gl.store(q_ptr + at, q_0, mask=row[:, None] < rows)
+    gl.store(q_ptr + at + columns, q_1, mask=row[:, None] + 1 < rows)
+    gl.store(scale_inv_ptr + row, scale_0, mask=row < rows)
+    gl.store(scale_inv_ptr + row + 1, scale_1, mask=row + 1 < rows)
 
 
 @gluon.jit
-def _store_columns(words, q_ptr, scale_inv_ptr, tile, column_tile, P, amax_floor, POW2: gl.constexpr):
-    """Tiles along the rows of the pairs words [64, 128], transposed, into q [.., P/2], two rows an element."""
+def _store_columns(parts, q_ptr, scale_inv_ptr, tile, column_tile, P, amax_floor, POW2: gl.constexpr):
+    """Tiles along the rows of parts, pairs [16, 128] each, transposed, into q [.., P/2], two rows an element."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, gl.num_warps()], [0, 1])
-    words = words.load(LAYOUT)
-    pair = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    words_0, words_1 = parts[0].load(LAYOUT), parts[1].load(LAYOUT)
+    words_2, words_3 = parts[2].load(LAYOUT), parts[3].load(LAYOUT)
     column = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
-    amax = gl.reduce(magnitudes(words), 0, larger)
+    amax = larger(larger(magnitudes(words_0), magnitudes(words_1)), larger(magnitudes(words_2), magnitudes(words_3)))
+    amax = gl.reduce(amax, 0, larger)
     amax = gl.maximum(amax & 0xFFFF, (amax >> 16) & 0xFFFF)
     scale = scale_inv(low(amax), amax_floor, POW2)
     first, second = reciprocal(scale)
     first, second = first[None, :], second[None, :]
-    q = gl.inline_asm_elementwise(
-        "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;",
-        "=h,f,f",
-        [divide(low(words), first, second), divide(high(words), first, second)],
-        dtype=gl.int16,
-        is_pure=True,
-        pack=1,
-    )
-    gl.store(q_ptr + column.to(gl.int64)[None, :] * (P // 2) + tile * 64 + pair[:, None], q)
+    pair = gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))
+    q_ptr += column.to(gl.int64)[None, :] * (P // 2) + tile * 64 + pair[:, None]
+    gl.store(q_ptr, to_fp8(words_0, first, second))
+    gl.store(q_ptr + 16, to_fp8(words_1, first, second))
+    gl.store(q_ptr + 32, to_fp8(words_2, first, second))
+    gl.store(q_ptr + 48, to_fp8(words_3, first, second))
     gl.store(scale_inv_ptr + column, scale)
 
 
 @gluon.jit(do_not_specialize=["R", "E", "bound"])
 def _swiglu_backward_kernel(
     h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, dh_ptr, dh_scale_inv_ptr, dht_ptr, dht_scale_inv_ptr, at_ptr,
-    at_scale_inv_ptr, dweight_ptr, tiles_ptr, first_ptr, R, I, P, E, bound, amax_floor, gradient_amax_floor,
+    at_scale_inv_ptr, dweight_ptr, tiles_ptr, first_ptr, R, width, P, E, bound, amax_floor, gradient_amax_floor,
     POW2: gl.constexpr, WEIGHTED: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of one group × 128 columns of gate and of up. Tiles that no group has are written as zeros,
@@ -144,51 +170,66 @@ def _swiglu_backward_kernel(
     end = R
     if GROUPED:
         mine = tile < gl.load(first_ptr + E)
-        start = gl.load(tiles_ptr + bound + tile, mask=mine, other=0)
-        end = gl.load(tiles_ptr + 2 * bound + tile, mask=mine, other=0)
+        start = gl.where(mine, gl.load(tiles_ptr + bound + tile), 0)
+        end = gl.where(mine, gl.load(tiles_ptr + 2 * bound + tile), 0)
+    rows = end - start  # and from here on a row's number is that in the tile
     column = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
-    row_scales = column_tile.to(gl.int64) * R
-    up_scales = (I // 128).to(gl.int64) * R
-    h_scale_inv_ptr += row_scales
-    dh_scale_inv_ptr += row_scales
-    dweight_ptr += row_scales
-    dgates = gl.allocate_shared_memory(gl.int32, [64, 128], SHARED)
-    dups = gl.allocate_shared_memory(gl.int32, [64, 128], SHARED)
-    activations = gl.allocate_shared_memory(gl.int32, [64, 128], SHARED)
+    scale_at = column_tile.to(gl.int64) * R + start
+    h_ptr += start.to(gl.int64) * 2 * width
+    da_ptr += start.to(gl.int64) * width
+    dh_ptr += start.to(gl.int64) * 2 * width
+    h_scale_inv_ptr += scale_at
+    dh_scale_inv_ptr += scale_at
+    up_scale_inv_ptr = dh_scale_inv_ptr + (width // 128).to(gl.int64) * R
+    if WEIGHTED:
+        dweight_ptr += scale_at
+        weight_ptr += start
+    dgates, dups, activations = (), (), ()  # a buffer for each part, or there would be a barrier between them
+    row = 2 * gl.arange(0, PAIRS, gl.SliceLayout(1, LAYOUT))
+    next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row, rows, column, R, width, WEIGHTED)
+    next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row + 1, rows, column, R, width, WEIGHTED)
     for first in gl.static_range(0, 64, PAIRS):
-        row = start + 2 * (first + gl.arange(0, PAIRS, gl.SliceLayout(1, LAYOUT)))
-        dgate_0, dup_0, a_0 = _gradients(
-            h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, dweight_ptr, row, end, column, R, I, WEIGHTED
-        )
-        dgate_1, dup_1, a_1 = _gradients(
-            h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, dweight_ptr, row + 1, end, column, R, I, WEIGHTED
-        )
+        loaded_0, loaded_1 = next_0, next_1
+        following = row + 2 * PAIRS  # loaded ahead: behind the stores below the compiler would have to leave them
+        if first + PAIRS < 64:
+            next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, following, rows, column, R, width, WEIGHTED)
+            next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, following + 1, rows, column, R, width, WEIGHTED)
+        dgate_0, dup_0, a_0, dweight_0 = _gradients(loaded_0, WEIGHTED)
+        dgate_1, dup_1, a_1, dweight_1 = _gradients(loaded_1, WEIGHTED)
         dgate = pack(dgate_0, dgate_1)
         dup = pack(dup_0, dup_1)
-        dgates.slice(first, PAIRS).store(dgate)
-        dups.slice(first, PAIRS).store(dup)
-        activations.slice(first, PAIRS).store(pack(a_0, a_1))
-        _store_rows(dgate, dh_ptr, dh_scale_inv_ptr, 2 * I, row, end, column, gradient_amax_floor, POW2)
-        _store_rows(dup, dh_ptr + I, dh_scale_inv_ptr + up_scales, 2 * I, row, end, column, gradient_amax_floor, POW2)
-    up_tile = column_tile + I // 128
-    dht_scale_inv_ptr += tile.to(gl.int64) * 2 * I
-    at_scale_inv_ptr += tile.to(gl.int64) * I
+        dgates += (gl.allocate_shared_memory(gl.int32, [PAIRS, 128], SHARED, dgate),)
+        dups += (gl.allocate_shared_memory(gl.int32, [PAIRS, 128], SHARED, dup),)
+        activations += (gl.allocate_shared_memory(gl.int32, [PAIRS, 128], SHARED, pack(a_0, a_1)),)
+        _store_rows(dgate, dh_ptr, dh_scale_inv_ptr, 2 * width, row, rows, column, gradient_amax_floor, POW2)
+        _store_rows(dup, dh_ptr + width, up_scale_inv_ptr, 2 * width, row, rows, column, gradient_amax_floor, POW2)
+        if WEIGHTED:
+            gl.store(dweight_ptr + row, dweight_0, mask=row < rows)
+            gl.store(dweight_ptr + row + 1, dweight_1, mask=row + 1 < rows)
+        row = following
+    up_tile = column_tile + width // 128
+    dht_scale_inv_ptr += tile.to(gl.int64) * 2 * width
+    at_scale_inv_ptr += tile.to(gl.int64) * width
     _store_columns(dgates, dht_ptr, dht_scale_inv_ptr, tile, column_tile, P, gradient_amax_floor, POW2)
     _store_columns(dups, dht_ptr, dht_scale_inv_ptr, tile, up_tile, P, gradient_amax_floor, POW2)
     _store_columns(activations, at_ptr, at_scale_inv_ptr, tile, column_tile, P, amax_floor, POW2)
 
 
 @triton.jit(do_not_specialize=["R"])
-def _sum_tiles_kernel(partial_ptr, out_ptr, last_ptr, R, G, GROUPED: tl.constexpr, ROWS: tl.constexpr):
+def _sum_tiles_kernel(
+    partial_ptr, out_ptr, last_ptr, R, G, GROUPED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
+):
     """out[r] = Σ_g partial[g, r]; zero for rows of no group."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     end = R
     if GROUPED:
         end = tl.load(last_ptr)
-    total = tl.zeros((ROWS,), tl.float32)
-    for g in range(G):
-        total += tl.load(partial_ptr + g.to(tl.int64) * R + row, mask=row < end, other=0.0)
-    tl.store(out_ptr + row, total, mask=row < R)
+    total = tl.zeros((TILES, ROWS), tl.float32)
+    for start in range(0, G, TILES):
+        tile = start + tl.arange(0, TILES)[:, None]
+        total += tl.load(partial_ptr + tile.to(tl.int64) * R + row, mask=(row < end) & (tile < G), other=0.0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(out_ptr + row, tl.sum(total, 0), mask=row < R)
 
 
 def swiglu_quantize(h_RN: Tensor, weight_R: Tensor | None, amax_floor: float, pow2: bool, out: tuple) -> None:
@@ -202,11 +243,12 @@ def swiglu_quantize_save(h_RN: Tensor, weight_R: Tensor | None, amax_floor: floa
 
 
 def _forward(h_RN, weight_R, amax_floor, pow2, a_fp8, a_scale_inv, h_fp8, h_scale_inv) -> None:
-    R, I = a_fp8.shape  # noqa: E741
+    R, width = a_fp8.shape
     if a_fp8.numel() == 0:
         return
-    _swiglu_kernel[(ceil_div(R, ROWS), I // TILE)](
-        h_RN.contiguous(), weight_R, a_fp8, a_scale_inv, h_fp8, h_scale_inv, R, I, amax_floor, pow2,
+    _swiglu_kernel[(ceil_div(R, ROWS), width // TILE)](
+        as_words(h_RN.contiguous()), weight_R, a_fp8.view(torch.int16), a_scale_inv,
+        None if h_fp8 is None else h_fp8.view(torch.int16), h_scale_inv, R, width, amax_floor, pow2,
         weight_R is not None, h_fp8 is not None, ROWS, num_warps=WARPS,
     )  # fmt: skip
 
@@ -224,27 +266,22 @@ def swiglu_quantize_backward(
 ) -> None:
     """Launcher of `dsv3c::swiglu_quantize_backward`."""
     dh_fp8, dh_scale_inv, dht_fp8, dht_scale_inv, at_fp8, at_scale_inv, dweight_R = out
-    R, I = da_RI.shape  # noqa: E741
+    R, width = da_RI.shape
     P = at_fp8.shape[1]
     if at_fp8.numel() == 0:
         return
     grouped, weighted = offs is not None, weight_R is not None
     tiles, first = tile_map(offs, R, TILE) if grouped else (None, None)
     E, bound = (len(offs), tiles.shape[1]) if grouped else (0, 0)
-    partial = da_RI.new_empty((I // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
-    _swiglu_backward_kernel[(P // TILE, I // TILE)](
+    partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
+    _swiglu_backward_kernel[(P // TILE, width // TILE)](
         h_fp8_RN.contiguous(), column_major(h_scale_inv), da_RI.contiguous(), weight_R, dh_fp8, dh_scale_inv,
-        dht_fp8.view(torch.int16), dht_scale_inv, at_fp8.view(torch.int16), at_scale_inv, partial, tiles, first, R, I,
-        P, E, bound, amax_floor, gradient_amax_floor, pow2, weighted, grouped, num_warps=8, maxnreg=_registers(weighted, grouped),
+        dht_fp8.view(torch.int16), dht_scale_inv, at_fp8.view(torch.int16), at_scale_inv, partial, tiles, first, R,
+        width, P, E, bound, amax_floor, gradient_amax_floor, pow2, weighted, grouped, num_warps=8,
     )  # fmt: skip
     if weighted and R:
         last = offs[-1:] if grouped else None
-        _sum_tiles_kernel[(ceil_div(R, 256),)](partial, dweight_R, last, R, I // TILE, grouped, 256)
-
-
-def _registers(weighted: bool, grouped: bool) -> int | None:
-    """A thread's, where two programs would not fit a multiprocessor otherwise: the most that compile without spills."""
-    return (128 if grouped else 112) if weighted else None
+        _sum_tiles_kernel[(ceil_div(R, 64),)](partial, dweight_R, last, R, width // TILE, grouped, 64, 16)
 
 
 def variants() -> Iterator[Variant]:
@@ -254,9 +291,9 @@ def variants() -> Iterator[Variant]:
             saved, unsaved = ("h_fp8_ptr", "h_scale_inv_ptr"), {"h_fp8_ptr": None, "h_scale_inv_ptr": None}
             yield Variant(
                 _swiglu_kernel,
-                {"h_ptr": BF16, "a_ptr": FP8, "a_scale_inv_ptr": F32, "amax_floor": "fp32"}
+                {"h_ptr": I32, "a_ptr": I16, "a_scale_inv_ptr": F32, "amax_floor": "fp32"}
                 | weight
-                | (dict(zip(saved, (FP8, F32), strict=True)) if save else {}),
+                | (dict(zip(saved, (I16, F32), strict=True)) if save else {}),
                 {"POW2": False, "WEIGHTED": weighted, "SAVE": save, "ROWS": ROWS}
                 | no_weight
                 | ({} if save else unsaved),
@@ -275,11 +312,10 @@ def variants() -> Iterator[Variant]:
                 | no_weight
                 | ({} if grouped else {"tiles_ptr": None, "first_ptr": None}),
                 num_warps=8,
-                maxnreg=_registers(weighted, grouped),
             )
     for grouped in (False, True):
         yield Variant(
             _sum_tiles_kernel,
             {"partial_ptr": F32, "out_ptr": F32} | ({"last_ptr": I32} if grouped else {}),
-            {"GROUPED": grouped, "ROWS": 256} | ({} if grouped else {"last_ptr": None}),
+            {"GROUPED": grouped, "ROWS": 64, "TILES": 16} | ({} if grouped else {"last_ptr": None}),
         )

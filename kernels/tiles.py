@@ -10,8 +10,10 @@ tie, and for every r within 4 units in the last place; except x = 2^i, scale_inv
 maximum has. s is made positive, so that -0 stays -0. A tile that holds NaN or infinity is NaN, scale included.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -20,12 +22,6 @@ def pack(low, high):
     return tl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
     )
-
-
-@triton.jit
-def rounded(x):
-    """float32, rounded to BF16: the high half of a word whose low half is zero. One instruction."""
-    return pack(tl.zeros_like(x), x).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -47,6 +43,22 @@ def magnitudes(word):
 def larger(a, b):
     """The larger of two pairs of magnitudes, each half for itself."""
     return tl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def plus(a, b):
+    """Both sums, rounded once: as float32 addition and rounding, since a sum near a tie of BF16 is exact there."""
+    return tl.inline_asm_elementwise(
+        "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def times(a, b):
+    """Both products, rounded once."""
+    return tl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -75,10 +87,31 @@ def divide(x, first, second):
 
 
 @triton.jit
-def store_tiles(x, q_at, scale_inv_at, inside, amax_floor, POW2: tl.constexpr):
-    """BF16 values x [tiles, 128], given in float32, quantised; q_at [tiles, 128], scale_inv_at [tiles], inside [tiles]."""
-    amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-    scale = scale_inv(amax, amax_floor, POW2)
+def to_fp8(word, first, second):
+    """Both BF16 numbers of a word, divided as by `divide`, to E4M3 in 16 bits."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;",
+        "=h,f,f",
+        [divide(low(word), first, second), divide(high(word), first, second)],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def store_tiles(words, q_at, scale_inv_at, inside, amax_floor, POW2: tl.constexpr):
+    """Quantises words [tiles, 64], two neighbouring values each; q_at [tiles, 64], scale_inv_at and inside [tiles]."""
+    amax = tl.reduce(magnitudes(words), 1, larger)
+    amax = tl.maximum(amax & 0xFFFF, amax >> 16)
+    scale = scale_inv(low(amax), amax_floor, POW2)
     first, second = reciprocal(scale)
-    tl.store(q_at, divide(x, first[:, None], second[:, None]).to(tl.float8e4nv), mask=inside[:, None])
+    tl.store(q_at, to_fp8(words, first[:, None], second[:, None]), mask=inside[:, None])
     tl.store(scale_inv_at, scale, mask=inside)
+
+
+def as_words(x: Tensor) -> Tensor:
+    """x [.., K], BF16, as int32 [.., K/2] with contiguous rows; copied if its rows do not begin at a word."""
+    aligned = x.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    x = x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+    return x.view(torch.int32)

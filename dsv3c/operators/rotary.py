@@ -20,7 +20,9 @@ def _rotate_heads_(x_RHD, cos_Rr, sin_Rr, inverse):
     check_rank("x", x_RHD, 3)
     expect("dtype of x", x_RHD.dtype, torch.bfloat16)
     _check_angles(x_RHD.shape[0], cos_Rr, sin_Rr)
-    expect("strides of x modulo 2, the last one", [x_RHD.stride(0) % 2, x_RHD.stride(1) % 2, x_RHD.stride(2)], [0, 0, 1])
+    expect(
+        "strides of x modulo 2, the last one", [x_RHD.stride(0) % 2, x_RHD.stride(1) % 2, x_RHD.stride(2)], [0, 0, 1]
+    )
     expect("size of a head modulo 2", x_RHD.shape[2] % 2, 0)
 
 

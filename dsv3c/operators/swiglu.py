@@ -4,7 +4,7 @@ import torch
 
 from dsv3c.kernels.reference import swiglu
 from dsv3c.kernels.reference.casts import padded_rows
-from dsv3c.numerics import TILE, ceil_div
+from dsv3c.numerics import TILE
 from dsv3c.operators.define import (
     OperatorError,
     check_floor,

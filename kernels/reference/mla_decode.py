@@ -15,7 +15,7 @@ def mla_decode_ref(
     and query t sees the keys up to lengths[b] - T + t. lse is the natural logarithm of Σ exp(q·k · softmax_scale). A
     query without keys gives zeros and -inf. Whatever lies behind a sequence's end, NaN included, has no influence.
     """
-    B, T, _, _ = q_BTHL.shape
+    T = q_BTHL.shape[1]
     dtype = torch.promote_types(q_BTHL.dtype, torch.float32)
     out = q_BTHL.new_zeros((*q_BTHL.shape[:3], RANK))
     lse = q_BTHL.new_full(q_BTHL.shape[:3], -torch.inf, dtype=dtype)

@@ -7,8 +7,8 @@ from dsv3c.kernels.reference.casts import quantize_tile_ref
 
 
 def rms_norm(x_RK: Tensor, weight_K: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y [R, K], rstd [R]): x/sqrt(mean x² + eps) in float32, rounded to the dtype of x, times the weight in that dtype:
-    where transformers' DeepseekV3RMSNorm rounds. rstd, one over the root, stays float32 (float64 of float64)."""
+    """(y [R, K], rstd [R]): x/sqrt(mean x² + eps) in float32, rounded to the dtype of x, times the weight in that
+    dtype, as transformers' DeepseekV3RMSNorm rounds. rstd, one over the root, stays float32 (float64 of float64)."""
     x = x_RK.to(torch.promote_types(x_RK.dtype, torch.float32))
     rstd_R = (x.square().mean(-1) + eps).rsqrt()
     return weight_K * (x * rstd_R[:, None]).to(x_RK.dtype), rstd_R
@@ -17,8 +17,10 @@ def rms_norm(x_RK: Tensor, weight_K: Tensor, eps: float) -> tuple[Tensor, Tensor
 def rms_norm_quantize_ref(
     x_RK: Tensor, weight_K: Tensor, eps: float, amax_floor: float, pow2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y_fp8 [R, K], y_scale_inv, rstd [R]): `quantize_tile` of the norm of x, and what backward needs. x, weight: BF16;
-    rstd: float32."""
+    """(y_fp8 [R, K], y_scale_inv, rstd [R]): `quantize_tile` of the norm of x, and what backward needs.
+
+    x, weight: BF16; rstd: float32.
+    """
     y_RK, rstd_R = rms_norm(x_RK, weight_K, eps)
     return *quantize_tile_ref(y_RK, amax_floor, pow2), rstd_R
 

@@ -1,9 +1,9 @@
 """What multi-head latent attention does around its products, fused: rotary embedding, the latent's norm, the keys.
 
-H heads of D = nope + 2r features, the last 2r of them rotary; V features of a value; cos and sin [R, r]. A rotation turns interleaved
-pairs (x0, x1), (x2, x3), … by their angles; its result holds all first halves, then all second ones, as dsv3c.model's
-and transformers' (`rope_interleave`) do. It is computed in float32 and rounded once. The inverse takes halves to
-interleaved pairs: the gradient.
+H heads of D = nope + 2r features, the last 2r of them rotary; V features of a value; cos and sin [R, r]. A rotation
+turns interleaved pairs (x0, x1), (x2, x3), … by their angles; its result holds all first halves, then all second ones,
+as dsv3c.model's and transformers' (`rope_interleave`) do. It is computed in float32 and rounded once. The inverse takes
+halves to interleaved pairs: the gradient.
 """
 
 import torch
@@ -32,9 +32,9 @@ def rotate_heads_ref(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: boo
 def latent_quantize_ref(
     x_RL: Tensor, weight_K: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, eps: float, amax_floor: float, pow2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(latent [R, K + 2r], latent_fp8 [R, K], latent_scale_inv, rstd [R]) of kv_a's output x: K features normed, and the
-    2r behind them, which are the heads' common key, rotated. The latent is what the cache holds; the FP8 pair, of the
-    normed part, what kv_b takes."""
+    """(latent [R, K + 2r], latent_fp8 [R, K], latent_scale_inv, rstd [R]) of kv_a's output x: K features normed, and
+    the 2r behind them, which are the heads' common key, rotated. The latent is what the cache holds; the FP8 pair, of
+    the normed part, is what kv_b takes."""
     K = len(weight_K)
     normed_RK, rstd_R = rms_norm(x_RL[:, :K], weight_K, eps)
     rope = rotate(x_RL[:, K:], cos_Rr, sin_Rr).to(x_RL.dtype)

@@ -112,9 +112,8 @@ def test_every_kernel_of_ours_has_an_operator_and_every_operator_kernels():
     offline = pytest.importorskip("dsv3c.kernels.offline", reason="needs Triton")
     functions = {variant.kernel.__name__.strip("_") for variant in offline.variants()}
     assert {function for function, _ in cross_compile._FUNCTIONS.values()} == functions
-    defined = {str(op) for op in dir(torch.ops.dsv3c) if not op.startswith("_")}
     for operator in cross_compile._KERNELS:
-        assert operator.removeprefix("dsv3c.").removesuffix(".default") in defined
+        assert hasattr(torch.ops.dsv3c, operator.removeprefix("dsv3c.").removesuffix(".default"))
     assert {name for names in cross_compile._KERNELS.values() for name in names} == set(cross_compile._FUNCTIONS)
 
 

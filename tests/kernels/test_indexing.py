@@ -60,6 +60,11 @@ for sizes, N, K in [([5, 0, 130, 70], 130, 272), ([0, 200, 0, 3], 256, 128), ([6
         dw = torch.full((E, N, K), torch.nan)
         wgrad.launch(*dyt, *xt, first, dw, **config)
         same(("wgrad", config), dw, expected)
+    before = torch.randn(E, N, K)
+    for config in wgrad.KNOWN:
+        dw = before.clone()
+        wgrad.launch(*dyt, *xt, first, dw, accumulate=True, **config)
+        same(("accumulate", config), dw - before, expected)
 """
 
 

@@ -1,5 +1,9 @@
 """Rows to their experts and back: permute bit for bit, sums against float64, written row by row."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -138,6 +142,45 @@ def test_mismatched_operands_are_named(check, change, message):
         ops.unpermute(*change(y, inverse, weights, x), None)
 
 
+# -- the kernels' indices, without a GPU: Triton's interpreter, in whole numbers, whose sums are exact --
+
+PROGRAM = """
+import torch
+import dsv3c.operators
+from dsv3c.kernels import permute
+from dsv3c.kernels.reference import permute as reference
+
+ops = torch.ops.dsv3c
+torch.manual_seed(0)
+
+def whole(*shape):
+    return torch.randint(-8, 9, shape).float()
+
+for T, K, H in [(5, 3, 200), (3, 8, 1100), (1, 1, 16)]:
+    *_, permutation, inverse = ops.sort_by_expert(torch.rand(T, 16).argsort(-1)[:, :K].int(), 16)
+    x, y, weights = whole(T, H), whole(T * K, H), whole(T, K)
+    pair = ops.quantize_tile(torch.randn(T, H), 1e-4, False)
+    expected = reference.permute_ref(*pair, permutation, inverse)
+    out = expected[0].clone().zero_(), torch.full_like(expected[1], torch.nan)
+    permute.permute(*pair, permutation, inverse, out)
+    assert torch.equal(out[0].float(), expected[0].float()) and torch.equal(out[1], expected[1])
+    for optional in ((weights, None, None), (None, x, None), (weights, x, 3 * x)):
+        out = torch.full_like(x, torch.nan)
+        permute.unpermute(y, inverse, *optional, out)
+        assert torch.equal(out, reference.unpermute_ref(y, inverse, *optional))
+    out = torch.full_like(y, torch.nan), torch.full_like(weights, torch.nan)
+    permute.unpermute_backward(x, y, inverse, weights, out)
+    assert all(map(torch.equal, out, reference.unpermute_backward_ref(x, y, inverse, weights)))
+"""
+
+
+def test_indices_and_masks():
+    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-P", "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 # -- on a GPU --
 
 GPU_SIZES = [*SIZES, (0, 8, 256), (1000, 8, 7168), (333, 6, 5120), (50, 2, 77)]
@@ -195,7 +238,8 @@ def test_unpermute_on_gpu(check, size, dtype):
     assert torch.equal(bits(found[0]), bits(expected[0]))
     assert_dweights(found[1], x, y, inverse)
     again = ops.unpermute_backward(x, strided, inverse, weights)
-    assert all(torch.equal(bits(a), bits(f)) for a, f in zip(again, found, strict=True))
+    assert torch.equal(bits(again[0]), bits(found[0]))
+    assert_dweights(again[1], x, y, inverse)  # alignment decides how wide loads are, and that the order of the sum
 
 
 @pytest.mark.gpu
@@ -219,7 +263,7 @@ def test_offsets_beyond_32_bits(check):
     q, scale_inv = ops.quantize_tile(x, FLOOR, False)
     rows, row_scale_inv = ops.permute(q, scale_inv, permutation, inverse)
     tokens = permutation[-100:].long() // K
-    assert torch.equal(bits(rows[-100:]), bits(q)[tokens])
+    assert torch.equal(rows.view(torch.uint8)[-100:], q.view(torch.uint8)[tokens])
     assert torch.equal(row_scale_inv[-100:], scale_inv[tokens])
 
 

@@ -1,5 +1,9 @@
 """The gate against a choice written out expert by expert, its gradient against float64, and the sort against lists."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -189,6 +193,54 @@ def test_fake_agrees_with_real(name):
 def test_mismatched_operands_are_named(change, message):
     with pytest.raises(dsv3c.operators.OperatorError, match=message):
         ops.gate(*change(*make(4, GATES[2])))
+
+
+# -- the kernels' indices, without a GPU: Triton's interpreter, which knows no libdevice --
+
+PROGRAM = """
+import torch, triton
+import triton.language as tl
+import dsv3c.operators
+from dsv3c.kernels import router
+from dsv3c.kernels.reference import router as reference
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+router._sigmoid, router.libdevice = sigmoid, tl
+torch.manual_seed(0)
+
+def launched(kernel, expected, *args):
+    out = tuple(torch.empty_like(e).fill_(-1) for e in expected)
+    kernel(*args, out)
+    return out
+
+for T, E, n_group, topk_group, K, biased in [
+    (13, 256, 8, 4, 8, True), (10, 72, 6, 2, 5, True), (9, 160, 8, 3, 6, False), (0, 16, 1, 1, 3, False)
+]:
+    args = torch.randn(T, E), torch.randn(E) if biased else None, n_group, topk_group, K, True, 2.5
+    expected = reference.gate_ref(*args)
+    weights, idx = launched(router.gate, expected, *args)
+    assert torch.equal(idx, expected[1]), ("gate", E)
+    dlogits = torch.empty_like(args[0])
+    router.gate_backward(expected[0], args[0], idx, not biased, True, 2.5, dlogits)
+    expected = reference.gate_backward_ref(expected[0], args[0], idx, not biased, True, 2.5)
+    assert torch.equal(dlogits != 0, expected != 0), ("gate_backward", E)
+    for most in (3, 128):  # tiles of several blocks, and of one
+        router.MOST_TILES = most
+        for idx in (idx, torch.randint(0, E // 3 + 1, (60, K), dtype=torch.int32)):
+            expected = reference.sort_by_expert_ref(idx, E)
+            found = launched(router.sort_by_expert, expected, idx, E)
+            assert all(map(torch.equal, found, expected)), ("sort_by_expert", E, most)
+"""
+
+
+def test_indices_and_masks():
+    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-P", "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 # -- on a GPU --

@@ -1,4 +1,4 @@
-"""SwiGLU fused with the casts around it: against float64, within the bounds of float32, and bit for bit behind those."""
+"""SwiGLU fused with the casts around it: against float64 within the bounds of float32, bit for bit behind those."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import dsv3c.operators  # noqa: F401
 from dsv3c import numerics
 from dsv3c.kernels.reference import swiglu as reference
-from dsv3c.kernels.reference.casts import dequantize_tile
+from dsv3c.kernels.reference.casts import dequantize_tile, quantize_tile_ref
 from dsv3c.numerics import Recipe, rounded_between
 from dsv3c.operators import OperatorError
 
@@ -58,6 +58,23 @@ def test_forward(check, shape, weighted, device):
         assert same_bits(h_fp8, expected[0])
         assert same_bits(h_scale_inv, expected[1])
     assert same_bits(ops.swiglu_quantize(torch.cat((h, h), 1)[:, : h.shape[1]], weight, FLOOR, True)[0], pair[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_quotient(first, device):
+    """All BF16 significands, at every distance of exponents that E4M3 sees, divided by the scale of all others: bit for
+    bit, although the kernels do not divide. Each tile gives up one column, for its amax."""
+    significand = 1 + torch.arange(128, device=device) / 128
+    amax, shift, x = torch.meshgrid(significand, torch.arange(1.0, 22.0, device=device), significand, indexing="ij")
+    h = (x * torch.exp2(-shift)).flatten(0, 1)
+    h[:, first] = amax.flatten(0, 1)[:, first]
+    h = torch.cat((h, -h), 1).bfloat16()
+    for pow2 in (False, True):
+        *_, found, scale_inv = ops.swiglu_quantize_save(h, None, FLOOR, pow2)
+        expected = quantize_tile_ref(h, FLOOR, pow2)
+        assert same_bits(found, expected[0])
+        assert same_bits(scale_inv, expected[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -15,7 +15,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an NVIDI
 
 ops, FLOOR = torch.ops.dsv3c, Recipe().amax_floor
 SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90
-PLAIN = gemm.BUILT_IN[-1]._asdict()
+PLAIN = gemm.KNOWN[-1]
 CONFIGS = [
     {"columns": columns, "num_stages": num_stages, "band": band}
     for columns, num_stages, band in [(128, 5, 4), (192, 3, 8), (192, 4, 16), (256, 3, 32), (256, 4, 8)]
