@@ -229,7 +229,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def compiled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that become units, by path: the layers, rotary angles, final norm and head."""
+    """The modules that become units, by path: the layers, rotary angles, final norm and head, where they are those."""
     yield from layers(model)
     modules = dict(model.named_modules())
-    yield from ((path, modules[path]) for path in OTHERS if path in modules)
+    yield from ((path, modules[path]) for path in OTHERS if type(modules.get(path)).__name__ in _BY_CLASS)
