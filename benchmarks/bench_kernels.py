@@ -22,7 +22,8 @@ from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.timing import interleaved
-from dsv3c.kernels import gemm, grouped_gemm, wgrad
+from dsv3c.kernels import gemm, grouped_gemm, small_gemm, wgrad, wgrad_specialized
+from dsv3c.kernels.implementations import Problem
 from dsv3c.kernels.reference import casts as reference
 from dsv3c.numerics import TILE, Recipe
 from dsv3c.tuning.workloads import close
@@ -57,29 +58,31 @@ def same_bits(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
             raise AssertionError("bits differ from the definition")
 
 
+def against_copy(name: str, traffic: int, run: Callable[[], tuple], expected: Callable[[], tuple]) -> Case:
+    """`run` beside a copy that reads and writes as many bytes."""
+    source, target = (torch.empty(traffic // 2, dtype=torch.uint8) for _ in range(2))
+    contenders = {"ours": run, "copy": lambda: target.copy_(source)}
+    return Case(name, contenders, lambda _: same_bits(run(), expected()), bytes=traffic, unchecked=("copy",))
+
+
 def casts() -> Iterator[Case]:
-    source, target = normal(1 << 30), normal(1 << 30)
-    yield Case(
-        "copy 2 GiB", {"torch": lambda: target.copy_(source)}, lambda _: None, bytes=4 << 30, unchecked=("torch",)
-    )
     offs = torch.arange(1, 9, dtype=torch.int32) * 4096
     for R, K in [(4096, 7168), (32768, 7168), (32768, 2048)]:
-        x = normal(R, K)
-        q, scale_inv = ops.quantize_tile(x, FLOOR, False)
-        groups = offs if R == 32768 else None
-        n = R * K
+        x, n = normal(R, K), R * K
+        q, e5m6, groups = ops.quantize_tile(x, FLOOR, False), ops.quantize_e5m6(x, FLOOR), offs if R == 32768 else None
         cases = {
-            "quantize_tile": (3 * n, lambda x=x: ops.quantize_tile(x, FLOOR, False),
-                              lambda x=x: reference.quantize_tile_ref(x, FLOOR, False)),
-            "quantize_tile_t": (3 * n, lambda x=x, g=groups: ops.quantize_tile_t(x, g, FLOOR, False),
-                                lambda x=x, g=groups: reference.quantize_tile_t_ref(x, g, FLOOR, False)),
-            "requantize_t": (2 * n, lambda a=(q, scale_inv, groups): ops.requantize_t(*a, FLOOR, False),
-                             lambda a=(q, scale_inv, groups): reference.requantize_t_ref(*a, FLOOR, False)),
-        }  # fmt: skip
-        for name, (traffic, run, expected) in cases.items():
-            yield Case(
-                f"{name} {R}x{K}", {"ours": run}, lambda _, r=run, e=expected: same_bits(r(), e()), bytes=traffic
-            )
+            "quantize_tile": (3 * n, (x, FLOOR, False)),
+            "quantize_tile_t": (3 * n, (x, groups, FLOOR, False)),
+            "quantize_tile_both": (4 * n, (x, groups, FLOOR, False)),
+            "requantize_t": (2 * n, (*q, groups, FLOOR, False)),
+            "quantize_e5m6": (7 * n // 2, (x, FLOOR)),
+        }
+        for name, (traffic, arguments) in cases.items():
+            run, expected = getattr(ops, name), getattr(reference, f"{name}_ref")
+            yield against_copy(f"{name} {R}x{K}", traffic, partial(run, *arguments), partial(expected, *arguments))
+        back = lambda a=e5m6: (ops.dequantize_e5m6(*a, torch.bfloat16),)  # noqa: E731
+        expected = lambda a=e5m6: (reference.dequantize_e5m6_ref(*a, torch.bfloat16),)  # noqa: E731
+        yield against_copy(f"dequantize_e5m6 {R}x{K}", 7 * n // 2, back, expected)
     for shape in [(7168, 16384), (32, 4096, 7168)]:
         w = normal(*shape)
         q, scale_inv = ops.quantize_block(w, FLOOR, False)
@@ -100,15 +103,21 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
     x_bf16, w_bf16 = normal(M, K), normal(N, K)
     x = ops.quantize_tile(x_bf16, FLOOR, False)
     w = ops.quantize_tile(w_bf16, FLOOR, False) if tiled else ops.quantize_block(w_bf16, FLOOR, False)
-    out = torch.empty(M, N, dtype=torch.bfloat16)
+    out = torch.empty(M, N, dtype=torch.float32 if tiled else torch.bfloat16)
     contenders = {
         "cublaslt": lambda: gemm.cublaslt(*x, *w, out, w_tiled=tiled),
-        "bf16": lambda: torch.mm(x_bf16, w_bf16.T, out=out),
+        "bf16": lambda: x_bf16 @ w_bf16.T,
     }
-    first = torch.tensor([0, K // TILE], dtype=torch.int32)
     if tiled:
-        for config in wgrad.KNOWN:
-            contenders[describe(**config)] = partial(wgrad.launch, *x, *w, first, out[None], **config)
+        first = torch.tensor([0, K // TILE], dtype=torch.int32)
+        for name, launch in ours_of_wgrad():
+            contenders[name] = partial(launch, *x, *w, first, out[None])
+    elif M <= 128:
+        contenders = {name: captured(run) for name, run in contenders.items()}
+        for config in (c for c in small_gemm.KNOWN if M <= c["rows"] <= max(16, 2 * M - 1)):
+            for splits in (s for s in (1, 2, 3, 4, 8) if small_gemm.takes(s, Problem("gemm", M, N, K))):
+                run = partial(small_gemm.launch, *x, *w, out, splits=splits, **config)
+                contenders[f"{config['blocks']} blocks, {splits} splits"] = captured(run)
     else:
         for config in gemm.KNOWN:
             contenders[describe(**config)] = partial(gemm.launch, *x, *w, out, **config)
@@ -118,8 +127,50 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
         contenders[name]()
         close(out, *x, *w)
 
-    traffic = M * K + N * K + 2 * M * N
+    traffic = M * K + N * K + M * N * out.element_size()
     return Case(f"{M}x{N}x{K}", contenders, check, 2 * M * N * K, traffic)
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """Replays of `run`, as decoding would: the host's part of a few microseconds' work is not what is asked."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+
+    def replay(keep=run) -> None:
+        graph.replay()
+
+    return replay
+
+
+def ours_of_wgrad() -> Iterator[tuple[str, Callable[..., None]]]:
+    for config in wgrad.KNOWN:
+        yield describe(**config), partial(wgrad.launch, **config)
+    for config in wgrad_specialized.KNOWN:
+        yield f"specialized {config['columns']} s{config['num_stages']}", partial(wgrad_specialized.launch, **config)
+
+
+def accumulated(P: int, N: int, K: int) -> Case:
+    """dw += dyᵀ x, in float32; the library in two steps."""
+    dyt, xt = (ops.quantize_tile_t(normal(P, n), None, FLOOR, False) for n in (N, K))
+    dw, product, first = torch.zeros(N, K), torch.empty(N, K), torch.tensor([0, P // TILE], dtype=torch.int32)
+
+    def library() -> None:
+        gemm.cublaslt(*dyt, *xt, product, w_tiled=True)
+        dw.add_(product)
+
+    contenders = {"cublaslt, then add": library}
+    for name, launch in ours_of_wgrad():
+        contenders[name] = partial(launch, *dyt, *xt, first, dw[None], accumulate=True)
+
+    def check(name: str) -> None:
+        dw.zero_()
+        contenders[name]()
+        close(dw, *dyt, *xt)
+
+    return Case(f"{N}x{K}x{P} accumulated", contenders, check, 2 * P * N * K, P * (N + K) + 8 * N * K)
 
 
 def describe(rows: int, columns: int, halves: int, num_warps: int, num_stages: int, chunk: int = 1, **_: int) -> str:
@@ -162,8 +213,8 @@ def grouped_wgrad(E: int, rows: int, N: int, K: int) -> Case:
     out = torch.empty(E, N, K, dtype=torch.bfloat16)
     contenders = {"bf16": lambda: torch.nn.functional.grouped_mm(dy_bf16.T, x_bf16, offs=offs)}
     first = torch.arange(E + 1, dtype=torch.int32) * -(-rows // TILE)
-    for config in wgrad.KNOWN:
-        contenders[describe(**config)] = partial(wgrad.launch, *dyt, *xt, first, out, **config)
+    for name, launch in ours_of_wgrad():
+        contenders[name] = partial(launch, *dyt, *xt, first, out)
 
     def check(name: str) -> None:
         out.fill_(torch.nan)
@@ -179,12 +230,14 @@ def sections() -> dict[str, Callable[[], Iterator[Case]]]:
     return {
         "grouped": lambda: (grouped(*g, *e, ragged) for g in GROUPS for e in EXPERTS for ragged in (False, True)),
         "dense": lambda: (plain(4096, N, K, False) for N, K in DENSE),
-        "grouped-wgrad": lambda: (grouped_wgrad(*g, *e) for g in [(256, 128), (8, 4096)] for e in EXPERTS),
-        "wgrad": lambda: (plain(M, N, 4096, True) for M, N in [(7168, 4096), (24576, 1536), (7168, 16384)]),
-        "casts": casts,
-        "small": lambda: (
-            plain(M, N, K, False) for M, N, K in [(64, 7168, 2048), (64, 24576, 1536), (128, 4096, 7168)]
+        "grouped-wgrad": lambda: (grouped_wgrad(*g, *e) for g in [(256, 128), (8, 4096), (4, 8192)] for e in EXPERTS),
+        "wgrad": lambda: (
+            case
+            for N, K in [(7168, 4096), (24576, 1536), (7168, 16384)]
+            for case in (plain(N, K, 4096, True), accumulated(4096, N, K))
         ),
+        "casts": casts,
+        "small": lambda: (plain(M, N, K, False) for M in (16, 64, 128) for N, K in DENSE),
         "decode": lambda: (grouped(256, rows, *e, True) for rows in (2, 16) for e in EXPERTS),
     }
 

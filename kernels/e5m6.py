@@ -15,7 +15,7 @@ from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import _maximum, _readable, _reciprocal, _scale_inv, column_major
 from dsv3c.numerics import TILE, ceil_div
 
-ROWS = 16  # of a program
+ROWS = 32  # of a program
 
 
 @triton.jit
@@ -37,14 +37,17 @@ def _quantize_e5m6_kernel(x_ptr, packed_ptr, scale_inv_ptr, R, K, x_stride, amax
     scale_inv = _scale_inv(tl.reduce(tl.abs(x), 1, _maximum), amax_floor, True, 65024)
     tl.store(scale_inv_ptr + tile.to(tl.int64) * R + rows, scale_inv, mask=rows < R)
     x *= _reciprocal(scale_inv)[:, None]
-    size = tl.abs(x)
-    bits = size.to(tl.int32, bitcast=True)
-    normal = ((bits + 0xFFFF + ((bits >> 17) & 1)) >> 17) - (112 << 6)
-    subnormal = (size + 8.0).to(tl.int32, bitcast=True) & 0x7F  # 8 has the spacing of the subnormals: the sum rounds
-    code = tl.where(size < 2.0**-14, subnormal, normal)
-    code = tl.where(size == size, code, 0x7E0) | ((x.to(tl.int32, bitcast=True) >> 20) & 0x800)
-    even, odd = tl.split(tl.reshape(code, (ROWS, 16, 2, 2, 2)))
-    first, second = tl.split(even | (odd << 12))  # 24 bits each
+    # Added to a number 2^17 times its own power of two, x keeps 6 bits of mantissa; then it is a float16.
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.maximum(power, 2.0**-14)
+    rounded = tl.fma(power, 1.5 * 2.0**17, x)
+    rounded = tl.fma(power, -1.5 * 2.0**17, rounded).to(tl.int32, bitcast=True)
+    rounded = (rounded & 0x7FFFFFFF) | (x.to(tl.int32, bitcast=True) & -0x80000000)  # -0 too
+    even, odd = tl.split(tl.reshape(rounded.to(tl.float32, bitcast=True), (ROWS, 16, 2, 2, 2)))
+    pair = tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=tl.int32, is_pure=True, pack=1
+    )
+    first, second = tl.split(((pair >> 4) & 0xFFF) | ((pair >> 8) & 0xFFF000))
     a, c = tl.split(first)
     b, d = tl.split(second)
     tl.store(packed_ptr + words, a | (b << 24), mask=inside)

@@ -2,7 +2,8 @@
 stream.
 
 Every group is cut into tiles of `block` rows, the last one short; groups without rows have no tile. Tiles are numbered
-through all groups. There are at most ⌈R/block⌉ + E of them, which is what the host allocates and launches for.
+through all groups. There are at most ⌈R/block⌉ + min(E, R) of them, which is what the host allocates and launches for:
+few where few rows meet many groups, as in decoding.
 """
 
 from collections.abc import Iterator
@@ -38,12 +39,13 @@ def _tile_map_kernel(offs_ptr, tiles_ptr, first_ptr, E, bound, BLOCK: tl.constex
 
 
 def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
-    """`tiles` int32 [3, ⌈rows/block⌉ + E]: each tile's group, its first row, and the end of its group's rows;
+    """`tiles` int32 [3, ⌈rows/block⌉ + min(E, rows)]: each tile's group, its first row, and its group's end;
     `first` int32 [E + 1]: each group's first tile, then the number of tiles. Tiles from that number on are not written.
     """
     E = len(offs)
-    bound = ceil_div(rows, block) + E
-    tiles = torch.empty((3, bound), dtype=torch.int32, device=offs.device)
+    bound = ceil_div(rows, block) + min(E, rows)
+    tiles = torch.empty(3 * bound + E, dtype=torch.int32, device=offs.device)  # `swiglu.py` reads on, and drops it
+    tiles = tiles[: 3 * bound].view(3, bound)
     first = torch.empty(E + 1, dtype=torch.int32, device=offs.device)
     _tile_map_kernel[(E + 1,)](offs, tiles, first, E, bound, block, triton.next_power_of_2(E), num_warps=1)
     return tiles, first

@@ -11,7 +11,8 @@ pages of memory.
 The transposing casts (`_retile_kernel`) are in Gluon, which lets a thread have four columns of 16 rows: four scales to
 compute for 64 values. The tile waits in shared memory meanwhile and is read from there once for the maxima and once
 for the values, so that few registers are taken and enough programs are in flight. Moving single bytes would be the next
-bottleneck, so four rows of a column are packed into a word before they are transposed.
+bottleneck, so four rows of a column are packed into a word before they are transposed. (H200, 32768×7168, in parts of a
+copy's speed: `quantize_tile` 100 %, `quantize_tile_t` 89 %, `requantize_t` 71 %.)
 """
 
 from collections.abc import Iterator
@@ -131,7 +132,7 @@ def _retile_kernel(
     Tiles that no group has are zero in t; those of them that are needed have the rows of no group for q.
     """
     WARPS: gl.constexpr = gl.num_warps()
-    VECTOR: gl.constexpr = 16 if ROWWISE else 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # columns a thread loads
+    VECTOR: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # columns a thread loads
     LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // COLUMNS, COLUMNS // VECTOR], [WARPS, 1], [1, 0])
     MAXIMUM: gl.constexpr = gl.BlockedLayout([1, 4], [128 // COLUMNS, COLUMNS // 4], [WARPS, 1], [1, 0])
     DIVIDE: gl.constexpr = gl.BlockedLayout([4, 4], [128 // COLUMNS, COLUMNS // 4], [WARPS, 1], [1, 0])
@@ -156,19 +157,26 @@ def _retile_kernel(
     x = gl.load(x_ptr + row_64 * x_stride + columns[None, :], mask=inside, other=0.0)
     shared = gl.allocate_shared_memory(x.dtype, (128, COLUMNS), gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     row_scales = gl.allocate_shared_memory(gl.float32, (128,), gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    shared.store(gl.where(mine, x, gl.zeros_like(x)) if ROWWISE and GROUPED else x)
+    shared.store(x)
     if DEQUANTIZE:
         scaled = start + gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
         x_scale_inv_ptr += column_tile * COLUMNS // 128 * scale_stride
         row_scales.store(gl.load(x_scale_inv_ptr + scaled, mask=scaled < end, other=0.0))
-    if ROWWISE:
-        wide = x.to(gl.float32)
-        scale_inv = _scale_inv(gl.reduce(gl.abs(wide), 1, _maximum), amax_floor, POW2)
-        q = _divide(wide, scale_inv[:, None], _reciprocal(scale_inv)[:, None]).to(gl.float8e4nv)
-        gl.store(q_ptr + row_64 * K + columns[None, :], q, mask=inside)
-        gl.store(scale_inv_ptr + column_tile.to(gl.int64) * R + row, scale_inv, mask=row < row_end)
+    if ROWWISE:  # in quarters, which take few registers
+        ROW: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+        columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, ROW))
+        for first_row in gl.static_range(0, 128, 32):
+            row = start + first_row + gl.arange(0, 32, gl.SliceLayout(1, ROW))
+            wide = shared.slice(first_row, 32).load(ROW).to(gl.float32)
+            scale_inv = _scale_inv(gl.reduce(gl.abs(wide), 1, _maximum), amax_floor, POW2)
+            q = _divide(wide, scale_inv[:, None], _reciprocal(scale_inv)[:, None]).to(gl.float8e4nv)
+            inside = (row[:, None] < row_end) & (columns[None, :] < K)
+            gl.store(q_ptr + row[:, None].to(gl.int64) * K + columns[None, :], q, mask=inside)
+            gl.store(scale_inv_ptr + column_tile.to(gl.int64) * R + row, scale_inv, mask=row < row_end)
     # The same values twice, in two layouts: one would keep them in registers from the maximum to the division.
     amax = gl.reduce(gl.abs(_load_tile(shared, row_scales, MAXIMUM, DEQUANTIZE)), 0, _maximum)
+    if ROWWISE and GROUPED:
+        amax = gl.where(mine, amax, 0.0)
     scale_inv = _scale_inv(amax, amax_floor, POW2)
     x0, x1, x2, x3 = _quarters(_load_tile(shared, row_scales, DIVIDE, DEQUANTIZE))
     COLUMN: gl.constexpr = gl.SliceLayout(0, x0.type.layout)
@@ -178,6 +186,8 @@ def _retile_kernel(
         _divide(x0, divisor, factor), _divide(x1, divisor, factor),
         _divide(x2, divisor, factor), _divide(x3, divisor, factor),
     )  # fmt: skip
+    if ROWWISE and GROUPED:
+        words = gl.where(mine, words, 0)
     words = gl.convert_layout(gl.permute(words, (1, 0)), STORE)
     columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(1, STORE))
     word = tile * 32 + gl.arange(0, 32, gl.SliceLayout(0, STORE))
@@ -276,7 +286,7 @@ def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> N
 
 def _tile_of(rowwise: bool) -> tuple[int, int]:
     """Columns and warps of a program of `_retile_kernel`; a tile along the rows takes 128 columns."""
-    return (128, 8) if rowwise else (64, 4)
+    return (128, 4) if rowwise else (64, 2)
 
 
 def quantize_block(w_NK: Tensor, amax_floor: float, pow2: bool, out: tuple[Tensor, Tensor]) -> None:

@@ -125,7 +125,7 @@ def quantize_e5m6_ref(x_RK: Tensor, amax_floor: float) -> tuple[Tensor, Tensor]:
     normal = (bits + 0xFFFF + (bits >> 17 & 1) >> 17) - (112 << 6)  # to the nearest, ties to even; 112 = 127 - 15
     subnormal = (x.abs() * 2.0**20).round().to(torch.int32)
     code = torch.where(x.abs() < 2.0**-14, subnormal, normal)
-    code = torch.where(x.isnan(), 0x7E0, code) | (x.signbit().to(torch.int32) << 11)
+    code = torch.where(x.isnan(), 0x7FF, code) | (x.signbit().to(torch.int32) << 11)
     pair = (code[:, 0::2] | code[:, 1::2] << 12).contiguous()
     return pair.view(torch.uint8).view(R, K // 2, 4)[:, :, :3].reshape(R, K // 2 * 3), _column_major(scale_inv_RG)
 

@@ -213,6 +213,21 @@ def test_grouped(check, sizes, N, K, dtype):
         check.assert_product(dw[e], *check.product(*operands), n)
 
 
+def test_fewer_rows_than_groups(check):
+    """As in decoding: most experts have none, and the launch is for few tiles; the casts' is for all padding."""
+    sizes = [0] * 20 + [2] + [0] * 30 + [1, 0, 1] + [0] * 10
+    offs = check.ends(sizes, device="cuda")
+    x = ops.quantize_tile(check.varied(4, 512, device="cuda"), FLOOR, False)
+    w, w_scale_inv = ops.quantize_block(
+        check.varied(len(sizes) * 256, 512, device="cuda").view(-1, 256, 512), FLOOR, False
+    )
+    y = ops.grouped_gemm(*x, w, w_scale_inv, offs, torch.float32)
+    for row, e in enumerate((20, 20, 51, 53)):
+        mine = slice(row, row + 1)
+        check.assert_product(y[mine], *check.product(x[0][mine], x[1][mine], w[e], w_scale_inv[e]), 512)
+    assert_same_bits(ops.requantize_t(*x, offs, FLOOR, False), reference.requantize_t_ref(*x, offs, FLOOR, False))
+
+
 def test_in_a_cuda_graph(check):
     """No host synchronisation: groups that change after the capture are the ones that count."""
     offs = check.ends([100, 28], device="cuda")

@@ -131,7 +131,6 @@ def test_what_is_registered(operator, monkeypatch, request):
         implementation, config = default(Problem(operator, rows * 8, 4096, 7168, 8 if "grouped" in operator else 1))
         assert found[implementation.name] is implementation
         assert implementation.holds(config)
-    for name, implementation in found.items():
-        configs = list(implementation.configs())
-        assert all(implementation.holds(config) for config in (*configs, *implementation.known))
-        assert len(configs) >= (200 if name == "triton" else 1)
+    for implementation in found.values():
+        assert all(implementation.holds(config) for config in (*implementation.configs(), *implementation.known))
+    assert max(len(list(implementation.configs())) for implementation in found.values()) >= 200
