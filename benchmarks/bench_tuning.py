@@ -184,7 +184,8 @@ def main() -> None:
         print(json.dumps(replay()))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    {"compile": compile_all, "sweep": sweep, "held-back": held_back}[arguments.what](arguments.out)
+    what: dict[str, Callable[[Path], object]] = {"compile": compile_all, "sweep": sweep, "held-back": held_back}
+    what[arguments.what](arguments.out)
 
 
 if __name__ == "__main__":

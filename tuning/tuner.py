@@ -8,7 +8,7 @@ from pathlib import Path
 import optuna
 import torch
 
-from dsv3c.kernels.implementations import Problem, implementations
+from dsv3c.kernels.implementations import Config, Problem, implementations
 from dsv3c.tuning import study as studies
 from dsv3c.tuning.buckets import bucket
 from dsv3c.tuning.prefilter import Of, Verdict
@@ -52,7 +52,7 @@ def first_choices(problem: Problem, names: Iterable[str], rows: Iterable[Row], m
     known = zip_longest(
         *([(name, config) for config in implementation.known] for name, implementation in found.items())
     )
-    choices = [(name, {}) for name, implementation in found.items() if not implementation.space]
+    choices: list[tuple[str, Config]] = [(name, {}) for name in found if not found[name].space]
     choices += [(entry.implementation, entry.config) for entry in bests[:NEIGHBOURS]]
     choices += [choice for in_turn in known for choice in in_turn if choice is not None]
     return list({studies.key(*choice): (choice[0], dict(choice[1])) for choice in choices}.values())[:most]
