@@ -158,7 +158,11 @@ def replay(seeds: int = 20) -> dict[str, list[float]]:
     """Regrets of studies that begin with the known configurations, as `dsv3c tune` does, and of studies without."""
     rows, report = [], {}
     for found in recorded():
-        known = [choice for choice in tuner.first_choices(found.problem, []) if studies.key(*choice) in found.times]
+        known = [
+            choice
+            for choice in tuner.first_choices(found.problem, found.configs, [], 20)
+            if studies.key(*choice) in found.times
+        ]
         for how, first in (("known first", known), ("from nothing", [])):
             regrets = [found.regret(seed, first) for seed in range(seeds)]
             within = sum(regret <= 0.03 for regret in regrets)

@@ -33,7 +33,7 @@ from dsv3c.config import ModelConfig
 from dsv3c.errors import ArtifactError
 from dsv3c.families import call_of
 from dsv3c.fp8_weights import recipe_of
-from dsv3c.model import DecoderLayer, RMSNorm
+from dsv3c.model import DecoderLayer, RMSNorm, Rotary
 from dsv3c.passes import Pipeline, default
 from dsv3c.report import EAGER, Report, UnitReport
 from dsv3c.source import model_config
@@ -149,7 +149,7 @@ def kinds(config: ModelConfig) -> dict[str, int]:
     """Kind of module of the main model -> how many there are. Equal ones share everything but their parameters."""
     main = config.moe_layers[: config.num_hidden_layers]
     layers = {"dense_layer": main.count(False), "moe_layer": main.count(True)}
-    return {kind: count for kind, count in layers.items() if count} | {"final_norm": 1, "head": 1}
+    return {kind: count for kind, count in layers.items() if count} | {"rotary": 1, "final_norm": 1, "head": 1}
 
 
 def unit_of(config: ModelConfig, kind: str, mode: Mode) -> Unit:
@@ -161,7 +161,10 @@ def unit_of(config: ModelConfig, kind: str, mode: Mode) -> Unit:
     x = meta(1, mode.tokens, config.hidden_size, gradient=mode.training)
     tensors: tuple[torch.Tensor | None, ...] = (x,)
     with torch.device("meta"):
-        if kind == "final_norm":
+        if kind == "rotary":
+            module = Rotary(config)
+            tensors = (x, meta(1, mode.tokens, dtype=torch.int64))
+        elif kind == "final_norm":
             module = RMSNorm(config.hidden_size, config.rms_norm_eps)
         elif kind == "head":
             module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

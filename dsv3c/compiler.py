@@ -46,7 +46,7 @@ def compile(  # the name users type
     skip: Collection[str] = (),
     passes: Sequence[Pass] | None = None,
 ) -> Model:
-    """The same model with its layers, final norm and head compiled; `model` itself stays eager.
+    """The same model with all but its embedding compiled; `model` itself stays eager.
 
     The result is of the same class, with the same call, config, `generate`, `state_dict` and Parameter objects.
     Nothing is compiled before the first call. `result.weights_changed()` says that weights were written behind

@@ -1,8 +1,8 @@
 """How a family of models meets the compiler: which modules are compiled, and how one is called with tensors alone.
 
-A compiled unit is a decoder layer, the final norm or the head, as a function of its parameters and of tensors: no Cache
-object, no layer index. A `Call` says how to get there from the module's own signature and back. Two families: ours,
-and transformers' unmodified DeepseekV3.
+A compiled unit is a decoder layer, the rotary angles, the final norm or the head, as a function of its parameters and
+of tensors: no Cache object, no layer index. A `Call` says how to get there from the module's own signature and back.
+Two families: ours, and transformers' unmodified DeepseekV3.
 """
 
 from collections.abc import Callable, Iterator
@@ -123,10 +123,29 @@ class RowWise:
 
     def forward(self, module, run):
         def forward(x):
-            # Of a view, such as the last tokens alone, Dynamo would guard the sizes of what it is a view of.
-            return run(x if x._base is None else x.clone(memory_format=torch.contiguous_format))
+            return run(_no_view(x))
 
         return forward
+
+
+class Angles:
+    """The rotary angles of x [B, T, D], whose dtype alone counts, at position_ids [B, T]."""
+
+    symbolic = ((0, 1), (0, 1))
+
+    def trace(self, call, x, position_ids):
+        return call(x, position_ids)
+
+    def forward(self, module, run):
+        def forward(x, position_ids):
+            return run(x, _no_view(position_ids))
+
+        return forward
+
+
+def _no_view(x: Tensor) -> Tensor:
+    """x, or a copy: of a view, such as the last tokens alone, Dynamo guards the sizes of what it is a view of."""
+    return x if x._base is None else x.clone(memory_format=torch.contiguous_format)
 
 
 def _past_of(cache, index: int) -> tuple[Tensor | None, Tensor | None] | None:
@@ -150,12 +169,29 @@ LAYERS: dict[str, Call] = {
     "DeepseekV3DecoderLayer": TransformersLayer(),
 }
 
-# Paths of the other compiled modules, the same in both families.
-AFTER_LAYERS = ("model.norm", "lm_head")
+# Path of the other compiled modules, the same in both families -> what their units are called, and how.
+OTHERS: dict[str, tuple[str, Call]] = {
+    "model.rotary_emb": ("rotary", Angles()),
+    "model.norm": ("final_norm", RowWise()),
+    "lm_head": ("head", RowWise()),
+}
+_BY_CLASS = {
+    "Rotary": "model.rotary_emb",
+    "DeepseekV3RotaryEmbedding": "model.rotary_emb",
+    "RMSNorm": "model.norm",
+    "DeepseekV3RMSNorm": "model.norm",
+    "Linear": "lm_head",
+}
 
 
 def call_of(module: nn.Module) -> Call:
-    return LAYERS.get(type(module).__name__) or RowWise()
+    name = type(module).__name__
+    return LAYERS[name] if name in LAYERS else OTHERS[_BY_CLASS[name]][1]
+
+
+def kind_of(module_class: str) -> str:
+    """What units of other modules than layers are called."""
+    return OTHERS[_BY_CLASS[module_class]][0]
 
 
 def check(model: nn.Module) -> None:
@@ -193,7 +229,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def compiled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that become units, by path: the layers, the final norm and the head."""
+    """The modules that become units, by path: the layers, rotary angles, final norm and head."""
     yield from layers(model)
     modules = dict(model.named_modules())
-    yield from ((path, modules[path]) for path in AFTER_LAYERS if path in modules)
+    yield from ((path, modules[path]) for path in OTHERS if path in modules)

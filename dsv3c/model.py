@@ -65,6 +65,17 @@ def rotary(config: ModelConfig, position_ids_BT: Tensor, dtype: torch.dtype) -> 
     return angle_BTr.cos() * factor, angle_BTr.sin() * factor
 
 
+class Rotary(nn.Module):
+    """`rotary` for the tokens of x [B, T, D], in at least float32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x_BTD: Tensor, position_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(self.config, position_ids_BT, at_least_float32(x_BTD.dtype))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates interleaved pairs (x0, x1), (x2, x3), … [..., 2r]; the result holds all first halves, then all second."""
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -301,6 +312,7 @@ class Decoder(nn.Module):
         kinds = [DecoderLayer] * config.num_hidden_layers + [MTPLayer] * mtp
         self.layers = nn.ModuleList(kind(config, moe=moe) for kind, moe in zip(kinds, config.moe_layers, strict=False))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = Rotary(config)
 
 
 class DeepseekV3(nn.Module):
@@ -368,7 +380,7 @@ class DeepseekV3(nn.Module):
         mask = attend(attention_mask, position_ids, cached)
 
         embedded_BTD = x_BTD = self.model.embed_tokens(input_ids)
-        cos_BTr, sin_BTr = rotary(self.config, position_ids, at_least_float32(x_BTD.dtype))
+        cos_BTr, sin_BTr = self.model.rotary_emb(x_BTD, position_ids)
         for index, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
             past = cache.past(index) if cache is not None else None
             x_BTD, latent_BTL = layer(x_BTD, cos_BTr, sin_BTr, mask, past)

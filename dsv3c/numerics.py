@@ -130,8 +130,8 @@ def sigmoid_bound(x: Tensor) -> Tensor:
 
 
 def swiglu_bound(gate: Tensor, a: Tensor) -> Tensor:
-    """Largest error of a = silu(gate)·up·weight: the sigmoid's and three products'. 2^-100: where exp overflows."""
-    return (sigmoid_bound(gate) + 3 * unit_roundoff(torch.float32)) * a.abs() + 2.0**-100 * (a != 0)
+    """Largest error of a = silu(gate)·up·weight: the sigmoid's and three products'; all of a where exp overflows."""
+    return torch.where(gate < -87, 1, sigmoid_bound(gate) + 3 * unit_roundoff(torch.float32)) * a.abs()
 
 
 def swiglu_gradient_bound(gate: Tensor, dup: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,6 +139,7 @@ def swiglu_gradient_bound(gate: Tensor, dup: Tensor, factor: Tensor) -> tuple[Te
 
     dup as a. Within dgate's bracket: silu - silu·s and s have relative errors of at most δ + u, the sigmoid's δ and a
     product's, in each occurrence of s and silu, and the bracket, at most 1.1, is rounded twice; then three products.
+    Where exp overflows, the bracket is 0 and should be less than 2^-100.
     """
     gate, u = gate.double(), unit_roundoff(torch.float32)
     relative, sigmoid = sigmoid_bound(gate) + 5 * u, gate.sigmoid()

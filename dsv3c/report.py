@@ -26,7 +26,7 @@ from dsv3c.weights import QuantizedWeights
 
 _AMOUNTS = ["operators", "GFLOP", "MB"]
 
-EAGER = "the embedding and the rotary angles are not compiled and not in these numbers"
+EAGER = "the embedding is not compiled and not in these numbers"
 
 
 @dataclass(frozen=True)

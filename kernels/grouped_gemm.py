@@ -107,7 +107,11 @@ def launch(
 
 
 def default(problem: Problem) -> tuple[str, dict[str, Any]]:
-    return "triton", KNOWN[2 if problem.rows <= 64 * problem.groups else -1]
+    from dsv3c.kernels import warp_specialized  # which is built on this file
+
+    if problem.rows <= 64 * problem.groups or not warp_specialized.takes(problem):
+        return "triton", KNOWN[2 if problem.rows <= 64 * problem.groups else -1]
+    return "warp_specialized", warp_specialized.KNOWN[2 if problem.rows <= 128 * problem.groups else 0]
 
 
 def variant(config: dict[str, Any]) -> Variant:

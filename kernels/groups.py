@@ -39,7 +39,7 @@ def _tile_map_kernel(offs_ptr, tiles_ptr, first_ptr, E, bound, BLOCK: tl.constex
 
 
 def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
-    """`tiles` int32 [3, ⌈rows/block⌉ + min(E, rows)]: each tile's group, its first row, and the end of its group's rows;
+    """`tiles` int32 [3, ⌈rows/block⌉ + min(E, rows)]: each tile's group, its first row, and its group's end;
     `first` int32 [E + 1]: each group's first tile, then the number of tiles. Tiles from that number on are not written.
     """
     E = len(offs)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dsv3c.kernels.gemm import aligned
 from dsv3c.kernels.mla_decode_gluon import BUFFER, mla_decode_kernel
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.reference.mla_decode import LATENT, RANK
@@ -77,32 +78,18 @@ def mla_decode(
     B, T, H, _ = q.shape
     rows = round_up(T * H, ROWS)
     groups = max(torch.cuda.get_device_properties(q.device).multi_processor_count // (rows // ROWS), 1)
+    batch = max(triton.next_power_of_2(B), 128)  # up to 128 sequences one kernel
     partial = q.new_empty((groups, 2, rows, RANK), dtype=torch.float32)
     partial_lse = q.new_empty((groups, 2, rows), dtype=torch.float32)
-    q, cache, block_table, lengths = (x.contiguous() for x in (q, cache, block_table, lengths))
-    descs = [TensorDescriptor.from_tensor(x.view(-1, LATENT), [64, 64], BUFFER) for x in (q, cache)]
+    block_table, lengths = block_table.contiguous(), lengths.contiguous()
+    flat = (aligned(x.contiguous()).view(-1, LATENT) for x in (q, cache))
+    descs = [TensorDescriptor.from_tensor(x, [64, 64], BUFFER) for x in flat]
     mla_decode_kernel[(groups * rows // ROWS,)](
         *descs, block_table, lengths, out, lse, partial, partial_lse, B, T, H, block_table.shape[1],
-        softmax_scale * LOG2_E, _batch(B), num_warps=4,
+        softmax_scale * LOG2_E, batch, num_warps=4,
     )  # fmt: skip
-    combine(partial, partial_lse, lengths, out, lse)
-
-
-def combine(partial: Tensor, partial_lse: Tensor, lengths: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Fills those sequences of out [B, T, H, RANK] and lse that no single group has finished.
-
-    partial [groups, 2, rows, RANK] and partial_lse [groups, 2, rows], in base 2: see the schedule above.
-    """
-    B, T, H, _ = out.shape
-    rows = 8 if B * T * H >= 4096 else 1  # few rows have many parts
-    _combine_kernel[(B, ceil_div(T * H, rows))](
-        partial, partial_lse, lengths, out, lse, B, T * H, len(partial), _batch(B), rows
-    )
-
-
-def _batch(B: int) -> int:
-    """One kernel for all batches up to 128."""
-    return max(triton.next_power_of_2(B), 128)
+    part = 8 if B * T * H >= 4096 else 1  # rows a program; few rows have many partial results
+    _combine_kernel[(B, ceil_div(T * H, part))](partial, partial_lse, lengths, out, lse, B, T * H, groups, batch, part)
 
 
 def variants() -> Iterator[Variant]:

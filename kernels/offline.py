@@ -100,9 +100,13 @@ def resources(compiled: CompiledKernel) -> Resources:
 
 def _spills(code: str) -> int:
     lines = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)]
-    jumps = [(int(m[1], 16), at) for at, op in lines if (m := re.search(r"BRA\S* .*?(0x[0-9a-f]+)", op))]
-    loops = sorted(((to, at) for to, at in jumps if to <= at), key=lambda loop: loop[1] - loop[0])
-    innermost = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "GMMA" in op}
+    jumps = [(int(m[1], 16), at, op) for at, op in lines if (m := re.search(r"BRA\S* .*?(0x[0-9a-f]+)", op))]
+    # those on a condition first: others often return from a wait that is written out of line
+    loops = sorted((not op.startswith("@"), at - to, to, at) for to, at, op in jumps if to <= at)
+    loops = [(first, last) for _, _, first, last in loops]
+    around = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "GMMA" in op}
+    # without a loop over tiles around a product that is also written out behind its own loop
+    innermost = {a for a in around if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in around)}
     spilled = [at for at, op in lines if "STL" in op or "LDL" in op]
     return sum(not innermost or any(first <= at <= last for first, last in innermost) for at in spilled)
 

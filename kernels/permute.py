@@ -4,6 +4,10 @@ A program has one token, whose row it reads once, and all its copies: `permute` 
 and `unpermute` sums a token's rows in registers, in the order of its slots. Neither needs an atomic or a second pass.
 Scales of tiles are column-major, so the rows of a token have theirs in lone words; those are moved the other way
 round, gathered for neighbouring rows of one column, by programs of their own in the same launch.
+
+Measured on an H200 (4096 tokens, 8 experts each, 7168 features), beside a copy of as many bytes: permute 76 µs to 70
+(filling what it writes takes 74), unpermute 131 to 131, unpermute_backward 259 to 241. Gathering by row instead, 80;
+quantising in the same kernel, 97, and quantize_tile alone, 28: permute takes what is quantised already.
 """
 
 from collections.abc import Iterator

@@ -3,6 +3,9 @@ norm and rotation and cast, and keys put together from what the heads share and 
 
 Memory-bound. A pair that is rotated is one 32-bit word of two BF16 numbers, so that interleaved pairs are loaded and
 stored 16 bytes at a time.
+
+H200, 4096 tokens and 128 heads, in the time of a copy of as many bytes: queries 0.88 (42 µs), their gradient 0.79, the
+latent 0.89 (8 µs), its gradient 0.41 (20 µs), keys 0.88 (94 µs), their gradient 0.93 (158 µs).
 """
 
 from collections.abc import Iterator
@@ -92,12 +95,12 @@ def _latent_backward_kernel(
     pair = tl.arange(0, PAIRS)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
-    for row_32 in range(program, R, tl.num_programs(0)):
-        row = row_32.to(tl.int64)
-        at = row * (K + 2 * PAIRS)
+    stride = (K + 2 * PAIRS).to(tl.int64)
+    for row in range(program, R, tl.num_programs(0)):
+        at = row * stride
         rstd = tl.load(rstd_ptr + row)
-        x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32) * rstd
-        dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride.to(tl.int64) + column, mask=inside, other=0.0).to(tl.float32) * rstd
+        dy = tl.load(dy_ptr + row * dy_stride.to(tl.int64) + column, mask=inside, other=0.0).to(tl.float32)
         first = tl.load(drope_ptr + row * 2 * PAIRS + pair).to(tl.float32)
         second = tl.load(drope_ptr + row * 2 * PAIRS + PAIRS + pair).to(tl.float32)
         cos = tl.load(cos_ptr + row * PAIRS + pair).to(tl.float32)

@@ -19,6 +19,8 @@ from triton.language.extra import libdevice
 from dsv3c.kernels.offline import F32, I32, Variant
 from dsv3c.numerics import ceil_div, round_up
 
+GATE_TOKENS, BACKWARD_TOKENS = 2, 4  # of one program, which is one warp
+MOST_TILES, COUNT_BLOCK, SORT = 128, 256, {"BLOCK": 32, "CHUNK": 64}
 LOWEST = tl.constexpr(-(2**31))  # less than the key of any number
 MINUS_INFINITY = tl.constexpr(-2139095041)  # its key
 
@@ -206,10 +208,9 @@ def gate(
         return
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     bias_E = bias_E if bias_E is None else bias_E.contiguous()
-    tokens = 2
-    _gate_kernel[(ceil_div(T, tokens),)](
+    _gate_kernel[(ceil_div(T, GATE_TOKENS),)](
         logits_TE, bias_E, *out, T, logits_TE.stride(0), routed_scaling_factor,
-        *_gate_constants(E, n_group, topk_group, top_k, norm_topk_prob).values(), tokens, num_warps=1,
+        *_gate_constants(E, n_group, topk_group, top_k, norm_topk_prob).values(), GATE_TOKENS, num_warps=1,
     )  # fmt: skip
 
 
@@ -233,11 +234,10 @@ def gate_backward(
     if T == 0:
         return
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
-    tokens = 4
-    _gate_backward_kernel[(ceil_div(T, tokens),)](
+    _gate_backward_kernel[(ceil_div(T, BACKWARD_TOKENS),)](
         dtopk_weights_TK.contiguous(), logits_TE, topk_idx_TK.contiguous(), out, T, logits_TE.stride(0),
         routed_scaling_factor, E, top_k, is_softmax, norm_topk_prob, triton.next_power_of_2(E),
-        triton.next_power_of_2(top_k), tokens, num_warps=1,
+        triton.next_power_of_2(top_k), BACKWARD_TOKENS, num_warps=1,
     )  # fmt: skip
 
 
@@ -250,10 +250,6 @@ def sort_by_expert(topk_idx_TK: Tensor, num_experts: int, out: tuple[Tensor, Ten
     sizes = {"E": num_experts, "PLACES": _places(num_experts)}
     _count_experts_kernel[(tiles,)](topk_idx_TK, counts, R, tile, **sizes, BLOCK=COUNT_BLOCK)
     _sort_by_expert_kernel[(tiles,)](topk_idx_TK, counts, *out, R, tiles, tile, **sizes, **SORT)
-
-
-MOST_TILES, COUNT_BLOCK = 128, 256
-SORT = {"BLOCK": 32, "CHUNK": 64}
 
 
 def _places(num_experts: int) -> int:
@@ -269,10 +265,11 @@ def variants() -> Iterator[Variant]:
         (plain, (160, 8, 3, 6, False)),  # V2
         (plain, (64, 1, 1, 6, False)),  # V2-Lite
     ]:
-        constants = none | _gate_constants(*sizes) | {"TOKENS": 2}
+        constants = none | _gate_constants(*sizes) | {"TOKENS": GATE_TOKENS}
         yield Variant(_gate_kernel, operands | bias, constants, num_warps=1)
     for softmax in (False, True):
-        constants = {"E": 256, "TOP_K": 8, "SOFTMAX": softmax, "NORM": True, "PLACES": 256, "SLOTS": 8, "TOKENS": 4}
+        constants = {"E": 256, "TOP_K": 8, "SOFTMAX": softmax, "NORM": True, "PLACES": 256, "SLOTS": 8}
+        constants |= {"TOKENS": BACKWARD_TOKENS}
         arguments = {"dweights_ptr": F32, "logits_ptr": F32, "idx_ptr": I32, "dlogits_ptr": F32, "factor": "fp32"}
         yield Variant(_gate_backward_kernel, arguments, constants, num_warps=1)
     sizes = {"E": 256, "PLACES": 256}

@@ -3,15 +3,15 @@
 What plain Triton (`gemm.py`) cannot say: one warp only starts copies, two groups of four warps only compute, and they
 wait for each other through barriers in shared memory. A program computes tiles of 128 rows one after the other, each
 consumer 64 rows of them. So one consumer multiplies while the other promotes, copies for the next tile run while the
-last one is stored, and 128×256 fits, whose operands are 48 KiB for 8.4 MFLOP (twice 128×128: 64). The tile is what counts:
-these products take 7 to 8.5 TB/s of operands from the L2 cache, which is all it gives (H200).
+last one is stored, and 128×256 fits, whose operands are 48 KiB for 8.4 MFLOP (twice 128×128: 64). The size is what
+counts: these products take 7 to 8.5 TB/s of operands from the L2 cache, about all that it gives (H200).
 
 A half of a consumer's part is one tensor core product, 64×128 (or 64×64). It must lie in one column of the weight's
-blocks, and only one half's product is alive at a time: the promotion is volatile, as in `gemm.py`. The order of sums and
-the roundings are those of `gemm.py` too, and so are the bits of the result.
+blocks, and only one half's product is alive at a time: the promotion is volatile, as in `gemm.py`. The order of sums
+and the roundings are those of `gemm.py` too, and so are the bits of the result.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Config(NamedTuple):
 
 
 SPACE = {"columns": (128, 192, 256), "num_stages": (3, 4, 5), "band": (0, 4, 8, 16, 32)}
-BUILT_IN = (Config(256, 4, 16), Config(256, 4, 0), Config(192, 4, 8))
+KNOWN = tuple(config._asdict() for config in (Config(256, 4, 16), Config(256, 4, 0), Config(192, 4, 8)))
 
 
 @gluon.jit
@@ -289,7 +289,7 @@ def launch(x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tenso
     if out.dtype == torch.bfloat16:
         _launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, Config(**knobs), ceil_div(len(out), ROWS))
     else:
-        gemm.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, **gemm.BUILT_IN[-1]._asdict())  # the same bits
+        gemm.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, **gemm.KNOWN[-1])  # the same bits
 
 
 def launch_grouped(
@@ -300,7 +300,7 @@ def launch_grouped(
         tiles, first = tile_map(offs, len(out), ROWS)
         _launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, Config(**knobs), tiles.shape[1], tiles, first)
     else:
-        grouped_gemm.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, offs, out, **gemm.BUILT_IN[-1]._asdict())
+        grouped_gemm.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, offs, out, **gemm.KNOWN[-1])
 
 
 def _launch(
@@ -349,11 +349,15 @@ def variant(grouped: bool, config: dict[str, Any]) -> Variant:
 
 
 def variants() -> Iterator[Variant]:
-    for config in BUILT_IN:
-        yield from (variant(grouped, config._asdict()) for grouped in (False, True))
+    for config in KNOWN:
+        yield from (variant(grouped, config) for grouped in (False, True))
+
+
+def _implementation(launch: Callable[..., None], grouped: bool) -> Implementation:
+    return Implementation("warp_specialized", SPACE, launch, takes, variant=partial(variant, grouped), known=KNOWN)
 
 
 IMPLEMENTATIONS = {
-    "gemm": (Implementation("warp_specialized", SPACE, launch, takes, variant=partial(variant, False)),),
-    "grouped_gemm": (Implementation("warp_specialized", SPACE, launch_grouped, takes, variant=partial(variant, True)),),
+    "gemm": (_implementation(launch, False),),
+    "grouped_gemm": (_implementation(launch_grouped, True),),
 }

@@ -293,7 +293,7 @@ def _implementations(plain_or_grouped: Callable[..., None]) -> tuple[Implementat
         ),
         Implementation(
             "warp_specialized", wgrad_specialized.SPACE, specialized, wgrad_specialized.takes, wgrad_specialized.valid,
-            wgrad_specialized.variant, wgrad_specialized.KNOWN,
+            partial(wgrad_specialized.variant, dw=F32), wgrad_specialized.KNOWN,
         ),
     )  # fmt: skip
 

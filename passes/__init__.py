@@ -3,6 +3,7 @@
 from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
 from dsv3c.passes.pipeline import Pipeline, default
@@ -15,6 +16,7 @@ from dsv3c.passes.share_equal import ShareEqual
 __all__ = [
     "AbsorbAttention",
     "FoldLinear",
+    "FusePermute",
     "FuseQuantize",
     "FuseRouting",
     "Pass",

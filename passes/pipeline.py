@@ -7,6 +7,7 @@ from dsv3c.numerics import Recipe
 from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.contract import Level, Pass, select
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
@@ -31,6 +32,7 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
         QuantizeBeforeGather(),
         ShareEqual(),
         FuseRouting(),
+        FusePermute(),
         FuseQuantize(),
     )
 

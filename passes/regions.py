@@ -17,6 +17,7 @@ REGIONS = {
     "Router": "router",
     "Experts": "experts",
     "RMSNorm": "norm",
+    "Rotary": "rotary",
     "MTPLayer": "mtp",
     "Float8Experts": "experts",
     "Float8Linear": "linear",
@@ -28,6 +29,7 @@ REGIONS = {
     "DeepseekV3TopkRouter": "router",
     "DeepseekV3Experts": "experts",
     "DeepseekV3RMSNorm": "norm",
+    "DeepseekV3RotaryEmbedding": "rotary",
 }
 
 

@@ -52,6 +52,8 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "split_keys": ("split_keys_kernel", {}),
     "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
     "warp_specialized_grouped_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": True}),
+    "mla_decode": ("mla_decode_kernel", {}),
+    "mla_decode_combine": ("combine_kernel", {}),
 }
 
 _KERNELS: dict[str, tuple[str, ...]] = {
@@ -93,6 +95,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.latent_backward.default": ("latent_backward", "sum_programs"),
     "dsv3c.join_keys.default": ("join_keys",),
     "dsv3c.split_keys.default": ("split_keys",),
+    "dsv3c.mla_decode.default": ("mla_decode", "mla_decode_combine"),
 }
 
 

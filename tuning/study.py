@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import optuna
@@ -27,7 +28,7 @@ Choice = tuple[str, dict[str, Any]]
 SHORT, LONG = 3, 15  # rounds
 SLOWER = 1.2  # so much slower than its implementation's best in the short timing, and a trial is pruned
 FINALISTS = 4
-ASKED_PER_TRIAL = 50  # proposals that cost nothing, at most
+MISSES = 10  # proposals in a row that cannot be run or were; then one is drawn from what is left
 
 
 Measure = Callable[[Sequence[Choice], int], Sequence[Timing]]  # (choices, rounds) -> times, in turns
@@ -40,8 +41,9 @@ class Space:
     knobs: Mapping[str, Mapping[str, tuple]]
     configs: Mapping[str, Sequence[Mapping[str, Any]]]
 
-    def choices(self) -> set[tuple]:
-        return {key(name, config) for name, configs in self.configs.items() for config in configs}
+    def choices(self) -> dict[tuple, tuple[str, Mapping[str, Any]]]:
+        """By key."""
+        return {key(name, config): (name, config) for name, configs in self.configs.items() for config in configs}
 
     def suggest(self, trial: optuna.Trial) -> Choice:
         name = trial.suggest_categorical("implementation", sorted(self.knobs))
@@ -103,18 +105,23 @@ def search(
     """
     allowed, done = space.choices(), {key(*choice_of(trial)) for trial in measured(study)}
     for name, config in first:
-        if key(name, config) in allowed - done:
+        if key(name, config) in allowed.keys() - done:
             study.enqueue_trial(_parameters(name, config), skip_if_exists=True)
-    for _ in range(ASKED_PER_TRIAL * trials):
-        if len(done) >= min(trials, len(allowed)):
-            return
+    misses = 0
+    while len(done) < min(trials, len(allowed)):
         trial = study.ask()
         choice = space.suggest(trial)
-        if key(*choice) not in allowed - done:
-            study.tell(trial, state=TrialState.PRUNED)
+        if key(*choice) in allowed.keys() - done:
+            done.add(key(*choice))
+            progress(_run(study, trial, choice, measure))
+            misses = 0
             continue
-        done.add(key(*choice))
-        progress(_run(study, trial, choice, measure))
+        study.tell(trial, state=TrialState.PRUNED)
+        misses += 1
+        if misses == MISSES:
+            left = sorted(allowed.keys() - done, key=repr)
+            study.enqueue_trial(_parameters(*allowed[Random(trial.number).choice(left)]))
+            misses = 0
 
 
 def _run(study: optuna.Study, trial: optuna.Trial, choice: Choice, measure: Measure) -> str:

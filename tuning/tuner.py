@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import optuna
@@ -15,7 +16,7 @@ from dsv3c.tuning.study import Choice, Measure, Space
 from dsv3c.tuning.tables import Row, triton_version
 from dsv3c.tuning.targets import Target
 
-NEIGHBOURS = 4  # bests of other problems to begin with
+NEIGHBOURS = 6  # choices of other problems' rows to begin with
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,24 @@ def space(problem: Problem, verdicts: Mapping[Of, Sequence[Verdict]]) -> Space:
     return Space({name: implementations(problem.operator)[name].space for name in found}, found)
 
 
-def first_choices(problem: Problem, rows: Iterable[Row]) -> list[Choice]:
-    """Every library, every implementation's known configurations, and the bests of the nearest problems."""
-    found = implementations(problem.operator)
-    choices: list[Choice] = [(name, {}) for name, implementation in found.items() if not implementation.space]
-    choices += [(name, dict(config)) for name, implementation in found.items() for config in implementation.known]
+def first_choices(problem: Problem, names: Iterable[str], rows: Iterable[Row], most: int) -> list[Choice]:
+    """Of the implementations `names`: every library, the bests of the nearest problems, and of each in turn what is
+    known to be good."""
+    found = {name: implementations(problem.operator)[name] for name in names}
 
     def distance(row: Row) -> tuple:
         per_group = row.rows / row.groups, problem.rows / problem.groups
         return (row.N, row.K) != (problem.N, problem.K), max(per_group) / min(per_group)
 
     near = sorted((row for row in rows if row.operator == problem.operator), key=distance)
-    bests = [entry for row in near for entry in (row.best, row.runner_up) if entry is not None and entry.config]
-    others: list[Choice] = []
-    for entry in bests:
-        if (entry.implementation, entry.config) not in (*choices, *others):
-            others.append((entry.implementation, entry.config))
-    return choices + others[:NEIGHBOURS]
+    bests = [entry for row in near for entry in (row.best, row.runner_up) if entry and entry.implementation in found]
+    known = zip_longest(
+        *([(name, config) for config in implementation.known] for name, implementation in found.items())
+    )
+    choices = [(name, {}) for name, implementation in found.items() if not implementation.space]
+    choices += [(entry.implementation, entry.config) for entry in bests[:NEIGHBOURS]]
+    choices += [choice for in_turn in known for choice in in_turn if choice is not None]
+    return list({studies.key(*choice): (choice[0], dict(choice[1])) for choice in choices}.values())[:most]
 
 
 def tune(
@@ -71,9 +73,8 @@ def tune(
     used."""
     candidates = space(problem, verdicts)
     study = studies.open_study(problem, target.name, candidates, storage)
-    studies.search(
-        study, candidates, first_choices(problem, rows), measure, trials, lambda outcome: progress(study, outcome)
-    )
+    first = first_choices(problem, candidates.knobs, rows, most=2 * trials // 3)
+    studies.search(study, candidates, first, measure, trials, lambda outcome: progress(study, outcome))
     best = studies.finish(study, measure)
     if best is None:
         return Tuned(study, None)

@@ -1,6 +1,7 @@
 """How an operator is registered, and the checks that operators share."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -80,10 +81,14 @@ def define(schema: str, allocate: Callable, definition: Callable, kernels: str, 
         allocate(*args)
         return definition(*args)
 
+    @cache
+    def launcher() -> Callable:
+        return getattr(import_module(f"dsv3c.kernels.{kernels}"), name)
+
     def cuda(*args):
         out = allocate(*args)
         results = () if out is None else (out,)
-        getattr(import_module(f"dsv3c.kernels.{kernels}"), name)(*args, *results)
+        launcher()(*args, *results)
         return out
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))

@@ -20,6 +20,8 @@ def _mla_decode(q_BTHL, cache_NPL, block_table, lengths, softmax_scale) -> tuple
     expect("rows of block_table", block_table.shape[0], B)
     expect("shape of lengths", tuple(lengths.shape), (B,))
     expect("dtypes of block_table and lengths", (block_table.dtype, lengths.dtype), (torch.int32, torch.int32))
+    if cache_NPL.shape[0] == 0 or block_table.shape[1] == 0:
+        raise OperatorError("cache and block_table: expected a page at least, found none; try an unused one")
     if not softmax_scale > 0:
         raise OperatorError(f"softmax_scale: expected a positive number, found {softmax_scale:g}; try 192**-0.5")
     wide = torch.promote_types(q_BTHL.dtype, torch.float32)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,60 +107,41 @@ def test_shapes_flops_and_errors():
         (q, cache, table[:1], lengths, scale),
         (q, cache, table, lengths[:1], scale),
         (q, cache, table, lengths, -scale),
+        (q, cache, table[:, :0], lengths, scale),
     ]:
         with pytest.raises(Dsv3cError, match=r"expected .*, found .*; try"):
             ops.mla_decode(*wrong)
 
 
 PROGRAM = """
-import torch
-import dsv3c.operators
-from dsv3c.kernels import mla_decode as kernel
-from dsv3c.numerics import attention_bounds
+import sys
+from types import SimpleNamespace
 
+import torch
+
+sys.path.insert(0, sys.argv[1])
+from gluon_on_cpu import Kernel
+from test_mla_decode import assert_attention, problem
+from dsv3c.kernels import mla_decode, mla_decode_gluon
+
+mla_decode.mla_decode_kernel = Kernel(mla_decode_gluon.__file__, "mla_decode_kernel")
 torch.manual_seed(0)
-CASES = [(5, 40, [300, 0, 65, 1500]), (3, 80, [1, 2, 3, 200, 900]), (40, 16, [700]), (1, 8, [5, 600])]
-for groups, H, lengths in CASES:
-    B, rows = len(lengths), -(-H // 64) * 64
-    cache = torch.randn(B, max(lengths), 576)
-    q, table = torch.randn(B, 1, H, 576), torch.arange(B, dtype=torch.int32)[:, None]
-    units = [max(-(-n // 128), 1) for n in lengths]
-    span = -(-sum(units) // groups)
-    # What each group is to leave, from the definition of spans: unit by unit.
-    partial = torch.full((groups, 2, rows, 512), torch.nan)
-    partial_lse = torch.full((groups, 2, rows), torch.nan)
-    out, lse = torch.full((B, 1, H, 512), torch.nan), torch.full((B, 1, H), torch.nan)
-    expected, log = out.clone(), lse.clone()
-    first = 0
-    for b, n in enumerate(lengths):
-        owners = sorted({(first + u) // span for u in range(units[b])})
-        mine = [[128 * u for u in range(units[b]) if (first + u) // span == g] for g in owners]
-        parts = []
-        for g, starts in zip(owners, mine):
-            keys = cache[b, min(starts[0], n) : min(starts[-1] + 128, n)]
-            scores = q[b, 0] @ keys.T
-            o = scores.softmax(-1) @ keys[:, :512] if len(keys) else torch.zeros(H, 512)
-            parts.append((o, scores.logsumexp(-1)))
-            slot = 0 if g * span > first else 1
-            if len(owners) > 1:
-                partial[g, slot, :H], partial_lse[g, slot, :H] = parts[-1][0], parts[-1][1] / torch.tensor(2.0).log()
-        log[b, 0] = torch.stack([l for _, l in parts]).logsumexp(0)
-        expected[b, 0] = sum(o * (l - log[b, 0]).exp().nan_to_num(0)[:, None] for o, l in parts)
-        if len(owners) == 1:
-            out[b], lse[b] = expected[b], log[b]
-        first += units[b]
-    kernel.combine(partial, partial_lse, torch.tensor(lengths, dtype=torch.int32), out, lse)
-    bounds = attention_bounds(expected, expected.abs() + 1, float(log[log.isfinite()].abs().max()), max(lengths), 576)
-    assert bool(((out - expected).abs() <= bounds[0]).all())
-    assert torch.equal(lse.isinf(), log.isinf()) and float((lse - log).nan_to_num(0).abs().max()) <= bounds[2]
+cases = [(3, 1, 72, [300, 0, 65]), (5, 2, 16, [1, 2, 700, 128, 0]), (2, 3, 24, [4, 127, 190]), (9, 1, 8, [1500])]
+for i, (programs, T, H, lengths) in enumerate(cases):
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=programs)
+    arguments = problem(T, H, lengths, growth=0.2 * (i % 2))
+    out = torch.full((len(lengths), T, H, 512), torch.nan), torch.full((len(lengths), T, H), torch.nan)
+    mla_decode.mla_decode(*arguments, out)
+    assert_attention(*out, *arguments)
 """
 
 
-def test_schedule_and_combination():
-    """The second kernel in Triton's interpreter, which is chosen as Triton is imported: hence a process of its own."""
+def test_kernels_on_the_cpu():
+    """Threads run the first kernel, Triton's interpreter the second: chosen as Triton is imported, hence a process."""
     pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-P", "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-P", "-c", PROGRAM, str(Path(__file__).parent)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
@@ -179,7 +161,7 @@ class TestOnGpu:
     pytestmark = gpu
 
     @pytest.mark.usefixtures("_poison")
-    @pytest.mark.parametrize("growth", [0.0, 0.02])
+    @pytest.mark.parametrize("growth", [0.0, 0.02, 0.2])
     @pytest.mark.parametrize("case", CASES)
     def test_kernel(self, case, growth):
         arguments = problem(*case, device="cuda", growth=growth)

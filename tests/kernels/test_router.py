@@ -22,6 +22,7 @@ GATES = [
     (160, 8, 3, 6, False, False),
     (64, 1, 1, 6, True, False),
     (8, 2, 1, 1, True, True),
+    (16, 8, 1, 4, True, True),  # more experts than the kept groups have
     (3, 1, 1, 3, True, True),
 ]
 FACTOR = 2.5
@@ -203,6 +204,7 @@ import triton.language as tl
 import dsv3c.operators
 from dsv3c.kernels import router
 from dsv3c.kernels.reference import router as reference
+from dsv3c.numerics import distance, reordered_bound
 
 @triton.jit
 def sigmoid(x):
@@ -217,7 +219,8 @@ def launched(kernel, expected, *args):
     return out
 
 for T, E, n_group, topk_group, K, biased in [
-    (13, 256, 8, 4, 8, True), (10, 72, 6, 2, 5, True), (9, 160, 8, 3, 6, False), (0, 16, 1, 1, 3, False)
+    (13, 256, 8, 4, 8, True), (10, 72, 6, 2, 5, True), (3, 16, 8, 1, 4, True), (5, 160, 8, 3, 6, False),
+    (0, 16, 1, 1, 3, False),
 ]:
     args = torch.randn(T, E), torch.randn(E) if biased else None, n_group, topk_group, K, True, 2.5
     expected = reference.gate_ref(*args)
@@ -226,7 +229,8 @@ for T, E, n_group, topk_group, K, biased in [
     dlogits = torch.empty_like(args[0])
     router.gate_backward(expected[0], args[0], idx, not biased, True, 2.5, dlogits)
     expected = reference.gate_backward_ref(expected[0], args[0], idx, not biased, True, 2.5)
-    assert torch.equal(dlogits != 0, expected != 0), ("gate_backward", E)
+    if T:
+        assert distance(dlogits, expected)[1] <= reordered_bound(1, E, torch.float32), ("gate_backward", E)
     for most in (3, 128):  # tiles of several blocks, and of one
         router.MOST_TILES = most
         for idx in (idx, torch.randint(0, E // 3 + 1, (60, K), dtype=torch.int32)):

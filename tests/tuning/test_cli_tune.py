@@ -41,14 +41,13 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture
-def pretended(monkeypatch):
+def pretended(monkeypatch, hopper):
     """An H200 whose times are made up."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     import misbehave
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(targets, "resolve", lambda name: targets.load("h200"))
-    monkeypatch.setattr("dsv3c.kernels.gemm.hopper", lambda: True)
     monkeypatch.setattr("dsv3c.tuning.measure.measure", misbehave.measure_problem)
 
 

@@ -9,12 +9,13 @@ from optuna.trial import TrialState
 
 from dsv3c.benchmarks import bench_tuning
 from dsv3c.errors import TuneError
-from dsv3c.kernels.implementations import Problem
+from dsv3c.kernels.implementations import Implementation, Problem
 from dsv3c.tuning import study as studies
 from dsv3c.tuning import targets, tuner
 from dsv3c.tuning.prefilter import Verdict
 from dsv3c.tuning.study import Space
-from dsv3c.tuning.worker import Worker
+from dsv3c.tuning.tables import Entry, Row
+from dsv3c.tuning.worker import Worker, WorkerError
 
 PROBLEM = Problem("gemm", 4096, 4096, 7168)
 KNOBS = {"ours": {"x": (1, 2, 3, 4), "y": (2, 4, 8, 16)}, "theirs": {}}
@@ -41,12 +42,15 @@ def searched(space, measure, trials, storage=None, first=(), seed=0):
 
 
 @pytest.mark.parametrize("recorded", bench_tuning.recorded(), ids=lambda sweep: "x".join(map(str, sweep.problem)))
-def test_thirty_trials_are_within_three_percent_of_a_sweep(recorded, monkeypatch):
+def test_thirty_trials_are_within_three_percent_of_a_sweep(recorded):
     """Begun with the known configurations, as `dsv3c tune` begins. Times are looked up in what was measured."""
     pytest.importorskip("triton")
-    monkeypatch.setattr("dsv3c.kernels.gemm.hopper", lambda: True)
     assert len(recorded.times) >= 200
-    first = [choice for choice in tuner.first_choices(recorded.problem, []) if studies.key(*choice) in recorded.times]
+    first = [
+        choice
+        for choice in tuner.first_choices(recorded.problem, recorded.configs, [], 20)
+        if studies.key(*choice) in recorded.times
+    ]
     assert all(100 * recorded.regret(seed, first) <= 3 for seed in range(5))
 
 
@@ -121,15 +125,11 @@ def test_a_row_has_the_best_and_the_best_of_another_implementation(fakes, monkey
     assert nothing.row is None
 
 
-def _implementation(name, knobs):
-    from dsv3c.kernels.implementations import Implementation
-
-    return Implementation(name, knobs, launch=None)
+def _implementation(name, knobs, known=()):
+    return Implementation(name, knobs, launch=None, known=known)
 
 
 def _fail(choices, rounds):
-    from dsv3c.tuning.worker import WorkerError
-
     raise WorkerError("crashed")
 
 
@@ -154,3 +154,21 @@ def test_plots(fakes, tmp_path):
     made = studies.plots(study, tmp_path / "plots")
     assert [path.name.rpartition("-")[2] for path in made] == ["history.png", "importance.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+
+
+def test_what_a_study_begins_with(monkeypatch):
+    """Libraries, then the rows nearest in shape and in rows, then of each implementation in turn what is known."""
+    ours = _implementation("ours", {"x": (1, 2, 3)}, known=({"x": 1}, {"x": 2}))
+    theirs = _implementation("theirs", {"y": (1, 2)}, known=({"y": 1},))
+    found = {"ours": ours, "theirs": theirs, "library": _implementation("library", {})}
+    monkeypatch.setattr(tuner, "implementations", lambda operator: found)
+
+    def row(N, rows, x):
+        best = Entry("ours", {"x": x}, 1.0, 1.0, 1.0)
+        return Row("gemm", N, 7168, 1, rows, rows, best, None, 1, "2.11.0", "3.6")
+
+    rows = [row(512, 4096, 1), row(4096, 64, 2), row(4096, 8192, 3)]
+    nearest = [("ours", {"x": 3}), ("ours", {"x": 2}), ("ours", {"x": 1})]
+    assert tuner.first_choices(PROBLEM, found, rows, 9) == [("library", {}), *nearest, ("theirs", {"y": 1})]
+    assert tuner.first_choices(PROBLEM, ["theirs"], rows, 9) == [("theirs", {"y": 1})]
+    assert tuner.first_choices(PROBLEM, found, [], 3) == [("library", {}), ("ours", {"x": 1}), ("theirs", {"y": 1})]

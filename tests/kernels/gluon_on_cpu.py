@@ -1,0 +1,233 @@
+"""Runs a warp-specialised Gluon kernel for Hopper on the CPU, for tests of indices, masks and barriers.
+
+A partition is a thread. What the hardware does at a time of its own choosing happens at a random one: a bulk copy fills
+its destination with NaN when it is issued and with the data later; a product reads its operands either when it is
+issued or when it is waited for. So a wait that is missing shows as NaN or as another number, and a barrier that is not
+reached as an error after a while. What threads cannot show: races between the warps of a partition, layouts, missing
+fences.
+"""
+
+import ast
+import math
+import random
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+PATIENCE = 30  # seconds without any progress
+_ready, _random = threading.Condition(), random.Random(0)
+_here = threading.local()
+
+
+class Barrier:
+    def __init__(self) -> None:
+        self.phase = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.missing = count
+        self.bytes = 0
+
+    def arrive(self, arrivals: int, num_bytes: int) -> None:
+        with _ready:
+            self.missing -= arrivals
+            self.bytes += num_bytes
+            assert self.missing >= 0
+            if self.missing == 0 and self.bytes == 0:
+                self.phase ^= 1
+                self.missing = self.count
+                _ready.notify_all()
+
+    def wait(self, phase) -> None:
+        with _ready:
+            if not _ready.wait_for(lambda: self.phase != int(phase), PATIENCE):
+                raise TimeoutError("a barrier is never reached")
+
+
+class Shared:
+    """A view of shared memory; of barriers, a list."""
+
+    def __init__(self, data) -> None:
+        self.data = data
+
+    def index(self, i):
+        found = self.data[int(i)]
+        return found if isinstance(found, Barrier) else Shared(found)
+
+    def slice(self, start, length, dim=0):
+        return Shared(self.data.narrow(dim, start, length))
+
+    def permute(self, order):
+        return Shared(self.data.permute(order))
+
+    def load(self, layout):
+        return self.data.clone()
+
+    def store(self, x) -> None:
+        self.data.copy_(x)
+
+
+class Pointer:
+    def __init__(self, data, offset=0) -> None:
+        self.data, self.offset, self.dtype = data, offset, SimpleNamespace(element_ty=data.dtype)
+
+    def __add__(self, offset):
+        return Pointer(self.data, self.offset + offset)
+
+
+class Product:
+    """An accumulator with products in flight."""
+
+    def __init__(self, acc, pending) -> None:
+        self.acc, self.pending = acc, pending
+
+    def settle(self):
+        for a, b in self.pending:
+            a, b = (x.data if isinstance(x, Shared) else x for x in (a, b))
+            self.acc = self.acc + a.float() @ b.float()
+        self.pending = []
+        return self.acc
+
+
+def _mma(a, b, acc, is_async):
+    acc = acc if isinstance(acc, Product) else Product(acc, [])
+    product = Product(acc.acc, [*acc.pending, (a, b)])
+    if _random.random() < 0.5:
+        product.settle()
+    return product
+
+
+def _copy(desc, coordinates, barrier, shared) -> None:
+    (row, column), (rows, columns) = (int(c) for c in coordinates), shared.data.shape
+    assert list(desc.block_shape) == [rows, columns]
+    source = desc.base
+    with _here.engine:
+        shared.data.fill_(math.nan)
+
+    def run() -> None:
+        taken = torch.zeros(rows, columns, dtype=source.dtype)
+        inside = [r for r in range(rows) if 0 <= row + r < len(source)]
+        taken[inside] = source[[row + r for r in inside], column : column + columns]
+        shared.data.copy_(taken)
+        barrier.arrive(0, -taken.numel() * taken.element_size())
+
+    _here.jobs.append(run)
+
+
+def _gather(pointer, mask=None, other=0):
+    at = torch.as_tensor(pointer.offset)
+    inside = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand_as(at)
+    assert bool(((at >= 0) & (at < pointer.data.numel()))[inside].all()), "read out of bounds"
+    return torch.where(inside, pointer.data.flatten()[at.where(inside, torch.zeros_like(at))], other)
+
+
+def _scatter(pointer, value, mask=None) -> None:
+    at = pointer.offset
+    inside = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand_as(at)
+    assert bool(((at >= 0) & (at < pointer.data.numel()))[inside].all()), "written out of bounds"
+    pointer.data.view(-1)[at[inside]] = value[inside]
+
+
+def _scan(x, axis, combine):
+    return torch.stack([x[: i + 1].sum(axis) for i in range(len(x))])
+
+
+def _allocate(dtype, shape, layout):
+    if dtype == torch.int64:
+        return Shared([Barrier() for _ in range(shape[0])])
+    return Shared(torch.full(shape, math.nan if dtype.is_floating_point else 0, dtype=dtype))
+
+
+def _specialize(partitions, num_warps, num_registers) -> None:
+    jobs, errors, done = [], [], threading.Event()
+    state = _here.__dict__ | {"jobs": jobs, "engine": threading.RLock()}
+
+    def partition(function, arguments) -> None:
+        _here.__dict__.update(state)
+        try:
+            function(*arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    def engine() -> None:
+        while not done.is_set() or jobs:
+            if jobs:
+                jobs.pop(_random.randrange(len(jobs)))()
+            else:
+                done.wait(1e-4)
+
+    threads = [threading.Thread(target=partition, args=p) for p in partitions]
+    copies = threading.Thread(target=engine)
+    for thread in (*threads, copies):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    copies.join()
+    if errors:
+        raise errors[0]
+
+
+def _elementwise(function):
+    return lambda *args: function(*(torch.as_tensor(a) for a in args))
+
+
+GL = SimpleNamespace(
+    **{n: getattr(torch, n) for n in ("int32", "int64", "float32", "bfloat16", "where", "zeros_like", "exp2", "log2")},
+    constexpr=lambda x: x,
+    minimum=_elementwise(torch.minimum), maximum=_elementwise(torch.maximum), cdiv=lambda a, b: (a + b - 1) // b,
+    max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+    zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+    full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+    arange=lambda start, end, layout: torch.arange(start, end), expand_dims=torch.unsqueeze,
+    convert_layout=lambda x, layout: x, static_range=range, load=_gather, store=_scatter, associative_scan=_scan,
+    program_id=lambda axis: torch.tensor(_here.program), num_programs=lambda axis: _here.programs,
+    inline_asm_elementwise=lambda *args, **options: torch.tensor(0), allocate_shared_memory=_allocate,
+    warp_specialize=_specialize,
+    **{n: lambda *args, **options: None for n in ("NVMMASharedLayout", "NVMMADistributedLayout", "BlockedLayout",
+                                                  "SliceLayout", "DotOperandLayout", "SwizzledSharedLayout")},
+)  # fmt: skip
+NAMES = {
+    "gl": GL,
+    "gluon": SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g)),
+    "fence_async_shared": lambda: None,
+    "tma": SimpleNamespace(async_copy_global_to_shared=_copy),
+    "mbarrier": SimpleNamespace(
+        MBarrierLayout=lambda: None,
+        init=lambda bar, count: bar.init(count),
+        wait=lambda bar, phase: bar.wait(phase),
+        expect=lambda bar, num_bytes: bar.arrive(1, num_bytes),
+        arrive=lambda bar, count, pred=True: bar.arrive(count, 0) if pred else None,
+    ),
+    "warpgroup_mma": _mma,
+    "warpgroup_mma_wait": lambda outstanding, deps: deps[0].settle(),
+}
+
+
+class _NotInPlace(ast.NodeTransformer):
+    """`x += y` makes a new value in Gluon, and changes the old one in torch."""
+
+    def visit_AugAssign(self, node):
+        before = ast.Name(node.target.id, ast.Load())
+        return ast.Assign([node.target], ast.BinOp(before, node.op, node.value))
+
+
+class Kernel:
+    """The kernel `name` of a file: `Kernel(path, name)[grid](*arguments)`, on CPU tensors; constants by position."""
+
+    def __init__(self, path: str, name: str) -> None:
+        tree = ast.parse(Path(path).read_text())
+        tree.body = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+        names = dict(NAMES)
+        exec(compile(ast.fix_missing_locations(_NotInPlace().visit(tree)), path, "exec"), names)
+        self.function = names[name]
+
+    def __getitem__(self, grid):
+        def launch(*arguments, num_warps) -> None:
+            values = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            for _here.program in range(grid[0]):
+                _here.programs = grid[0]
+                self.function(*values)
+
+        return launch

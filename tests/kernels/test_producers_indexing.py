@@ -1,0 +1,155 @@
+"""The fused producers' indices and masks without a GPU: Triton's interpreter runs them on the CPU, program by program.
+
+It has no inline assembly, and its casts to BF16 and FP8 are wrong. So what `tiles.py` does on words is written out
+here, with E4M3 replaced by a quarter of the quotient in 8 bits; what is compared is where numbers go, within a few of
+those roundings. Gluon is not interpreted: the SwiGLU gradient is left to the GPU tests. A process of its own, since
+the interpreter is chosen as Triton is imported.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
+
+PROGRAM = """
+import torch, triton
+import triton.language as tl
+import dsv3c.operators
+from dsv3c.kernels import norm, rotary, swiglu, tiles
+from dsv3c.numerics import Recipe, unit_roundoff
+
+@triton.jit
+def pack(low, high):
+    return (low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF | high.to(tl.int32, bitcast=True) & -65536
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF) << 16 | tl.maximum(a & 0xFFFF, b & 0xFFFF)
+
+@triton.jit
+def plus(a, b):
+    return pack(tiles.low(a) + tiles.low(b), tiles.high(a) + tiles.high(b))
+
+@triton.jit
+def times(a, b):
+    return pack(tiles.low(a) * tiles.low(b), tiles.high(a) * tiles.high(b))
+
+@triton.jit
+def reciprocal(x):
+    return 1.0 / x, x * 0.0
+
+@triton.jit
+def to_fp8(word, first, second):
+    low, high = (tiles.low(word) * first * 0.25).to(tl.int32), (tiles.high(word) * first * 0.25).to(tl.int32)
+    return (low & 0xFF | (high & 0xFF) << 8).to(tl.int16)
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+for module in (tiles, norm, rotary, swiglu):
+    for function in (pack, larger, plus, times, reciprocal, to_fp8, _sigmoid):
+        if hasattr(module, function.__name__):
+            setattr(module, function.__name__, function)
+
+ops, floor, ulp, eps = torch.ops.dsv3c, Recipe().amax_floor, 2 * unit_roundoff(torch.bfloat16), 2.0**-20
+torch.manual_seed(0)
+
+def normal(*shape):
+    each = torch.randn(shape) * torch.exp2(torch.randint(-3, 4, (shape[0],) + (1,) * (len(shape) - 1)).float())
+    return each.bfloat16()
+
+def close(found, expected, size=None):
+    # a few roundings of numbers no larger than `size`
+    size = expected.float().abs() if size is None else size
+    assert bool(((found.float() - expected.float()).abs() <= 8 * ulp * size + 1e-30).all())
+
+def tiles_close(found, x):
+    q, scale_inv = found[0].view(torch.int8).float() * 4, found[1].repeat_interleave(128, 1)
+    amax = x.float().abs().unflatten(1, (-1, 128)).amax(-1)
+    close(found[1], amax.clamp(min=floor) / 448)
+    assert bool(((q * scale_inv - x.float()).abs() <= (4 + 448 * 8 * ulp) * scale_inv).all())
+
+def empty(outputs):
+    # NaN in memory that must be written
+    for out in outputs:
+        if out.numel():
+            out.untyped_storage().fill_(255)
+    return outputs
+
+from dsv3c.operators import norm as norm_op, rotary as rotary_op, swiglu as swiglu_op
+
+for R, K in [(1, 128), (3, 1536), (2, 1152)]:
+    x, residual, weight = normal(R, K + 6)[:, :K], normal(R, K), normal(1, K)[0]
+    arguments = weight, eps, floor, False
+    out = empty(norm_op._rms_norm_quantize(x, *arguments))
+    norm.rms_norm_quantize(x, *arguments, out)
+    expected = norm_op.norm.rms_norm(x, weight, eps)
+    tiles_close(out, expected[0])
+    close(out[2], expected[1])
+    out = empty(norm_op._add_rms_norm_quantize(x, residual, *arguments))
+    norm.add_rms_norm_quantize(x, residual, *arguments, out)
+    close(out[0], x.float() + residual.float(), x.float().abs() + residual.float().abs())
+    expected = norm_op.norm.rms_norm(out[0], weight, eps)
+    close(out[1], expected[0])
+    tiles_close(out[2:], expected[0])
+    dy, dsum, rstd = normal(R, K), normal(R, K), expected[1]
+    out = empty(norm_op._rms_norm_backward(dy, x, weight, rstd, dsum))
+    norm.rms_norm_backward(dy, x, weight, rstd, dsum, out)
+    expected = norm_op.norm.rms_norm_backward_ref(dy, x, weight, rstd, dsum)
+    close(out[0], expected[0], expected[0].float().abs().max())
+    close(out[1], expected[1], expected[1].abs().max())
+
+for R, width in [(1, 128), (17, 256)]:
+    h, weight = normal(R, 2 * width), torch.rand(R)
+    out = empty(swiglu_op._swiglu_quantize_save(h, weight, floor, False))
+    swiglu.swiglu_quantize_save(h, weight, floor, False, out)
+    tiles_close(out[:2], swiglu_op.swiglu.swiglu(h, weight))
+    tiles_close(out[2:], h)
+
+for R, H, nope, pairs, V in [(3, 5, 16, 4, 24), (1, 130, 32, 8, 16)]:
+    angle = torch.rand(R, pairs) * 6
+    cos, sin = angle.cos(), angle.sin()
+    for inverse in (False, True):
+        x = normal(R, H, nope + 2 * pairs)
+        expected, size = x.clone(), x.abs().max()
+        rotary_op.rotary.rotate_heads_ref(expected, cos, sin, inverse)
+        rotary.rotate_heads_(x, cos, sin, inverse, None)
+        assert torch.equal(x[..., :nope], expected[..., :nope])
+        close(x, expected, size)
+    kv, rope = normal(R, H, nope + V), normal(R, 2 * pairs)
+    out = empty((rotary_op._join_keys(kv, rope, nope),))
+    rotary.join_keys(kv, rope, nope, out[0])
+    assert torch.equal(out[0], rotary_op.rotary.join_keys_ref(kv, rope, nope))
+    dk, dv = normal(R, H, nope + 2 * pairs), normal(H, R, V).transpose(0, 1)
+    out = empty(rotary_op._split_keys(dk, dv, nope))
+    rotary.split_keys(dk, dv, nope, out)
+    expected = rotary_op.rotary.split_keys_ref(dk, dv, nope)
+    assert torch.equal(out[0], expected[0])
+    close(out[1], expected[1], dk.float().abs().sum(1).max())
+
+for R, K, pairs in [(2, 384, 8)]:
+    angle = torch.rand(R, pairs) * 6
+    x, weight, cos, sin = normal(R, K + 2 * pairs), normal(1, K)[0], angle.cos(), angle.sin()
+    out = empty(rotary_op._latent_quantize(x, weight, cos, sin, eps, floor, False))
+    rotary.latent_quantize(x, weight, cos, sin, eps, floor, False, out)
+    expected = rotary_op.rotary.latent_quantize_ref(x, weight, cos, sin, eps, floor, False)
+    close(out[0], expected[0], expected[0].float().abs().max(1, keepdim=True).values)
+    tiles_close(out[1:3], expected[0][:, :K])
+    close(out[3], expected[3])
+    dnormed, drope = normal(R, K), normal(R, 2 * pairs)
+    arguments = dnormed, drope, x, weight, cos, sin, expected[3]
+    out = empty(rotary_op._latent_backward(*arguments))
+    rotary.latent_backward(*arguments, out)
+    for found, e in zip(out, rotary_op.rotary.latent_backward_ref(*arguments)):
+        close(found, e, e.float().abs().max())
+"""
+
+
+def test_indices_and_masks():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-P", "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
