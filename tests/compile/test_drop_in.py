@@ -136,6 +136,15 @@ def test_mtp_layer_is_compiled(make_model, compiled, units):
     }  # fmt: skip
 
 
+def test_another_head_runs_eagerly(make_model, compiled, units):
+    model = make_model(num_hidden_layers=1)
+    model.lm_head = torch.nn.Identity()
+    result, tokens = compiled(model), ids(1, 6)
+    with torch.no_grad():
+        assert close(result(tokens), model(tokens), float64(model)(tokens))
+    assert {unit.kind.name for unit in units(result).values()} == {"rotary", "dense_layer", "final_norm"}
+
+
 def test_greedy_tokens_equal_eager(make_model, compiled):
     model, prompt = make_model(), ids(2, 5)
     assert torch.equal(generate(compiled(model), prompt, max_new_tokens=6), generate(model, prompt, max_new_tokens=6))
