@@ -29,7 +29,9 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "dsv3c": __version__,
         **{name: _version(name) for name in ("torch", "triton", "transformers")},
-        "commit": _output("git", "-C", str(RESULTS.parent), "rev-parse", "--short=12", "HEAD"),
+        "commit": _output(
+            "git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
+        ),
         "source": source_fingerprint()[:12],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
