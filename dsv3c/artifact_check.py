@@ -123,7 +123,8 @@ def _check_units(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
     products = {}
     for name, unit in manifest["units"].items():
         mode = Mode(**unit["mode"])
-        for level in LEVELS if mode.training else LEVELS[:-1]:
+        has_backward = mode.training and unit["kind"] != "rotary"  # angles have no gradient
+        for level in LEVELS if has_backward else LEVELS[:-1]:
             file = f"graphs/{name}/{level}.txt"
             if file not in manifest["files"]:
                 _refuse(folder / file, "a graph, as for every unit", "none")

@@ -19,7 +19,7 @@ from dsv3c.model import DecoderLayer, Experts
 from dsv3c.tuning import cross_compile
 
 V3 = preset("v3-671b")
-MODULES = {"dense_layer": 3, "moe_layer": 58, "final_norm": 1, "head": 1}
+MODULES = {"dense_layer": 3, "moe_layer": 58, "rotary": 1, "final_norm": 1, "head": 1}
 
 
 def unit_name(kind, mode):
@@ -105,7 +105,7 @@ def test_cubins_are_for_hopper_and_do_not_spill(v3):
         assert 0 < description["registers"] <= 255
         assert description["spills"] == 0
         assert description["shared_bytes"] <= 232448
-        assert (description["fp8_mma"] > 0) == ("gemm" in kernel["name"] or kernel["name"] == "wgrad")
+        assert (description["fp8_mma"] > 0) == ("gemm" in kernel["name"] or "wgrad" in kernel["name"])
 
 
 def test_every_kernel_of_ours_has_an_operator_and_every_operator_kernels():
@@ -201,7 +201,7 @@ def test_a_manifest_without_an_entry(damageable):
 
 def test_a_missing_unit(damageable):
     change_manifest(damageable, lambda manifest: manifest["units"].popitem())
-    refused(damageable, "expected 12 units", "found 11")
+    refused(damageable, "expected 15 units", "found 14")
 
 
 def test_an_unlisted_graph(damageable):
@@ -323,7 +323,7 @@ def test_a_failed_rename_puts_the_earlier_artifact_back(tmp_path, nothing_to_low
 
 def test_models_without_one_kind_of_layer():
     tiny = preset("tiny")
-    others = {"final_norm": 1, "head": 1}
+    others = {"rotary": 1, "final_norm": 1, "head": 1}
     assert kinds(tiny) == {"dense_layer": 1, "moe_layer": 3} | others
     assert kinds(replace(tiny, first_k_dense_replace=0)) == {"moe_layer": 4} | others
     assert kinds(replace(tiny, first_k_dense_replace=9)) == {"dense_layer": 4} | others

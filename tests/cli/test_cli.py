@@ -110,7 +110,7 @@ def test_compile_and_check_a_checkpoint_for_the_cpu(dsv3c, folder, tmp_path, mon
     code, made, _ = dsv3c("compile", folder, "--target", "cpu", "-o", out, "--json")
     assert code == 0
     assert (made["artifact"], made["target"], made["precision"], made["kernels"]) == (str(out), "cpu", "exact", [])
-    assert len(made["units"]) == 3  # layer, final norm, head
+    assert len(made["units"]) == 4  # rotary angles, layer, final norm, head
     assert all(unit["predicted_us"] > 0 and unit["moved_bytes"] > 0 for unit in made["units"])
     code, found, err = dsv3c("check", out, "--json")
     assert (code, err) == (0, "")
@@ -135,7 +135,7 @@ def test_check_in_a_process_of_its_own(v3):
 def test_check_in_words(dsv3c, v3):
     code, out, _ = dsv3c("check", v3[0].path)
     assert code == 0
-    assert "12 units with 88 FP8 products" in out
+    assert "15 units with 88 FP8 products" in out
 
 
 def test_a_damaged_artifact_is_one_line_without_a_traceback(damageable):

@@ -132,7 +132,7 @@ def test_mtp_layer_is_compiled(make_model, compiled, units):
         _, exact = float64(model)(tokens, return_mtp=True)
     assert close(out, eager, exact)
     assert {unit.kind.name for unit in units(result).values()} == {
-        "dense_layer", "moe_layer", "mtp_layer", "final_norm", "head",
+        "rotary", "dense_layer", "moe_layer", "mtp_layer", "final_norm", "head",
     }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def test_other_caches_run_transformers_own_layers(make_their_model, compiled, un
     arguments = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     arguments |= {"cache_implementation": "static", "disable_compile": True}
     assert torch.equal(result.generate(prompt, **arguments), model.generate(prompt, **arguments))
-    assert {unit.kind.name for unit in units(result).values()} == {"final_norm", "head"}
+    assert {unit.kind.name for unit in units(result).values()} == {"rotary", "final_norm", "head"}
 
 
 def test_the_callers_tensors_keep_no_marks(make_their_model, compiled, logits):

@@ -61,8 +61,9 @@ def test_a_report_of_training(explained):
     assert (document["precision"], document["target"]) == ("fp8", "h800")
     assert any("emulated" in note for note in document["notes"])
 
-    unit, norm, head = document["units"]
-    assert [unit["modules"], norm["modules"], head["modules"]] == [2, 1, 1]
+    rotary, unit, _, head = document["units"]
+    assert [u["modules"] for u in document["units"]] == [1, 2, 1, 1]
+    assert [region["kind"] for region in rotary["regions"]] == ["rotary"]
     assert [region["kind"] for region in head["regions"]] == ["head"]
     assert head["flops"] == 3 * 2 * IDS.numel() * SMALL.vocab_size * SMALL.hidden_size
     assert unit["inputs"][0] == "bfloat16[2, 17, 256]"
@@ -76,7 +77,7 @@ def test_a_report_of_training(explained):
 
     kinds = {region["path"]: region["kind"] for region in unit["regions"]}
     expected = {
-        "input_layernorm": "norm", "self_attn": "attention", "self_attn.o_proj": "linear", "mlp": "moe",
+        "input_layernorm": "norm", "self_attn": "attention", "self_attn.o_proj": "linear",
         "mlp.gate": "router", "mlp.experts": "experts", "mlp.shared_experts": "mlp", "layer": "layer",
     }  # fmt: skip
     assert expected.items() <= kinds.items()
@@ -111,7 +112,7 @@ def test_inference_in_exact_precision_and_the_earlier_calls(without_codegen):
     assert names == [
         f"{kind}_many_sequences_{tokens}_inference"
         for tokens in ("many_tokens", "one_token")
-        for kind in ("dense_layer", "final_norm", "head")
+        for kind in ("rotary", "dense_layer", "final_norm", "head")
     ]
     assert not any(products(unit.to_dict()) for unit in report.units)
     assert "predicted us" in str(report)
@@ -140,8 +141,8 @@ def test_transformers_model_has_the_same_regions(without_codegen):
     theirs = compiled(transformers.DeepseekV3ForCausalLM(config).bfloat16().eval(), precision="fp8", target="h800")
     with torch.no_grad():
         theirs(IDS, use_cache=False)
-    unit, *_ = dsv3c.explain(theirs).to_dict()["units"]
+    _, unit, *_ = dsv3c.explain(theirs).to_dict()["units"]
     assert unit["name"] == "moe_layer_many_sequences_many_tokens_inference"
     assert products(unit) == fp8_products(SMALL, "moe_layer", PREFILL)
     kinds = {region["kind"] for region in unit["regions"]}
-    assert {"attention", "norm", "linear", "layer", "router", "experts", "moe"} <= kinds
+    assert {"attention", "norm", "linear", "layer", "router", "experts"} <= kinds
