@@ -160,6 +160,7 @@ def unit_of(config: ModelConfig, kind: str, mode: Mode) -> Unit:
 
     x = meta(1, mode.tokens, config.hidden_size, gradient=mode.training)
     tensors: tuple[torch.Tensor | None, ...] = (x,)
+    module: nn.Module
     with torch.device("meta"):
         if kind == "rotary":
             module = Rotary(config)

@@ -58,7 +58,7 @@ def _fuse_permute(gather: fx.Node) -> int:
     """An index of FP8 rows by token, and the same of their scales."""
     if not is_call(gather, aten.index.Tensor) or len(gather.args[1]) != 1 or value(gather).dtype != E4M3:
         return 0
-    (tokens,), x = gather.args[1], gather.args[0]
+    tokens, x = gather.args[1][0], gather.args[0]
     sort = _tokens(tokens)
     for columns in tokens.users if sort is not None else ():
         if not is_call(columns, aten.index.Tensor) or list(columns.args[1]) != [None, tokens]:

@@ -29,7 +29,8 @@ class RaiseGroupedLinear:
         fallback = torch.ops.transformers.grouped_mm_fallback
         nodes = [node for node in gm.graph.nodes if node.target in (fallback, fallback.default)]
         for node in nodes:
-            x, w_EKN, offs = (*node.args, *node.kwargs.values())
+            arguments = dict(zip(("input", "weight", "offs"), node.args, strict=False)) | node.kwargs
+            x, w_EKN, offs = (arguments[name] for name in ("input", "weight", "offs"))
             with gm.graph.inserting_before(node):
                 w_ENK = gm.graph.call_method("transpose", (w_EKN, -2, -1))
                 out = gm.graph.call_function(torch.ops.dsv3c.grouped_linear.default, (x, w_ENK, offs))
