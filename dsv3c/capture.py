@@ -8,6 +8,7 @@ again.
 """
 
 import copy
+import hashlib
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,8 +96,10 @@ class Unit:
         def unit(parameters, *tensors):
             return call.trace(lambda *args, **kwargs: functional_call(template, parameters, args, kwargs), *tensors)
 
-        # Dynamo keeps what it compiled, and what it learned about sizes, by code object.
-        code = unit.__code__.replace(co_name=self.name)
+        # Dynamo keeps what it compiled by code object, and what it learned about sizes by name: another model's layer
+        # of this kind, with other sizes, would make this one's parameters vary.
+        digest = hashlib.sha256(repr((self.kind, self.variant)).encode()).hexdigest()[:8]
+        code = unit.__code__.replace(co_name=f"{self.name}_{digest}")
         self.function = types.FunctionType(code, unit.__globals__, self.name, None, unit.__closure__)
 
     @property

@@ -108,8 +108,8 @@ def _stacked(a: fx.Node) -> fx.Node | None:
     is_half = gate is not None and gate.target is operator.getitem and gate.args == (halves, 0)
     if not is_half or exp.args[0].args[0] is not gate32 or halves.target is not aten.split.Tensor:
         return None
-    h = halves.args[0]
-    return h if value(h).dim() == 2 and value(h).shape[1] == 2 * halves.args[1] else None
+    h, width = halves.args[0], value(up).shape[-1]
+    return h if value(h).dim() == 2 and value(h).shape[1] == 2 * width else None
 
 
 def _operands(node: fx.Node, target, is_first) -> tuple[fx.Node, fx.Node] | tuple[None, None]:
