@@ -21,7 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.func import functional_call
 
 from dsv3c.errors import Dsv3cError
-from dsv3c.families import LAYERS, Outputs, call_of, kind_of
+from dsv3c.families import LAYERS, OTHERS, Outputs, call_of
 from dsv3c.passes.regions import REGIONS
 
 BackendFactory = Callable[["Unit"], Callable]
@@ -59,7 +59,7 @@ class Kind(NamedTuple):
     @property
     def name(self) -> str:
         if self.module_class not in LAYERS:
-            return kind_of(self.module_class)
+            return OTHERS[self.module_class][0]
         moe = any(name.startswith("mlp.experts.") for name, *_ in self.parameters)
         return f"{'mtp' if self.module_class == 'MTPLayer' else 'moe' if moe else 'dense'}_layer"
 

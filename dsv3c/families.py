@@ -169,29 +169,20 @@ LAYERS: dict[str, Call] = {
     "DeepseekV3DecoderLayer": TransformersLayer(),
 }
 
-# Path of the other compiled modules, the same in both families -> what their units are called, and how.
+# The other compiled modules: where both families have them, and by class what their units are called, and how.
+PATHS = ("model.rotary_emb", "model.norm", "lm_head")
 OTHERS: dict[str, tuple[str, Call]] = {
-    "model.rotary_emb": ("rotary", Angles()),
-    "model.norm": ("final_norm", RowWise()),
-    "lm_head": ("head", RowWise()),
-}
-_BY_CLASS = {
-    "Rotary": "model.rotary_emb",
-    "DeepseekV3RotaryEmbedding": "model.rotary_emb",
-    "RMSNorm": "model.norm",
-    "DeepseekV3RMSNorm": "model.norm",
-    "Linear": "lm_head",
+    "Rotary": ("rotary", Angles()),
+    "RMSNorm": ("final_norm", RowWise()),
+    "Linear": ("head", RowWise()),
+    "DeepseekV3RotaryEmbedding": ("rotary", Angles()),
+    "DeepseekV3RMSNorm": ("final_norm", RowWise()),
 }
 
 
 def call_of(module: nn.Module) -> Call:
     name = type(module).__name__
-    return LAYERS[name] if name in LAYERS else OTHERS[_BY_CLASS[name]][1]
-
-
-def kind_of(module_class: str) -> str:
-    """What units of other modules than layers are called."""
-    return OTHERS[_BY_CLASS[module_class]][0]
+    return LAYERS[name] if name in LAYERS else OTHERS[name][1]
 
 
 def check(model: nn.Module) -> None:
@@ -232,4 +223,4 @@ def compiled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that become units, by path: the layers, rotary angles, final norm and head, where they are those."""
     yield from layers(model)
     modules = dict(model.named_modules())
-    yield from ((path, modules[path]) for path in OTHERS if type(modules.get(path)).__name__ in _BY_CLASS)
+    yield from ((path, modules[path]) for path in PATHS if type(modules.get(path)).__name__ in OTHERS)

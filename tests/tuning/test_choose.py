@@ -134,3 +134,13 @@ def test_what_is_registered(operator, monkeypatch, request):
     for implementation in found.values():
         assert all(implementation.holds(config) for config in (*implementation.configs(), *implementation.known))
     assert max(len(list(implementation.configs())) for implementation in found.values()) >= 200
+
+
+@pytest.mark.parametrize(("rows", "groups", "expected"), [(256 * 128, 256, 192), (8 * 4096, 8, 256), (64, 8, None)])
+def test_the_rule_for_groups(rows, groups, expected, monkeypatch, request):
+    """Tiles of 192 columns were fastest for 128 rows a group, of 256 for many, and plain ones for a few."""
+    monkeypatch.undo()
+    request.getfixturevalue("hopper")
+    implementation, config = default(Problem("grouped_gemm", rows, 4096, 7168, groups))
+    assert implementation.name == ("warp_specialized" if expected else "triton")
+    assert not expected or config == {"columns": expected, "num_stages": 4, "band": 8}
