@@ -154,7 +154,7 @@ def _split_keys_kernel(
     tl.store(drope_ptr + row * ROPE + turned, tl.sum(drope, 0).to(tl.bfloat16), mask=turned < ROPE)
 
 
-def rotate_heads_(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: bool, out: None) -> None:
+def rotate_heads_(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: bool) -> None:
     """Launcher of `dsv3c::rotate_heads_`."""
     R, H, D = x_RHD.shape
     pairs = cos_Rr.shape[1]

@@ -117,7 +117,7 @@ for R, H, nope, pairs, V in [(3, 5, 16, 4, 24), (1, 130, 32, 8, 16)]:
         x = normal(R, H, nope + 2 * pairs)
         expected, size = x.clone(), x.abs().max()
         rotary_op.rotary.rotate_heads_ref(expected, cos, sin, inverse)
-        rotary.rotate_heads_(x, cos, sin, inverse, None)
+        rotary.rotate_heads_(x, cos, sin, inverse)
         assert torch.equal(x[..., :nope], expected[..., :nope])
         close(x, expected, size)
     kv, rope = normal(R, H, nope + V), normal(R, 2 * pairs)
