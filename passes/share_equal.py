@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dsv3c.passes.contract import Level, Tier
-from dsv3c.passes.rewrite import replace
+from dsv3c.passes.rewrite import aten, replace, value
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class ShareEqual:
     """Before: two calls of one operator on the same arguments. After: one.
 
     AOTAutograd shares equal nodes in training only, and before our passes. This makes linears with a common input
-    quantise it once. Leaves alone: random numbers, and operators that write to an argument.
+    quantise it once. Views of one tensor are equal if their shapes are, however those are written. Leaves alone: random
+    numbers, and operators that write to an argument.
     """
 
     tier: ClassVar[Tier] = Tier.EXACT
@@ -28,7 +29,8 @@ class ShareEqual:
         for node in list(gm.graph.nodes):
             if not _is_pure(node):
                 continue
-            key = (node.target, node.meta.get("partitioner_tag"), _hashable(node.args), _hashable(node.kwargs))
+            args = (node.args[0], *map(str, value(node).shape)) if node.target is aten.view.default else node.args
+            key = (node.target, node.meta.get("partitioner_tag"), _hashable(args), _hashable(node.kwargs))
             if key in first:
                 replace(node, first[key])
                 sites += 1

@@ -28,3 +28,16 @@ def test_differing_arguments_stay_apart():
 
 def test_random_numbers_stay_apart():
     assert shared(lambda x: torch.rand_like(x) + torch.rand_like(x), torch.ones(3))[0] == 0
+
+
+def test_views_of_equal_shape_are_equal_however_it_is_written():
+    def program(x):
+        rows = x.shape[0] * x.shape[1]
+        return x.view(-1, 4).exp(), x.view(rows, 4).exp(), x.view(-1, 8).exp()
+
+    gm = make_fx(program, tracing_mode="symbolic")(torch.randn(3, 2, 4))
+    before = gm(torch.ones(3, 2, 4))
+    (record,) = run(gm, [passes.ShareEqual()])
+    assert record.sites == 2  # a view and what is computed of it
+    assert all(torch.equal(a, b) for a, b in zip(gm(torch.ones(3, 2, 4)), before, strict=True))
+    assert run(gm, [passes.ShareEqual()])[0].sites == 0
