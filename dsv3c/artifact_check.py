@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from dsv3c.artifact import FORMAT, MANIFEST, MODES, Mode, cache_key, kernels_of, kinds, state
 from dsv3c.config import ModelConfig
 from dsv3c.errors import ArtifactError, ConfigError
+from dsv3c.numerics import TILE
 from dsv3c.operators.mla_decode import LATENT, RANK
 from dsv3c.tuning import targets
 
@@ -36,13 +37,24 @@ def fp8_linears(config: ModelConfig, kind: str) -> int:
     return attention + (2 + (3 if config.n_shared_experts else 0) if kind == "moe_layer" else 3)
 
 
+def merged_linears(config: ModelConfig, kind: str) -> int:
+    """How many of them are part of another's product (`MergeLinear`): keys' projection down of queries', up of gate, if
+    one of the two, or both, have whole blocks of rows."""
+    if not kind.endswith("_layer"):
+        return 0
+    queries = config.q_lora_rank or config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    shared = config.n_shared_experts * config.moe_intermediate_size
+    width = shared if kind == "moe_layer" else config.intermediate_size
+    return (queries % TILE == 0 or config.latent_dim % TILE == 0) + (width > 0 and width % TILE == 0)
+
+
 def fp8_products(config: ModelConfig, kind: str, mode: Mode) -> int:
     """FP8 GEMMs of a module: fprop, and in training dgrad and wgrad. Decoding over V3's latent has none of kv_b_proj,
     which `AbsorbAttention` turns into two products of its own."""
     absorbed = (
         bool(mode.cached) and kind.endswith("_layer") and (config.kv_lora_rank, config.latent_dim) == (RANK, LATENT)
     )
-    return fp8_linears(config, kind) * (3 if mode.training else 1) - absorbed
+    return (fp8_linears(config, kind) - merged_linears(config, kind)) * (3 if mode.training else 1) - absorbed
 
 
 def check_artifact(folder: str | Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -70,6 +71,9 @@ def source_fingerprint() -> str:
     return fingerprint(*sorted(folders))
 
 
+Stack = tuple[int, ...]  # positions of inputs: a weight's, or those of several that are used as one
+
+
 @dataclass(eq=False, repr=False)
 class Backend:
     """Compiles one unit with Inductor."""
@@ -89,52 +93,63 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
         self.calls += 1
         gm = _own_copy(gm)
-        positions, example_inputs = self.prepare(gm, example_inputs)
+        stacks, example_inputs = self.prepare(gm, example_inputs)
         compiled = self.lower(gm, example_inputs)
-        if not positions:
+        if not stacks:
             return compiled
+        training = self.unit.variant.gradients
 
+        # Runs in each call of each layer, ahead of the GPU.
         def with_weights(*inputs):
-            return compiled(*inputs, *(tensor for position in positions for tensor in self.pair(inputs[position])))
+            copies = (self.copy([inputs[i] for i in stack], training=training) for stack in stacks)
+            return compiled(*inputs, *chain.from_iterable(copies))
 
         return with_weights
 
-    def pair(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def copy(self, weights: list[Tensor], *, training: bool) -> tuple[Tensor, ...]:
         assert self.weights is not None
-        return self.weights.pair(weight)
+        return self.weights.copy(weights, training=training)
 
-    def prepare(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> tuple[list[int], list[Tensor]]:
+    def prepare(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> tuple[list[Stack], list[Tensor]]:
         """Runs the L0 passes, adds the quantised weights' inputs, and binds the joint passes to them.
 
-        Returns the positions of the weights that have one, in order, and the extended example inputs.
+        Returns which weights have a quantised copy, alone or stacked, in order, and the extended example inputs.
         """
         self.captured_records = passes.run(gm, self.pipeline.captured, dump=self.dump and self.dump / "L0")
         self.text = passes.text(gm)
-        positions = self._weights(gm) if self.weights else []
+        stacks = self._stacks(gm) if self.weights else []
         inputs = list(example_inputs)
         fake_mode = detect_fake_mode(inputs)
         bound = []
-        for position in positions:
-            weight = inputs[position]  # a real one, unlike the other inputs: Dynamo passes parameters as they are
+        for stack in stacks:
+            weights = [inputs[i] for i in stack]  # real ones, unlike other inputs: Dynamo passes parameters as they are
             with fake_mode:
-                pair = self.weights.quantize(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
-            bound.append(passes.WeightInput(position, len(inputs), len(inputs) + 1))
-            for tensor, what in zip(pair, ("fp8", "scale_inv"), strict=True):
-                _add_input(gm, f"weight_{position}_{what}", tensor)
+                fakes = [torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for weight in weights]
+                copy = self.weights.quantize(fakes, training=self.unit.variant.gradients)
+            added = range(len(inputs), len(inputs) + len(copy))
+            bound.append(passes.WeightInput(stack, (added[0], added[1]), (added[-2], added[-1])))
+            for tensor in copy:
+                _add_input(gm, f"input_{len(inputs)}", tensor)
                 inputs.append(tensor)
         gm.recompile()
         joint = self.pipeline.with_weights(tuple(bound)).joint
         self.joint = JointPasses(joint, self.dump and self.dump / "L1")
-        return positions, inputs
+        return stacks, inputs
 
     def lower(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
         return compile_fx(gm, example_inputs, config_patches={**_INDUCTOR, "joint_custom_pre_pass": self.joint})
 
-    def _weights(self, gm: fx.GraphModule) -> list[int]:
-        """Positions of the inputs that are quantisable weights: Dynamo says which parameter an input is."""
+    def _stacks(self, gm: fx.GraphModule) -> list[Stack]:
+        """The quantisable weights (Dynamo says which parameter an input is), together those that are used together."""
         names = set(quantizable(self.unit.template))
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        return [i for i, node in enumerate(inputs) if getattr(node._dynamo_source, "index", None) in names]
+        weights = {n: i for i, n in enumerate(inputs) if getattr(n._dynamo_source, "index", None) in names}
+        stacks = {
+            tuple(weights[weight] for weight in user.args[0]) if user.target is torch.cat else (position,)
+            for node, position in weights.items()
+            for user in node.users
+        }
+        return sorted(stacks)
 
 
 def _own_copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -176,9 +191,9 @@ class Lowered:
 class Recorder(Backend):
     """Goes as far as the partitioned graphs and generates no code."""
 
-    def pair(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def copy(self, weights: list[Tensor], *, training: bool) -> tuple[Tensor, ...]:
         assert self.weights is not None
-        return self.weights.quantize(weight)
+        return self.weights.quantize(weights, training=training)
 
     def lower(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
         self.halves: tuple[fx.GraphModule, ...] = ()

@@ -30,11 +30,12 @@ Pair = tuple[fx.Node, fx.Node]
 
 @dataclass(frozen=True)
 class WeightInput:
-    """Positions, among a graph's inputs, of a weight and of its quantised copy, which the backend appends."""
+    """Positions, among a graph's inputs, of a weight, or of those that MergeLinear stacks, and of the quantised copy,
+    which the backend appends: the pair for fprop, and the one for dgrad, in training a transposed copy's view."""
 
-    weight: int
-    fp8: int
-    scale_inv: int
+    weights: tuple[int, ...]
+    fprop: tuple[int, int]
+    dgrad: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,11 @@ class _Rewrite:
 
     def run(self) -> int:
         inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
-        self.copies = {inputs[w.weight]: (inputs[w.fp8], inputs[w.scale_inv]) for w in self.weights}
-        self.gradients = _gradients(self.gm, {w.weight for w in self.weights})
+        self.copies = {
+            tuple(inputs[i] for i in w.weights): tuple((inputs[i], inputs[j]) for i, j in (w.fprop, w.dgrad))
+            for w in self.weights
+        }
+        self.gradients = _gradients(self.gm, {i for w in self.weights for i in w.weights})
         targets = (self.spelling.product, self.spelling.wgrad)
         products = [node for node in self.gm.graph.nodes if node.op == "call_function" and node.target in targets]
         return sum(self.weight_product(node) or self.weight_gradient(node) for node in products)
@@ -116,8 +120,8 @@ class _Rewrite:
         if node.target is self.spelling.wgrad:
             return 0
         weight, transposed = through_transposes(node.args[1])
-        copy = self.copies.get(weight) or _kept_in_fp8(weight)
-        if copy is None:
+        copies = self.copies.get(_stack(weight)) or _kept_in_fp8(weight)
+        if copies is None:
             if (weight.op == "placeholder" or self.kernels is _GROUPED) and not is_backward(node):
                 leave(node, "its weight has no quantised copy")
             return 0
@@ -125,8 +129,8 @@ class _Rewrite:
         if is_fprop:
             self.inputs.add(node.args[0])
         pair = self.quantized(node, node.args[0], self.floor(node))
-        kernel = self.kernels[0 if is_fprop else 1]
-        replace(node, insert(node, kernel, *pair, *copy, *_offs(node), value(node).dtype))
+        which = 0 if is_fprop else 1
+        replace(node, insert(node, self.kernels[which], *pair, *copies[which], *_offs(node), value(node).dtype))
         return 1
 
     def weight_gradient(self, node: fx.Node) -> int:
@@ -170,16 +174,22 @@ def _offs(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(node.args[2:3])
 
 
+def _stack(weight: fx.Node) -> tuple[fx.Node, ...]:
+    """What MergeLinear stacked, or the weight alone."""
+    return tuple(weight.args[0]) if weight.target is aten.cat.default and len(weight.args) == 1 else (weight,)
+
+
 def _gradients(gm: fx.GraphModule, weights: set[int]) -> set[fx.Node]:
-    """The nodes, under their transposes, that are the gradients of the inputs at the positions `weights`."""
+    """The products that are, transposed or not, the gradients of the inputs at the positions `weights`; or of their
+    stack, whose rows those are."""
     *_, output = gm.graph.nodes
     return {
-        through_transposes(node)[0]
+        through_transposes(node.args[0] if node.target is aten.slice.Tensor else node)[0]
         for node, desc in zip(output.args[0], output.meta.get("desc", ()), strict=False)
         if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput) and desc.grad_of.idx in weights
     }
 
 
-def _kept_in_fp8(weight: fx.Node) -> Pair | None:
-    """The FP8 pair of a weight that the checkpoint keeps in FP8 and the model dequantises at use."""
-    return weight.args[:2] if weight.target is torch.ops.dsv3c.dequantize_block.default else None
+def _kept_in_fp8(weight: fx.Node) -> tuple[Pair, Pair] | None:
+    """The FP8 pair, for both uses, of a weight that the checkpoint keeps in FP8 and the model dequantises at use."""
+    return (weight.args[:2],) * 2 if weight.target is torch.ops.dsv3c.dequantize_block.default else None

@@ -45,6 +45,10 @@ def _quantize_block(w_NK, amax_floor, pow2):
     return w_NK.new_empty(w_NK.shape, dtype=E4M3), scale_inv
 
 
+def _quantize_block_both(w_NK, amax_floor, pow2):
+    return *_quantize_block(w_NK, amax_floor, pow2), *_quantize_block(w_NK.mT, amax_floor, pow2)
+
+
 def _dequantize_block(w_fp8_NK, w_scale_inv, dtype):
     check_blocks("w", w_fp8_NK, w_scale_inv)
     return w_fp8_NK.new_empty(w_fp8_NK.shape, dtype=dtype)
@@ -86,6 +90,12 @@ define(
     "quantize",
 )
 define(f"quantize_block(Tensor w, {_CAST}", _quantize_block, casts.quantize_block_ref, "quantize")
+define(
+    f"quantize_block_both(Tensor w, {_CAST.replace('Tensor)', 'Tensor, Tensor, Tensor)')}",
+    _quantize_block_both,
+    casts.quantize_block_both_ref,
+    "quantize",
+)
 define(
     "dequantize_block(Tensor w_fp8, Tensor w_scale_inv, ScalarType dtype) -> Tensor",
     _dequantize_block,

@@ -95,6 +95,14 @@ def quantize_block_ref(w_NK: Tensor, amax_floor: float, pow2: bool) -> tuple[Ten
     return w_fp8.clone(memory_format=torch.contiguous_format), scale_inv
 
 
+def quantize_block_both_ref(w_NK: Tensor, amax_floor: float, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_block`, and the same pair transposed, contiguous [.., K, N] and [.., ⌈K/128⌉, ⌈N/128⌉]: what training
+    needs of a weight, for y and for dx. (A square block is its own transpose.)"""
+    w_fp8, scale_inv = quantize_block_ref(w_NK, amax_floor, pow2)
+    t_fp8 = w_fp8.view(torch.uint8).mT.clone(memory_format=torch.contiguous_format).view(E4M3)
+    return w_fp8, scale_inv, t_fp8, scale_inv.mT.clone(memory_format=torch.contiguous_format)
+
+
 def dequantize_block_ref(w_fp8_NK: Tensor, w_scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
     """w_fp8 · scale_inv of its 128×128 block, in `dtype`; [.., N, K]. The product is float32 (float64 if that is
     dtype)."""

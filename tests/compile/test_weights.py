@@ -19,16 +19,46 @@ def weights():
     return QuantizedWeights(Recipe())
 
 
-def is_fresh(weights, weight) -> bool:
-    now = weights.quantize(weight)
-    return all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(weights.pair(weight), now, strict=True)
-    )
+def same_bits(a, b) -> bool:
+    bits = ([t.contiguous().view(torch.uint8) for t in copy] for copy in (a, b))
+    return all(map(torch.equal, *bits))
+
+
+def copy_of(weights, *stack):
+    return weights.copy(stack, training=False)
+
+
+def is_fresh(weights, *stack) -> bool:
+    return same_bits(copy_of(weights, *stack), weights.quantize(stack, training=False))
 
 
 def test_made_once(weights, weight):
-    assert weights.pair(weight)[0] is weights.pair(weight)[0]
+    assert copy_of(weights, weight)[0] is copy_of(weights, weight)[0]
     assert is_fresh(weights, weight)
+
+
+def test_training_adds_a_transposed_copy_which_inference_does_not_make(weights, weight):
+    pair = copy_of(weights, weight)
+    both = weights.copy([weight], training=True)
+    assert same_bits(both[:2], pair)
+    assert same_bits(both[2:], pair)
+    assert all(t.is_contiguous() for t in both[:2])
+    assert all(t.mT.is_contiguous() for t in both[2:])
+    assert copy_of(weights, weight)[0] is both[0]
+    assert weights.bytes() == 2 * sum(t.nbytes for t in pair)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_stack_is_quantised_as_one_and_held_once(weights, weight, training):
+    stack = weight, torch.nn.Parameter(100 * torch.randn(200, 256))
+    copy = weights.copy(stack, training=training)
+    assert same_bits(copy, weights.quantize([torch.cat(stack)], training=training))
+    assert weights.bytes() == sum(t.nbytes for t in copy)
+    for changed in stack:
+        in_place(changed)
+        assert same_bits(weights.copy(stack, training=training), weights.quantize(stack, training=training))
+    weights.forget(stack[1:])
+    assert weights.bytes() == 0
 
 
 def in_place(weight):
@@ -68,14 +98,14 @@ def stepped(optimizer):
     ids=["in_place", "storage", "load_state_dict", "sgd", "adamw", "fused_adamw", "fused_sgd"],
 )
 def test_made_again_after(change, weights, weight):
-    before = weights.pair(weight)[0].clone()
+    before = copy_of(weights, weight)[0].clone()
     change(weight)
     assert is_fresh(weights, weight)
-    assert not torch.equal(before.view(torch.uint8), weights.pair(weight)[0].view(torch.uint8))
+    assert not torch.equal(before.view(torch.uint8), copy_of(weights, weight)[0].view(torch.uint8))
 
 
 def test_a_write_through_data_needs_to_be_told(weights, weight):
-    weights.pair(weight)
+    copy_of(weights, weight)
     weight.data.mul_(torch.randn_like(weight))
     assert not is_fresh(weights, weight)  # why weights_changed exists
     weights.forget()
@@ -91,7 +121,7 @@ def test_a_new_weight_at_an_old_address_is_another(weights):
 
 def test_copies_of_dead_weights_are_dropped(weights):
     weight = torch.nn.Parameter(torch.randn(128, 128))
-    weights.pair(weight)
+    copy_of(weights, weight)
     assert weights.bytes() > 0
     del weight
     assert weights.bytes() == 0
