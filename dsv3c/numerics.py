@@ -107,6 +107,23 @@ def gemm_bounds(reference: Tensor, norm: Tensor, dtype: torch.dtype, contraction
     return element, sqrt(u**2 * float(ratio) + accumulated**2)
 
 
+def wide_mm_bounds(reference: Tensor, norm: Tensor, dtype: torch.dtype, contraction: int) -> tuple[Tensor, float]:
+    """How far a product of BF16 matrices added in float32 may be from `reference`, its float64 value; as `gemm_bounds`.
+
+    A product of two BF16 values has 16 bits: exact in float32. An instruction of a tensor core adds 16 and the
+    accumulator after cutting all 17 at 2^-23 of the largest (see `accumulate_rms`); the additions of an ordinary core
+    round by half of that, at most one a product. A factor of 24 bits as three of eight is no other number: their sum is
+    exact, three times as many products as it has make up `norm` but for 2^-13 of it, and where the three are added up
+    afterwards, two roundings more.
+    """
+    u = unit_roundoff(dtype)
+    accumulated = 2.0**-23 / sqrt(3) * sqrt(2 * 17 * ceil_div(contraction, 16)) + 2 * unit_roundoff(torch.float32)
+    reached = norm > 0
+    ratio = (reference[reached] / norm[reached]).square().mean() if reached.any() else reference.new_zeros(())
+    element = u * reference.abs() + 8 * accumulated * norm * (1 + u)
+    return element, sqrt(u**2 * float(ratio) + accumulated**2)
+
+
 # -- fused producers --
 #
 # A producer computes in float32, rounds to BF16, and quantises. Rounding is monotone: an evaluation within `error` of

@@ -6,6 +6,8 @@ from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
+from dsv3c.passes.merge_linear import MergeLinear
+from dsv3c.passes.narrow_product import NarrowProduct
 from dsv3c.passes.pipeline import Pipeline, default
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
@@ -19,6 +21,8 @@ __all__ = [
     "FusePermute",
     "FuseQuantize",
     "FuseRouting",
+    "MergeLinear",
+    "NarrowProduct",
     "Pass",
     "PassError",
     "Pipeline",

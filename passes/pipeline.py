@@ -10,6 +10,8 @@ from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
+from dsv3c.passes.merge_linear import MergeLinear
+from dsv3c.passes.narrow_product import NarrowProduct
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
@@ -25,6 +27,7 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
     return (
         RaiseAttention(),
         RaiseGroupedLinear(),
+        MergeLinear(),
         FoldLinear(),
         AbsorbAttention(),
         QuantizeLinear(recipe),
@@ -34,6 +37,7 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
         FuseRouting(),
         FusePermute(),
         FuseQuantize(),
+        NarrowProduct(),
     )
 
 

@@ -1,11 +1,11 @@
-"""FP8 products with block scales, dense and of the experts. What each means: `kernels/reference/gemms.py`."""
+"""FP8 products with block scales, dense and of the experts, and one in BF16. What each means: `kernels/reference/gemms.py`."""
 
 import torch
 from torch import Tensor
 
 from dsv3c.kernels.reference import gemms
 from dsv3c.numerics import TILE
-from dsv3c.operators.define import check_blocks, check_tiles, count_groups, define, expect
+from dsv3c.operators.define import check_blocks, check_rank, check_tiles, count_groups, define, expect
 
 
 def _wgrad_shape(groups: tuple, dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv) -> tuple:
@@ -67,11 +67,25 @@ def _grouped_gemm_wgrad_accumulate(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scal
     _check_gradient(dw_ENK, _wgrad_shape(groups, dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv))
 
 
+def _wide_mm(a_MK, b_KN, dtype):
+    for name, x in (("a", a_MK), ("b", b_KN)):
+        check_rank(name, x, 2)
+        expect(f"dtype of {name}", x.dtype, torch.bfloat16)
+    expect("whether dtype is bfloat16 or float32", dtype in (torch.bfloat16, torch.float32), True)
+    (M, K), (contracted, N) = a_MK.shape, b_KN.shape
+    expect("rows of b", contracted, K)
+    return a_MK.new_empty((M, N), dtype=dtype)
+
+
 # FLOPs, from shapes: a multiplication and an addition per product.
 
 
 def _gemm_flops(x_shape, x_scale_inv, w_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * x_shape[0] * w_shape[-2] * w_shape[-1]
+
+
+def _wide_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
 
 
 def _gemm_wgrad_flops(dyt_shape, dyt_scale_inv, xt_shape, *args, out_shape=None, **kwargs) -> int:
@@ -106,6 +120,7 @@ define(
     "wgrad",
     _grouped_gemm_wgrad_flops,
 )
+define("wide_mm(Tensor a, Tensor b, ScalarType dtype) -> Tensor", _wide_mm, gemms.wide_mm_ref, "gemm", _wide_mm_flops)
 _INTO = "Tensor(a!) dw) -> ()"
 define(
     f"gemm_wgrad_accumulate({_WGRAD}, {_INTO}",

@@ -31,6 +31,11 @@ def gemm_wgrad_ref(
     return (dyt_NP @ xt_KP.mT).to(dtype)
 
 
+def wide_mm_ref(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, [M, N], of BF16 matrices, added in float32 in any order and rounded to `dtype` once."""
+    return (a_MK.float() @ b_KN.float()).to(dtype)
+
+
 def _dequantize_block_wide(w_fp8_NK: Tensor, w_scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_block_ref(w_fp8_NK, w_scale_inv, torch.float64 if dtype == torch.float64 else torch.float32)
 
