@@ -23,8 +23,8 @@ class MergeLinear:
     the weights' gradients are the rows of one. What is stacked is the FP8 copy, made once (`QuantizedWeights`): the
     `cat` is for `QuantizeLinear` to recognise, which leaves none. NUMERIC because sums are associated otherwise.
 
-    Leaves alone: the router, the head, and weights whose rows are no multiple of 128, but for one a stack, the last: a
-    block of 128x128 would lie in two weights.
+    Leaves alone: the router; weights whose rows are no multiple of 128, but for one a stack, the last, since a block of
+    128x128 would lie in two weights; and weights that the checkpoint keeps in FP8, which would be held twice.
     """
 
     tier: ClassVar[Tier] = Tier.NUMERIC
@@ -33,21 +33,23 @@ class MergeLinear:
     def __call__(self, gm: fx.GraphModule) -> int:
         by_input: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in gm.graph.nodes:
-            if _is_linear(node):
+            if node.target is F.linear and _has_copy(node):
                 by_input[node.args[0]].append(node)
         return sum(_merge(linears) for linears in by_input.values() if len(linears) > 1)
 
 
-def _is_linear(node: fx.Node) -> bool:
-    """Of a weight that has an FP8 copy, `dsv3c.capture.quantizable`."""
-    if node.target is not F.linear or (len(node.args) > 2 and node.args[2] is not None) or node.kwargs:
-        return False
-    weight, region = node.args[1], region_of(node)
-    is_input = weight.op == "placeholder" and weight.meta["example_value"].dtype.itemsize > 1
-    return is_input and region is not None and region.kind == "linear"
+def _has_copy(node: fx.Node) -> bool:
+    """Whether there is or will be a copy of the weight in FP8 (`dsv3c.capture.quantizable`)."""
+    region = region_of(node)
+    has_bias = len(node.args) > 2 and node.args[2] is not None
+    return region is not None and region.kind == "linear" and not has_bias and not node.kwargs
 
 
 def _merge(linears: list[fx.Node]) -> int:
+    for node in linears:
+        if node.args[1].op != "placeholder":
+            leave(node, "its weight is kept in FP8: stacked, it would be held twice")
+    linears = [node for node in linears if node.args[1].op == "placeholder"]
     whole = [node for node in linears if _rows(node) % TILE == 0]
     ragged = [node for node in linears if _rows(node) % TILE]
     for node in ragged[1:] if whole else ragged:

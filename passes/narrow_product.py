@@ -21,9 +21,9 @@ class NarrowProduct:
     """Before: `mm(float32(a), float32(b))` of BF16 a and b, and `mm(g, float32(b))`, g in float32. After:
     `wide_mm(a, b)`, and the same with g as the sum of three BF16 matrices: its highest eight bits, the next, the last.
 
-    The router, whose logits and their gradients are float32: V3's 4096 x 256 logits take 15 GFLOP, 0.35 ms in float32
-    and a tenth of that in BF16, backward as many again twice. Products of BF16 values are exact in float32, so that only
-    the order of the sum changes (`numerics.wide_mm_bounds`). NUMERIC for that, and because an infinite g becomes NaN.
+    For the router, whose logits and their gradients are float32: those of 4096 tokens took V3's layer 0.35 ms forward
+    and 0.75 ms backward on an H200's ordinary cores. Products of BF16 values are exact in float32, so that only the
+    order of the sum changes (`numerics.wide_mm_bounds`). NUMERIC for that, and because an infinite g becomes NaN.
     Leaves alone: a right operand that needs float32.
     """
 

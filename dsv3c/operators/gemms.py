@@ -1,4 +1,4 @@
-"""FP8 products with block scales, dense and of the experts, and one in BF16. What each means: `kernels/reference/gemms.py`."""
+"""FP8 products with block scales, dense and grouped; one in BF16. What each means: `kernels/reference/gemms.py`."""
 
 import torch
 from torch import Tensor

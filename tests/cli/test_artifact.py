@@ -234,7 +234,7 @@ def test_with_a_recorded_reason_the_number_still_tells(damageable):
 
 def test_a_float32_product_of_the_router_is_no_violation(v3):
     lines = parse(v3[0].path / L1)
-    assert any(line.operator == "aten.mm.default" and line.kind == "router" for line in lines)
+    assert any(line.operator == "dsv3c.wide_mm.default" and line.kind == "router" for line in lines)
 
 
 @pytest.mark.parametrize(

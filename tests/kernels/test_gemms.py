@@ -97,6 +97,7 @@ def arguments(check) -> dict[str, tuple]:
         "quantize_block": (check.varied(864, 144).view(3, 288, 144), FLOOR, False),
         "quantize_block_both": (check.varied(864, 144).view(3, 288, 144), FLOOR, False),
         "dequantize_block": (*w3, torch.bfloat16),
+        "wide_mm": (check.varied(40, 144).bfloat16(), check.varied(288, 144).bfloat16().mT, torch.float32),
         "gemm": (*x, *w, torch.bfloat16),
         "gemm_dgrad": (*dy, *w, torch.bfloat16),
         "gemm_wgrad": (*dyt, *xt, torch.float32),
@@ -113,6 +114,7 @@ NAMES = [
     "quantize_block",
     "quantize_block_both",
     "dequantize_block",
+    "wide_mm",
     "gemm",
     "gemm_dgrad",
     "gemm_wgrad",
@@ -140,7 +142,8 @@ def test_fake_agrees_with_real(check, name):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("gemm", 40 * 288 * 144), ("gemm_dgrad", 40 * 288 * 144), ("gemm_wgrad", 128 * 288 * 144),
+    [("wide_mm", 40 * 288 * 144),
+     ("gemm", 40 * 288 * 144), ("gemm_dgrad", 40 * 288 * 144), ("gemm_wgrad", 128 * 288 * 144),
      ("grouped_gemm", 40 * 288 * 144), ("grouped_gemm_dgrad", 40 * 288 * 144), ("grouped_gemm_wgrad", 128 * 288 * 144)],
 )  # fmt: skip
 def test_flops(check, name, expected):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dsv3c.fp8_weights import Float8Linear
 from dsv3c.numerics import rounded_sum_bound
 from dsv3c.passes.contract import operator_name, run, text
 from dsv3c.passes.merge_linear import MergeLinear
@@ -76,9 +77,16 @@ class Functional(Linears):
         return tuple(x @ linear.weight.T for linear in self.linears)
 
 
+class KeptInFp8(Linears):
+    def __init__(self):
+        super().__init__()
+        self.linears = nn.ModuleList(Float8Linear(K, n) for n in (128, 256))
+
+
 @pytest.mark.parametrize(
     "module",
     [
+        KeptInFp8(),
         Linears(128),
         Linears(72, 40),
         Linears(128, 128, bias=True),
