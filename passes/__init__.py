@@ -3,11 +3,13 @@
 from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
 from dsv3c.passes.pipeline import Pipeline, default
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
+from dsv3c.passes.quantize_both import QuantizeBoth
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
 from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
@@ -16,6 +18,7 @@ from dsv3c.passes.share_equal import ShareEqual
 __all__ = [
     "AbsorbAttention",
     "FoldLinear",
+    "FuseNormBackward",
     "FusePermute",
     "FuseQuantize",
     "FuseRouting",
@@ -23,6 +26,7 @@ __all__ = [
     "PassError",
     "Pipeline",
     "QuantizeBeforeGather",
+    "QuantizeBoth",
     "QuantizeGroupedLinear",
     "QuantizeLinear",
     "RaiseAttention",
