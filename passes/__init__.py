@@ -3,6 +3,7 @@
 from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
@@ -10,6 +11,7 @@ from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
 from dsv3c.passes.pipeline import Pipeline, default
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
+from dsv3c.passes.quantize_both import QuantizeBoth
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
 from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
@@ -18,6 +20,7 @@ from dsv3c.passes.share_equal import ShareEqual
 __all__ = [
     "AbsorbAttention",
     "FoldLinear",
+    "FuseNormBackward",
     "FusePermute",
     "FuseQuantize",
     "FuseRouting",
@@ -27,6 +30,7 @@ __all__ = [
     "PassError",
     "Pipeline",
     "QuantizeBeforeGather",
+    "QuantizeBoth",
     "QuantizeGroupedLinear",
     "QuantizeLinear",
     "RaiseAttention",

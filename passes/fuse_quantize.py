@@ -10,7 +10,7 @@ from torch import fx
 import dsv3c.operators  # noqa: F401
 from dsv3c.numerics import TILE
 from dsv3c.passes.contract import Level, Tier
-from dsv3c.passes.rewrite import aten, insert, is_backward, replace, size, value
+from dsv3c.passes.rewrite import aten, insert, is_backward, replace, replace_results, size, value
 
 prims, ops = torch.ops.prims, torch.ops.dsv3c
 
@@ -33,33 +33,34 @@ class FuseQuantize:
         return sum(_fuse_norm(cast) or _fuse_swiglu(cast) for cast in casts if not is_backward(cast))
 
 
-class _Norm(NamedTuple):
+class Norm(NamedTuple):
     x: fx.Node
     weight: fx.Node
+    normed: fx.Node  # x/rms in BF16
     eps: float
     rstd: fx.Node  # 1/rms, [.., 1]
 
 
 def _fuse_norm(cast: fx.Node) -> int:
     y = _under_view(cast.args[0])
-    norm = _norm(y)
+    norm = norm_of(y)
     if norm is None or value(cast.args[0]).shape[1] % TILE:
         return 0
     if all(reader is cast or is_backward(reader) for reader in _readers(y)):
-        x_RK = _as_rows(cast, norm.x)
+        x_RK = as_rows(cast, norm.x)
         call = insert(cast, ops.rms_norm_quantize.default, x_RK, norm.weight, norm.eps, *cast.args[1:])
         _replace_rstd(norm, insert(cast, operator.getitem, call, 2))
-        _replace_results(cast, call, first=0)
+        replace_results(cast, call, first=0)
         return 1
     total = norm.x
     terms = total.args if total.target is aten.add.Tensor and not total.kwargs else ()
     if [isinstance(t, fx.Node) and value(t).shape == value(total).shape for t in terms] != [True, True]:
         return 0
-    rows = [_as_rows(total, term) for term in terms]
+    rows = [as_rows(total, term) for term in terms]
     call = insert(total, ops.add_rms_norm_quantize.default, *rows, norm.weight, norm.eps, *cast.args[1:])
     both = [_shaped(total, insert(total, operator.getitem, call, index), total) for index in (0, 1)]
     _replace_rstd(norm, insert(total, operator.getitem, call, 4))
-    _replace_results(cast, call, first=2)
+    replace_results(cast, call, first=2)
     replace(y, both[1])
     replace(total, both[0])
     return 1
@@ -70,12 +71,12 @@ def _fuse_swiglu(cast: fx.Node) -> int:
     h = _stacked(a)
     if h is None or value(a).shape[-1] % TILE or any(reader is not cast for reader in _readers(a)):
         return 0
-    h_RK = _as_rows(cast, h)
-    _replace_results(cast, insert(cast, ops.swiglu_quantize.default, h_RK, None, *cast.args[1:]), first=0)
+    h_RK = as_rows(cast, h)
+    replace_results(cast, insert(cast, ops.swiglu_quantize.default, h_RK, None, *cast.args[1:]), first=0)
     return 1
 
 
-def _norm(y: fx.Node) -> _Norm | None:
+def norm_of(y: fx.Node) -> Norm | None:
     """`weight · bf16(x/rms)`, with the sums in float32."""
     weight, normed = _operands(y, aten.mul.Tensor, lambda node: value(node).dim() == 1)
     if normed is None or not _casts(normed, torch.bfloat16):
@@ -92,7 +93,7 @@ def _norm(y: fx.Node) -> _Norm | None:
     if not last or square.target is not aten.pow.Tensor_Scalar or square.args != (x32, 2):
         return None
     x = x32.args[0]
-    return _Norm(x, weight, shifted.args[1], rstd) if value(x).dtype == torch.bfloat16 else None
+    return Norm(x, weight, normed, shifted.args[1], rstd) if value(x).dtype == torch.bfloat16 else None
 
 
 def _stacked(a: fx.Node) -> fx.Node | None:
@@ -144,7 +145,7 @@ def _readers(node: fx.Node):
             yield user
 
 
-def _as_rows(at: fx.Node, x: fx.Node) -> fx.Node:
+def as_rows(at: fx.Node, x: fx.Node) -> fx.Node:
     return x if value(x).dim() == 2 else insert(at, aten.view.default, x, [-1, value(x).shape[-1]])
 
 
@@ -156,15 +157,7 @@ def _shaped(at: fx.Node, rows: fx.Node, like: fx.Node) -> fx.Node:
     return insert(at, aten.view.default, rows, [*sizes, value(like).shape[-1]])
 
 
-def _replace_results(cast: fx.Node, call: fx.Node, *, first: int) -> None:
-    """Results `first` and the next of `call` in place of the pair that `cast` returns."""
-    for user in list(cast.users):
-        with cast.graph.inserting_before(cast):
-            replace(user, insert(user, operator.getitem, call, first + user.args[1]))
-    cast.graph.erase_node(cast)
-
-
-def _replace_rstd(norm: _Norm, rstd_R: fx.Node) -> None:
+def _replace_rstd(norm: Norm, rstd_R: fx.Node) -> None:
     """In backward. Forward's readers go away with the norm."""
     for reader in [user for user in norm.rstd.users if is_backward(user)]:
         sizes = [size(reader, norm.x, dim) for dim in range(value(norm.x).dim() - 1)]

@@ -7,12 +7,14 @@ from dsv3c.numerics import Recipe
 from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.contract import Level, Pass, select
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
 from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
+from dsv3c.passes.quantize_both import QuantizeBoth
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
 from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
@@ -36,8 +38,10 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
         ShareEqual(),
         FuseRouting(),
         FusePermute(),
+        FuseNormBackward(),
         FuseQuantize(),
         NarrowProduct(),
+        QuantizeBoth(),
     )
 
 

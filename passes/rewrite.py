@@ -1,7 +1,7 @@
 """What passes over aten graphs share: reading through transposes, and inserting operators with their values."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import fx
@@ -70,8 +70,52 @@ def insert_pair(at: fx.Node, target: Callable, *args) -> tuple[fx.Node, fx.Node]
     return insert(at, operator.getitem, both, 0), insert(at, operator.getitem, both, 1)
 
 
+def under(node, *targets) -> fx.Node:
+    """What `node` is a view of, through calls of `targets`."""
+    while isinstance(node, fx.Node) and node.target in targets:
+        node = node.args[0]
+    return node
+
+
+def made_of(node: fx.Node, known: Collection[fx.Node]) -> bool:
+    """Whether `node` is computed from `known`, sizes and constants alone."""
+    seen, frontier = set(known), [node]
+    while frontier:
+        node = frontier.pop()
+        if node not in seen and not isinstance(node.meta.get("val"), torch.SymInt):
+            if node.op == "placeholder":
+                return False
+            seen.add(node)
+            frontier += node.all_input_nodes
+    return True
+
+
+def end_of(start: fx.Node, known: Collection[fx.Node], is_end: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The one node that all ends in which is computed from `start` with values made of `known`; None if there are
+    several, or something else takes part."""
+    between, ends, frontier = set(), set(), list(start.users)
+    while frontier:
+        node = frontier.pop()
+        if is_end(node):
+            ends.add(node)
+        elif node.op == "output":
+            return None
+        elif node not in between:
+            between.add(node)
+            frontier += node.users
+    read = {argument for node in between | ends for argument in node.all_input_nodes} - between - {start}
+    return ends.pop() if len(ends) == 1 and all(made_of(node, known) for node in read) else None
+
+
 def replace(node: fx.Node, new: fx.Node) -> None:
     node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def replace_results(node: fx.Node, new: fx.Node, *, first: int) -> None:
+    """Result number `first + i` of `new`, which stands before `node`, in place of result i of `node`."""
+    for user in list(node.users):
+        replace(user, insert(node, operator.getitem, new, first + user.args[1]))
     node.graph.erase_node(node)
 
 

@@ -66,6 +66,9 @@ class Watch(TorchDispatchMode):
             self.source(out[0], args[0])
         elif name == "quantize_tile_t":
             self.source(out[0], padded(args[0], args[1]).t())
+        elif name == "quantize_tile_both":
+            self.source(out[0], args[0])
+            self.source(out[2], padded(args[0], args[1]).t())
         elif name == "requantize_t":
             self.source(out[0], padded(self.sources[id(args[0])], args[2]).t())
         elif name == "aten::index.Tensor" and id(args[0]) in self.sources and args[1][0] is not None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from functorch.compile import aot_module, default_partition, nop
 from torch import nn
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -69,20 +68,6 @@ def make(name, dtype=torch.float32):
     return layer.to(dtype)
 
 
-def rewritten(layer, passes, found=None):
-    """`layer`, whose joint graph the passes have been over."""
-
-    def partition(joint, inputs, *, num_fwd_outputs, **kwargs):
-        joint.graph.eliminate_dead_code()
-        run(joint, passes)
-        if found is not None:
-            found.update(names(joint))
-            assert all(record.sites == 0 for record in run(joint, passes))
-        return default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-
-    return aot_module(layer, fw_compiler=nop, partition_fn=partition, decompositions=select_decomp_table())
-
-
 def traced(function, *inputs):
     gm = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*inputs)
     gm.graph.eliminate_dead_code()
@@ -94,16 +79,8 @@ def names(gm):
     return Counter(call[1] for call in calls if call[0] == "dsv3c" and "linear" not in call[1])
 
 
-def step(layer, x):
-    layer.zero_grad()
-    x = x.detach().requires_grad_()
-    out = layer(x)
-    out.backward(torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype))
-    return out.detach(), x.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_numbers_but_for_the_order_of_sums(name):
+def test_the_same_numbers_but_for_the_order_of_sums(name, rewritten, step):
     layer = make(name)
     x, found = torch.randn(2, 20, 64), Counter()
     expected = step(rewritten(layer, []), x)
@@ -114,7 +91,7 @@ def test_the_same_numbers_but_for_the_order_of_sums(name):
 
 
 @pytest.mark.parametrize("name", ["ours", "theirs"])
-def test_in_bfloat16(name):
+def test_in_bfloat16(name, rewritten, step):
     """As the models run; transformers' experts take nothing else on a CPU."""
     found = Counter()
     layer = make(name, torch.bfloat16)
@@ -167,7 +144,7 @@ def test_leaves_other_gates_alone(change):
         assert sum(record.sites for record in run(gm, PASSES)) == sites, changed
 
 
-def test_leaves_another_gradient_of_the_scores_alone():
+def test_leaves_another_gradient_of_the_scores_alone(rewritten, step):
     """A gate with a loss of its own: its weights' gradient is not all that its logits get."""
 
     class Balanced(Layer):

@@ -1,0 +1,97 @@
+"""FuseNormBackward on each form that a norm's gradient comes in, and only on a norm's."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.numerics import distance, reordered_bound
+from dsv3c.passes import FuseNormBackward
+
+B, T, K, EPS = 2, 6, 256, 1e-6
+
+
+def composite(x, weight):
+    """Ours, as it is taken apart on a CPU."""
+    return weight * F.rms_norm(x, weight.shape, eps=EPS)
+
+
+def fused(x, weight):
+    """Ours, as it is on a GPU."""
+    return weight * torch.ops.aten._fused_rms_norm(x, weight.shape, None, EPS)[0]
+
+
+def theirs(x, weight):
+    """transformers'."""
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm, join):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(K, dtype=torch.bfloat16) + 0.5)
+        self.norm, self.join = norm, join
+
+    def forward(self, x):
+        return self.join(x, self.norm(x, self.weight))
+
+
+def alone(x, y):
+    return y.sin()
+
+
+def beside(x, y):
+    return x + y.sin()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, T, K, dtype=torch.bfloat16) * torch.logspace(-3, 1, T, dtype=torch.bfloat16)[:, None]
+
+
+@pytest.mark.parametrize("norm", [composite, fused, theirs])
+@pytest.mark.parametrize("join", [alone, beside])
+def test_the_gradients_of_the_norm_and_of_what_is_beside_it(norm, join, x, rewritten, step):
+    module, found = Normed(norm, join), Counter()
+    results = step(rewritten(module, [FuseNormBackward()], found), x)
+    assert found == Counter(rms_norm_backward=1)
+    wide = Normed(composite, join).double()
+    wide.weight.data = module.weight.data.double()
+    for result, reference in zip(results, step(wide, x.double()), strict=True):
+        assert result.dtype == torch.bfloat16
+        assert distance(result, reference)[1] <= reordered_bound(1, K, torch.bfloat16)
+
+
+def also_its_root(x, weight):
+    x32 = x.float()
+    rstd = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * (x32 * rstd).to(x.dtype) + rstd.to(x.dtype)
+
+
+def without_the_mean(x, weight):
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.pow(2).sum(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+@pytest.mark.parametrize("norm", [also_its_root, without_the_mean])
+def test_leaves_other_gradients_alone(norm, x, rewritten, step):
+    module, found = Normed(norm, beside), Counter()
+    results = step(rewritten(module, [FuseNormBackward()], found), x)
+    assert not found
+    for result, reference in zip(results, step(rewritten(module, []), x), strict=True):
+        assert torch.equal(result, reference)
+
+
+@pytest.mark.parametrize("columns", [72, K])
+def test_leaves_odd_sizes_and_frozen_weights_alone(columns, x, rewritten, step):
+    module, found = Normed(composite, beside), Counter()
+    if columns == K:
+        module.weight.requires_grad_(False)
+    else:
+        module.weight = nn.Parameter(module.weight[:columns].detach())
+    step(rewritten(module, [FuseNormBackward()], found), x[..., :columns])
+    assert not found
