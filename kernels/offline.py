@@ -17,7 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
 I16 = "*i16"
-FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad", "swiglu", "norm", "rotary")
+FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad", "swiglu", "norm", "rotary", "cross_entropy")
 
 
 @dataclass(frozen=True)

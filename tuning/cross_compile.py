@@ -38,6 +38,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent_backward": ("latent_backward_kernel", {}),
     "join_keys": ("join_keys_kernel", {}),
     "split_keys": ("split_keys_kernel", {}),
+    "cross_entropy": ("cross_entropy_kernel", {}),
 }
 
 _KERNELS: dict[str, tuple[str, ...]] = {
@@ -63,6 +64,8 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.latent_backward.default": ("latent_backward", "sum_programs"),
     "dsv3c.join_keys.default": ("join_keys",),
     "dsv3c.split_keys.default": ("split_keys",),
+    "dsv3c.cross_entropy_.default": ("cross_entropy",),
+    "dsv3c.linear_cross_entropy.default": ("cross_entropy",),
 }
 
 
