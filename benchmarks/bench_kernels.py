@@ -24,7 +24,8 @@ import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.timing import interleaved
 from dsv3c.kernels import gemm, grouped_gemm, wgrad
 from dsv3c.kernels.reference import casts as reference
-from dsv3c.numerics import TILE, Recipe, gemm_bounds
+from dsv3c.numerics import TILE, Recipe
+from dsv3c.tuning.workloads import close
 
 ops = torch.ops.dsv3c
 FLOOR = Recipe().amax_floor
@@ -54,24 +55,6 @@ def same_bits(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for f, e in zip(found, expected, strict=True):
         if not torch.equal(f.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8)):
             raise AssertionError("bits differ from the definition")
-
-
-def close(out: Tensor, x: Tensor, x_scale_inv: Tensor, w: Tensor, w_scale_inv: Tensor) -> None:
-    """`out` against x wᵀ in float64."""
-    K = x.shape[1]
-
-    def dequantized(q: Tensor, scale_inv: Tensor) -> Tensor:
-        each = scale_inv.double().repeat_interleave(TILE, 1)[:, :K]
-        return q.double() * (each if len(each) == len(q) else each.repeat_interleave(TILE, 0)[: len(q)])
-
-    x, w = dequantized(x, x_scale_inv), dequantized(w, w_scale_inv)
-    expected, norm = x @ w.T, (x.square() @ w.square().T).sqrt()
-    element, rms = gemm_bounds(expected, norm, out.dtype, K)
-    error = (out.double() - expected).abs()
-    if not bool((error <= element).all()) or not float((error / norm).square().mean().sqrt()) <= rms:
-        raise AssertionError(
-            f"beyond the bound: RMS {float((error / norm).square().mean().sqrt()):.3g}, bound {rms:.3g}"
-        )
 
 
 def casts() -> Iterator[Case]:
@@ -119,17 +102,16 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
     w = ops.quantize_tile(w_bf16, FLOOR, False) if tiled else ops.quantize_block(w_bf16, FLOOR, False)
     out = torch.empty(M, N, dtype=torch.bfloat16)
     contenders = {
-        "cublaslt": lambda: gemm.cublaslt(*x, *w, out, tiled),
+        "cublaslt": lambda: gemm.cublaslt(*x, *w, out, w_tiled=tiled),
         "bf16": lambda: torch.mm(x_bf16, w_bf16.T, out=out),
     }
     first = torch.tensor([0, K // TILE], dtype=torch.int32)
     if tiled:
-        for config, chunk in wgrad.SPACE:
-            launch = partial(wgrad.launch, *x, *w, first, out[None], config, chunk)
-            contenders[f"{describe(config)} c{chunk}"] = launch
+        for config in wgrad.KNOWN:
+            contenders[describe(**config)] = partial(wgrad.launch, *x, *w, first, out[None], **config)
     else:
-        for config in gemm.SPACE:
-            contenders[describe(config)] = partial(gemm.launch, *x, *w, out, config)
+        for config in gemm.KNOWN:
+            contenders[describe(**config)] = partial(gemm.launch, *x, *w, out, **config)
 
     def check(name: str) -> None:
         out.fill_(torch.nan)
@@ -140,8 +122,8 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
     return Case(f"{M}x{N}x{K}", contenders, check, 2 * M * N * K, traffic)
 
 
-def describe(config: gemm.Config) -> str:
-    return f"{config.block_m}x{config.columns}/{config.halves} w{config.num_warps} s{config.num_stages}"
+def describe(rows: int, columns: int, halves: int, num_warps: int, num_stages: int, chunk: int = 1, **_: int) -> str:
+    return f"{halves * rows}x{columns}/{halves} w{num_warps} s{num_stages} c{chunk}"
 
 
 def grouped(E: int, rows: int, N: int, K: int, ragged: bool) -> Case:
@@ -155,8 +137,8 @@ def grouped(E: int, rows: int, N: int, K: int, ragged: bool) -> Case:
     x, w = ops.quantize_tile(x_bf16, FLOOR, False), ops.quantize_block(w_bf16, FLOOR, False)
     out = torch.empty(R, N, dtype=torch.bfloat16)
     contenders = {"bf16": lambda: torch.nn.functional.grouped_mm(x_bf16, w_bf16.mT, offs=offs)}
-    for config in gemm.SPACE:
-        contenders[describe(config)] = partial(grouped_gemm.launch, *x, *w, offs, out, config)
+    for config in gemm.KNOWN:
+        contenders[describe(**config)] = partial(grouped_gemm.launch, *x, *w, offs, out, **config)
 
     def check(name: str) -> None:
         out.fill_(torch.nan)
@@ -180,8 +162,8 @@ def grouped_wgrad(E: int, rows: int, N: int, K: int) -> Case:
     out = torch.empty(E, N, K, dtype=torch.bfloat16)
     contenders = {"bf16": lambda: torch.nn.functional.grouped_mm(dy_bf16.T, x_bf16, offs=offs)}
     first = torch.arange(E + 1, dtype=torch.int32) * -(-rows // TILE)
-    for config, chunk in wgrad.SPACE:
-        contenders[f"{describe(config)} c{chunk}"] = partial(wgrad.launch, *dyt, *xt, first, out, config, chunk)
+    for config in wgrad.KNOWN:
+        contenders[describe(**config)] = partial(wgrad.launch, *dyt, *xt, first, out, **config)
 
     def check(name: str) -> None:
         out.fill_(torch.nan)

@@ -1,6 +1,6 @@
 """`dsv3c compile`: what the compiler makes of a model for a target, as a folder; the machine may have no such GPU.
 
-The distinct layers are captured from the config alone, on fake CPU tensors, in the variants of MODES; no weight is
+Each kind of module is captured from the config alone, on fake CPU tensors, in the variants of MODES; no weight is
 read. An artifact holds
 
     manifest.json           versions, source fingerprint, passes, units, and the SHA-256 of every other file
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dsv3c.backend import Lowered, lower, source_fingerprint
 from dsv3c.capture import Argument, Kind, Unit, Variant, template_of, tensors_of
@@ -32,14 +33,14 @@ from dsv3c.config import ModelConfig
 from dsv3c.errors import ArtifactError
 from dsv3c.families import call_of
 from dsv3c.fp8_weights import recipe_of
-from dsv3c.model import DecoderLayer
+from dsv3c.model import DecoderLayer, RMSNorm
 from dsv3c.passes import Pipeline, default
 from dsv3c.report import EAGER, Report, UnitReport
 from dsv3c.source import model_config
 from dsv3c.tuning import cross_compile, targets
 from dsv3c.weights import QuantizedWeights
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _OPERATOR = re.compile(r"^%\d+ = (dsv3c\.\S+?)\(", re.MULTILINE)
 
@@ -91,14 +92,14 @@ def compile_artifact(
 
     files: dict[str, bytes] = {"config.json": _json(config.to_dict())}
     units, reports = {}, []
-    for moe, layers in distinct_layers(config).items():
+    for kind, modules in kinds(config).items():
         for mode in MODES:
-            unit = layer_unit(config, mode, moe=moe)
+            unit = unit_of(config, kind, mode)
             progress(f"lowering {unit.name}")
             lowered = lower(unit, pipeline, weights)
             files |= {f"graphs/{unit.name}/{level}.txt": text.encode() for level, text in _texts(lowered)}
-            units[unit.name] = {"moe": moe, "mode": asdict(mode), "layers": layers}
-            reports.append(UnitReport.of(lowered, layers, resolved))
+            units[unit.name] = {"kind": kind, "mode": asdict(mode), "modules": modules}
+            reports.append(UnitReport.of(lowered, modules, resolved))
     report = Report(precision, resolved, (EAGER,), tuple(reports))
     files |= {"report.json": _json(report.to_dict()), "report.txt": str(report).encode()}
 
@@ -113,6 +114,7 @@ def compile_artifact(
         "format": FORMAT,
         "model": Path(source).name,
         "target": resolved.name,
+        "target_fingerprint": targets.fingerprint(resolved.name),
         "precision": precision,
         "recipe": asdict(recipe),
         "passes": [repr(step) for step in (*pipeline.captured, *pipeline.joint)],
@@ -136,37 +138,44 @@ def state() -> dict[str, Any]:
 
 def cache_key(manifest: dict[str, Any]) -> str:
     """SHA-256 over everything that decides the result: config, target, recipe, passes, sources, versions."""
-    inputs = {key: manifest[key] for key in ("format", "target", "precision", "recipe", "passes", *state())}
+    inputs = {
+        key: manifest[key]
+        for key in ("format", "target", "target_fingerprint", "precision", "recipe", "passes", *state())
+    }
     return hashlib.sha256(_json(inputs | {"config": manifest["files"]["config.json"]})).hexdigest()
 
 
-def distinct_layers(config: ModelConfig) -> dict[bool, int]:
-    """MoE or not -> how many layers of the main model are so. Equal layers share everything but their parameters."""
+def kinds(config: ModelConfig) -> dict[str, int]:
+    """Kind of module of the main model -> how many there are. Equal ones share everything but their parameters."""
     main = config.moe_layers[: config.num_hidden_layers]
-    return {moe: main.count(moe) for moe in (False, True) if moe in main}
+    layers = {"dense_layer": main.count(False), "moe_layer": main.count(True)}
+    return {kind: count for kind, count in layers.items() if count} | {"final_norm": 1, "head": 1}
 
 
-def layer_unit(config: ModelConfig, mode: Mode, *, moe: bool) -> Unit:
-    """A bfloat16 layer of the model as the unit that compiling the whole model would make, without its memory."""
+def unit_of(config: ModelConfig, kind: str, mode: Mode) -> Unit:
+    """A bfloat16 module of the model as the unit that compiling the whole model would make, without its memory."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, gradient: bool = False) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=gradient)
 
+    x = meta(1, mode.tokens, config.hidden_size, gradient=mode.training)
+    tensors: tuple[torch.Tensor | None, ...] = (x,)
     with torch.device("meta"):
-        layer = DecoderLayer(config, moe=moe).bfloat16()
-    rotary = (1, mode.tokens, config.qk_rope_head_dim // 2)
-    tensors = (
-        meta(1, mode.tokens, config.hidden_size, gradient=mode.training),
-        meta(*rotary, dtype=torch.float32),
-        meta(*rotary, dtype=torch.float32),
-        None,
-        meta(1, mode.cached, config.latent_dim) if mode.cached else None,
-    )
-    arguments = map(Argument.of, tensors, call_of(layer).symbolic)
+        if kind == "final_norm":
+            module = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        elif kind == "head":
+            module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            module = DecoderLayer(config, moe=kind == "moe_layer")
+            angles = [meta(1, mode.tokens, config.qk_rope_head_dim // 2, dtype=torch.float32) for _ in ("cos", "sin")]
+            past = meta(1, mode.cached, config.latent_dim) if mode.cached else None
+            tensors = (x, *angles, None, past)
+    module.bfloat16()
+    arguments = map(Argument.of, tensors, call_of(module).symbolic)
     on_cpu = tuple(argument and argument._replace(device=torch.device("cpu")) for argument in arguments)
-    trained = tuple(mode.training and tensor.requires_grad for tensor in tensors_of(layer).values())
+    trained = tuple(mode.training and tensor.requires_grad for tensor in tensors_of(module).values())
     shapes = tuple(None if tensor is None else tensor.shape for tensor in tensors)
-    return Unit(Kind.of(layer), Variant(on_cpu, trained, mode.training), template_of(layer), shapes)
+    return Unit(Kind.of(module), Variant(on_cpu, trained, mode.training), template_of(module), shapes)
 
 
 def kernels_of(files: dict[str, bytes]) -> list[str]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsv3c.artifact import FORMAT, MANIFEST, MODES, cache_key, distinct_layers, kernels_of, state
+from dsv3c.artifact import FORMAT, MANIFEST, MODES, Mode, cache_key, kernels_of, kinds, state
 from dsv3c.config import ModelConfig
 from dsv3c.errors import ArtifactError, ConfigError
+from dsv3c.operators.mla_decode import LATENT, RANK
+from dsv3c.tuning import targets
 
 _LINE = re.compile(r"%(\d+) = (\S+?)\((.*?)\)(?: : (.+?))?(?:  # (\S+) \((\w+)\))?")
 _FP8_PRODUCT = re.compile(r"dsv3c\.(?:grouped_)?gemm(?:_dgrad|_wgrad)?\.default")
@@ -23,17 +25,24 @@ _ATTENTION = "scaled_dot_product_attention"
 LEVELS = ("L0", "L1", "L2_forward", "L2_backward")
 
 
-def fp8_linears(config: ModelConfig, *, moe: bool) -> int:
-    """Linears of a layer that the recipe quantises: those of attention (queries straight or through a latent, two of
-    keys and values, output), and three of a dense MLP, or two grouped ones of the experts and three of shared experts.
+def fp8_linears(config: ModelConfig, kind: str) -> int:
+    """Linears of a module that the recipe quantises: of a layer those of attention (queries straight or through a
+    latent, two of keys and values, output), and three of a dense MLP, or two grouped ones of the experts and three of
+    shared experts; of the head none.
     """
+    if not kind.endswith("_layer"):
+        return 0
     attention = (1 if config.q_lora_rank is None else 2) + 2 + 1
-    return attention + (2 + (3 if config.n_shared_experts else 0) if moe else 3)
+    return attention + (2 + (3 if config.n_shared_experts else 0) if kind == "moe_layer" else 3)
 
 
-def fp8_products(config: ModelConfig, *, moe: bool, training: bool) -> int:
-    """FP8 GEMMs of a layer: fprop, and in training dgrad and wgrad."""
-    return fp8_linears(config, moe=moe) * (3 if training else 1)
+def fp8_products(config: ModelConfig, kind: str, mode: Mode) -> int:
+    """FP8 GEMMs of a module: fprop, and in training dgrad and wgrad. Decoding over V3's latent has none of kv_b_proj,
+    which `AbsorbAttention` turns into two products of its own."""
+    absorbed = (
+        bool(mode.cached) and kind.endswith("_layer") and (config.kv_lora_rank, config.latent_dim) == (RANK, LATENT)
+    )
+    return fp8_linears(config, kind) * (3 if mode.training else 1) - absorbed
 
 
 def check_artifact(folder: str | Path) -> dict[str, Any]:
@@ -77,7 +86,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         _refuse(path, f"format {FORMAT}", repr(found))
-    keys = ("target", "precision", "recipe", "passes", "units", "files", "cache_key", *state())
+    keys = ("target", "target_fingerprint", "precision", "recipe", "passes", "units", "files", "cache_key", *state())
     missing = [key for key in keys if key not in manifest]
     if missing or not {"config.json", "report.json", "report.txt"} <= manifest["files"].keys():
         _refuse(path, "a complete manifest", f"none of {', '.join(missing) or 'config.json and the reports'}")
@@ -92,6 +101,10 @@ def _check_state(folder: Path, manifest: dict[str, Any]) -> None:
             _refuse(folder, f"{name} {made}, which made it", f"{name} {version}; it is stale", "compile it again")
     if manifest["source_fingerprint"] != now["source_fingerprint"]:
         _refuse(folder, "the dsv3c sources that made it", "changed ones; it is stale", "compile it again")
+    if manifest["target_fingerprint"] != targets.fingerprint(manifest["target"]):
+        _refuse(
+            folder, f"the data of target {manifest['target']} that made it", "others; it is stale", "compile it again"
+        )
     if manifest["cache_key"] != cache_key(manifest):
         _refuse(folder / MANIFEST, "a cache_key that follows from its entries", "another", "compile it again")
 
@@ -102,15 +115,15 @@ def _check_units(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
         config = ModelConfig.from_folder(folder)
     except ConfigError as error:
         raise ArtifactError(str(error)) from None
-    expected = {(moe, mode.name) for moe in distinct_layers(config) for mode in MODES}
-    found = {(unit["moe"], unit["mode"]["name"]) for unit in manifest["units"].values()}
+    expected = {(kind, mode.name) for kind in kinds(config) for mode in MODES}
+    found = {(unit["kind"], unit["mode"]["name"]) for unit in manifest["units"].values()}
     if found != expected:
-        _refuse(folder / MANIFEST, f"{len(expected)} units, each kind of layer in each mode", str(len(found)))
+        _refuse(folder / MANIFEST, f"{len(expected)} units, each kind of module in each mode", str(len(found)))
     reasons = _reasons(folder)
     products = {}
     for name, unit in manifest["units"].items():
-        training = unit["mode"]["training"]
-        for level in LEVELS if training else LEVELS[:-1]:
+        mode = Mode(**unit["mode"])
+        for level in LEVELS if mode.training else LEVELS[:-1]:
             file = f"graphs/{name}/{level}.txt"
             if file not in manifest["files"]:
                 _refuse(folder / file, "a graph, as for every unit", "none")
@@ -118,7 +131,7 @@ def _check_units(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
             _check_level(folder / file, level, lines, reasons[name], fp8=manifest["precision"] == "fp8")
             if level == "L1":
                 products[name] = sum(bool(_FP8_PRODUCT.fullmatch(line.operator)) for line in lines)
-                analytic = fp8_products(config, moe=unit["moe"], training=training)
+                analytic = fp8_products(config, unit["kind"], mode)
                 analytic = analytic if manifest["precision"] == "fp8" else 0
                 if products[name] != analytic:
                     _refuse(folder / file, f"{analytic} FP8 products, as many as its linears have", str(products[name]))

@@ -27,7 +27,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dsv3c import passes
-from dsv3c.capture import Unit, quantizable, tensors_of
+from dsv3c.capture import Unit, quantizable, tensors_of, varying
+from dsv3c.families import call_of
 from dsv3c.passes.contract import fingerprint
 from dsv3c.weights import QuantizedWeights
 
@@ -225,8 +226,8 @@ def lower(
             None if a is None else _fake(shape, a.dtype, device, a.requires_grad, False)
             for a, shape in zip(unit.variant.arguments, unit.shapes, strict=True)
         )
-        again.mark(tensors)
-        again.compiled(recorder)(parameters, *tensors)
+        with varying(tensors, call_of(unit.template).symbolic):
+            again.compiled(recorder)(parameters, *tensors)
     records = {"L0": recorder.captured_records, "L1": recorder.joint.records}
     forward, backward = (*map(passes.text, recorder.halves), "")[:2]
     return Lowered(

@@ -1,6 +1,6 @@
-"""Layers to compiled units: equal layers share one, each unit is compiled once for each variant of its inputs.
+"""Modules to compiled units: equal ones share one, each unit is compiled once for each variant of its inputs.
 
-A unit is a function of ours, `unit(parameters, *tensors)`, around a template: a copy of the layer on the meta device,
+A unit is a function of ours, `unit(parameters, *tensors)`, around a template: a copy of the module on the meta device,
 whose own parameters never take part. Sizes vary freely within a variant. Sizes of one don't: torch specialises them,
 so "one sequence", "one token", "one cached token" are variants of their own, with a code object of their own. That
 makes the set of compilations finite and known; only from 2^31 elements on, where indices get wider, is one compiled
@@ -9,7 +9,8 @@ again.
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.func import functional_call
 
 from dsv3c.errors import Dsv3cError
-from dsv3c.families import Outputs, call_of
+from dsv3c.families import LAYERS, Outputs, call_of
 from dsv3c.passes.regions import REGIONS
 
 BackendFactory = Callable[["Unit"], Callable]
@@ -45,19 +46,21 @@ class Argument(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Layers of one kind run the same code on other parameters."""
+    """Modules of one kind run the same code on other parameters."""
 
-    layer_class: str
+    module_class: str
     parameters: tuple[tuple[str, torch.Size, torch.dtype], ...]
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Kind":
-        return cls(type(layer).__name__, tuple((name, p.shape, p.dtype) for name, p in tensors_of(layer).items()))
+    def of(cls, module: nn.Module) -> "Kind":
+        return cls(type(module).__name__, tuple((name, p.shape, p.dtype) for name, p in tensors_of(module).items()))
 
     @property
     def name(self) -> str:
+        if self.module_class not in LAYERS:
+            return "head" if self.module_class == "Linear" else "final_norm"
         moe = any(name.startswith("mlp.experts.") for name, *_ in self.parameters)
-        return f"{'mtp' if self.layer_class == 'MTPLayer' else 'moe' if moe else 'dense'}_layer"
+        return f"{'mtp' if self.module_class == 'MTPLayer' else 'moe' if moe else 'dense'}_layer"
 
 
 class Variant(NamedTuple):
@@ -78,7 +81,7 @@ class Variant(NamedTuple):
 
 @dataclass(eq=False)
 class Unit:
-    """One kind of layer in one variant, and the sizes it was first called with."""
+    """One kind of module in one variant, and the sizes it was first called with."""
 
     kind: Kind
     variant: Variant
@@ -103,13 +106,26 @@ class Unit:
     def compiled(self, backend: Callable) -> Callable[..., Outputs]:
         return torch.compile(self.function, backend=backend, fullgraph=True, dynamic=None)
 
-    def mark(self, tensors: tuple[Tensor | None, ...]) -> None:
-        """Tells Dynamo, before the first call, which sizes vary. It raises if one turns out to be fixed."""
-        for tensor, symbolic in zip(tensors, call_of(self.template).symbolic, strict=True):
-            if tensor is not None:
-                for dim in symbolic:
-                    if tensor.shape[dim] > 1:
-                        torch._dynamo.mark_dynamic(tensor, dim)
+
+@contextmanager
+def varying(tensors: tuple[Tensor | None, ...], symbolic: tuple[tuple[int, ...], ...]) -> Iterator[None]:
+    """Inside, Dynamo compiles for any sizes of the dimensions `symbolic`; it raises if one turns out to be fixed.
+
+    Afterwards the tensors are as they were: a mark left on a caller's cache would bind what else is compiled for it.
+    """
+    marked = [
+        (tensor, dims, set(vars(tensor))) for tensor, dims in zip(tensors, symbolic, strict=True) if tensor is not None
+    ]
+    try:
+        for tensor, dims, _ in marked:
+            for dim in dims:
+                if tensor.shape[dim] > 1:
+                    torch._dynamo.mark_dynamic(tensor, dim)
+        yield
+    finally:
+        for tensor, _, before in marked:
+            for name in set(vars(tensor)) - before:
+                delattr(tensor, name)
 
 
 class Units:
@@ -121,20 +137,20 @@ class Units:
         self.functions: dict[tuple[Kind, Variant], Callable[..., Outputs]] = {}
         self.templates: dict[Kind, nn.Module] = {}
 
-    def runner(self, layer: nn.Module) -> Callable[..., Outputs]:
-        """`run(*tensors)`: the compiled unit of `layer`, with the parameters the layer has at the time of the call."""
+    def runner(self, module: nn.Module) -> Callable[..., Outputs]:
+        """`run(*tensors)`: the compiled unit of `module`, with the parameters it has at the time of the call."""
         slots = [
             (f"{path}.{name}" if path else name, table, name)
             for tables in ("_parameters", "_buffers")  # in the order of tensors_of
-            for path, module in layer.named_modules()
-            for table in (module.__dict__[tables],)
+            for path, part in module.named_modules()
+            for table in (part.__dict__[tables],)
             for name, tensor in table.items()
             if tensor is not None
         ]
-        symbolic = call_of(layer).symbolic
+        symbolic = call_of(module).symbolic
         functions: dict[tuple, Callable[..., Outputs]] = {}
 
-        # Runs once a layer and call, ahead of the GPU: plain tuples, and no name that is not needed.
+        # Runs once a module and call, ahead of the GPU: plain tuples, and no name that is not needed.
         def run(*tensors: Tensor | None) -> Outputs:
             parameters = {path: table[name] for path, table, name in slots}
             key = (
@@ -143,9 +159,11 @@ class Units:
                 torch.is_grad_enabled(),
             )
             function = functions.get(key)
-            if function is None:
-                function = functions[key] = self._function(layer, parameters, tensors)
             try:
+                if function is None:
+                    function = functions[key] = self._function(module, parameters, tensors)
+                    with varying(tensors, symbolic):
+                        return function(parameters, *tensors)
                 return function(parameters, *tensors)
             except BackendCompilerFailed as failure:  # torch's wrapping, a page long, of an error of ours
                 ours = isinstance(failure.inner_exception, Dsv3cError)
@@ -153,47 +171,50 @@ class Units:
 
         return run
 
-    def _function(self, layer: nn.Module, parameters: dict[str, Tensor], tensors) -> Callable[..., Outputs]:
-        """The compiled function for these tensors: another layer's of the same kind, or a new one."""
-        kind = Kind.of(layer)
-        arguments = tuple(map(Argument.of, tensors, call_of(layer).symbolic))
+    def _function(self, module: nn.Module, parameters: dict[str, Tensor], tensors) -> Callable[..., Outputs]:
+        """The compiled function for these tensors: another module's of the same kind, or a new one."""
+        kind = Kind.of(module)
+        arguments = tuple(map(Argument.of, tensors, call_of(module).symbolic))
         variant = Variant(arguments, tuple(p.requires_grad for p in parameters.values()), torch.is_grad_enabled())
         if (kind, variant) not in self.functions:
             if kind not in self.templates:
-                self.templates[kind] = template_of(layer)
+                self.templates[kind] = template_of(module)
             shapes = tuple(None if t is None else t.shape for t in tensors)
             unit = Unit(kind, variant, self.templates[kind], shapes)
-            unit.mark(tensors)
             self.units[kind, variant] = unit
             self.functions[kind, variant] = unit.compiled(self.backend(unit))
         return self.functions[kind, variant]
 
 
-def tensors_of(layer: nn.Module) -> dict[str, Tensor]:
-    return {**dict(layer.named_parameters(remove_duplicate=False)), **dict(layer.named_buffers(remove_duplicate=False))}
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
-def template_of(layer: nn.Module) -> nn.Module:
-    """A copy of `layer` on the meta device, without hooks and without a forward of ours, in evaluation mode."""
+def template_of(module: nn.Module) -> nn.Module:
+    """A copy of `module` on the meta device, without hooks and without a forward of ours, in evaluation mode."""
     memo = {}
-    for tensor in tensors_of(layer).values():
+    for tensor in tensors_of(module).values():
         meta = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    own_forward = layer.__dict__.pop("forward", None)
+    own_forward = module.__dict__.pop("forward", None)
     try:
-        template = copy.deepcopy(layer, memo)
+        template = copy.deepcopy(module, memo)
     finally:
         if own_forward is not None:
-            layer.forward = own_forward
+            module.forward = own_forward
     return template.eval()
 
 
 def quantizable(template: nn.Module) -> tuple[str, ...]:
-    """Names of the weights that FP8 is for: those of linears and experts, the gate's excepted."""
+    """Names of the weights that FP8 is for: those of linears and experts; not the gate's, nor that of a linear which is
+    a unit of its own, the head."""
     names = []
     for path, module in template.named_modules():
         kind = REGIONS.get(type(module).__name__)
-        if kind == "linear":
+        if kind == "linear" and path:
             names.append(f"{path}.weight")
         elif kind == "experts":
             names += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 3]

@@ -16,6 +16,7 @@ import typer
 
 from dsv3c.benchmarks.bench_model import bench
 from dsv3c.cli_schedule import schedule
+from dsv3c.cli_tune import tune
 from dsv3c.errors import Dsv3cError
 from dsv3c.schedules import ScheduleError
 from dsv3c.tuning import targets
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command("bench")(bench)
 app.command("schedule")(schedule)
+app.command("tune")(tune)
 
 Source = Annotated[str, typer.Argument(metavar="CHECKPOINT|PRESET", help="A checkpoint's folder or a preset's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -48,7 +50,7 @@ def compile_artifact(
     elapsed_s = time.perf_counter() - start
     if as_json:
         report = made.report.to_dict()
-        summary = ("name", "layers", "flops", "moved_bytes", "predicted_us")
+        summary = ("name", "modules", "flops", "moved_bytes", "predicted_us")
         _print_json(
             artifact=str(made.path), target=report["target"], precision=report["precision"], elapsed_s=elapsed_s,
             units=[{key: unit[key] for key in summary} for unit in report["units"]], kernels=made.kernels,

@@ -1,4 +1,4 @@
-"""`dsv3c.compile`: a model in, the same model with compiled layers out."""
+"""`dsv3c.compile`: a model in, the same model with compiled modules out."""
 
 import copy
 import warnings
@@ -46,7 +46,7 @@ def compile(  # the name users type
     skip: Collection[str] = (),
     passes: Sequence[Pass] | None = None,
 ) -> Model:
-    """The same model with its layers compiled; `model` itself stays eager.
+    """The same model with its layers, final norm and head compiled; `model` itself stays eager.
 
     The result is of the same class, with the same call, config, `generate`, `state_dict` and Parameter objects.
     Nothing is compiled before the first call. `result.weights_changed()` says that weights were written behind
@@ -78,11 +78,11 @@ def compile(  # the name users type
 
     units = Units(backend)
     compiled = _shallow_copy(model, {})
-    for _, layer in families.layers(compiled):
-        layer.forward = families.call_of(layer).forward(layer, units.runner(layer))
+    for _, module in families.compiled_modules(compiled):
+        module.forward = families.call_of(module).forward(module, units.runner(module))
     compiled._dsv3c = Compilation(resolved, resolve(target), pipeline, weights, units, backends, notes)
     compiled.weights_changed = weights.forget if weights else lambda: None
-    # A copied layer would go on calling its unit with this layer's parameters, so a deep copy is compiled anew.
+    # A copied module would go on calling its unit with this one's parameters, so a deep copy is compiled anew.
     again = partial(compile, target=target, precision=precision, skip=skip, passes=passes)
     compiled.__deepcopy__ = lambda memo: again(copy.deepcopy(model, memo))
     return compiled

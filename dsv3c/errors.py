@@ -19,3 +19,7 @@ class CompileError(Dsv3cError):
 
 class ArtifactError(Dsv3cError):
     """An artifact that cannot be written, is damaged, or was made by other sources or versions."""
+
+
+class TuneError(Dsv3cError):
+    """A tuning table, storage or problem that cannot be used."""

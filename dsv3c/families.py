@@ -1,8 +1,8 @@
-"""How a family of models meets the compiler: where its layers are, and how one is called with tensors alone.
+"""How a family of models meets the compiler: which modules are compiled, and how one is called with tensors alone.
 
-The compiled unit is a decoder layer, as a function of its parameters and of tensors: no Cache object, no layer index.
-A `LayerCall` says how to get there from the layer's own signature and back. Two families: ours, and transformers'
-unmodified DeepseekV3.
+A compiled unit is a decoder layer, the final norm or the head, as a function of its parameters and of tensors: no Cache
+object, no layer index. A `Call` says how to get there from the module's own signature and back. Two families: ours,
+and transformers' unmodified DeepseekV3.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,16 +17,16 @@ Outputs = Tensor | tuple[Tensor, ...]
 RunUnit = Callable[..., Outputs]
 
 
-class LayerCall(Protocol):
-    """The tensor-only call of one class of layers."""
+class Call(Protocol):
+    """The tensor-only call of one class of modules."""
 
     symbolic: tuple[tuple[int, ...], ...]  # for each argument, the dimensions whose sizes vary between calls
 
     def trace(self, call: Callable[..., Outputs], *tensors: Tensor | None) -> Outputs:
-        """What is captured: `call` is the layer's own forward, its parameters already in place."""
+        """What is captured: `call` is the module's own forward, its parameters already in place."""
 
-    def forward(self, layer: nn.Module, run: RunUnit) -> Callable[..., Outputs]:
-        """A forward with the layer's own signature that computes with `run(*tensors)`."""
+    def forward(self, module: nn.Module, run: RunUnit) -> Callable[..., Outputs]:
+        """A forward with the module's own signature that computes with `run(*tensors)`."""
 
 
 class OurLayer:
@@ -113,6 +113,22 @@ class _NewEntries:
         return torch.cat((self.past_latent, latent), 2), torch.cat((self.past_rope, rope), 2)
 
 
+class RowWise:
+    """The final norm and the head, on x [B, T, D]."""
+
+    symbolic = ((0, 1),)
+
+    def trace(self, call, x):
+        return call(x)
+
+    def forward(self, module, run):
+        def forward(x):
+            # Of a view, such as the last tokens alone, Dynamo would guard the sizes of what it is a view of.
+            return run(x if x._base is None else x.clone(memory_format=torch.contiguous_format))
+
+        return forward
+
+
 def _past_of(cache, index: int) -> tuple[Tensor | None, Tensor | None] | None:
     """The layer's entries in a DynamicCache, (None, None) if there are none; None for other kinds of cache."""
     if cache is None:
@@ -128,15 +144,18 @@ def _past_of(cache, index: int) -> tuple[Tensor | None, Tensor | None] | None:
     return (entry.keys, entry.values) if entry.keys.numel() else (None, None)
 
 
-CALLS: dict[str, LayerCall] = {
+LAYERS: dict[str, Call] = {
     "DecoderLayer": OurLayer(),
     "MTPLayer": OurMTPLayer(),
     "DeepseekV3DecoderLayer": TransformersLayer(),
 }
 
+# Paths of the other compiled modules, the same in both families.
+AFTER_LAYERS = ("model.norm", "lm_head")
 
-def call_of(layer: nn.Module) -> LayerCall:
-    return CALLS[type(layer).__name__]
+
+def call_of(module: nn.Module) -> Call:
+    return LAYERS.get(type(module).__name__) or RowWise()
 
 
 def check(model: nn.Module) -> None:
@@ -167,7 +186,14 @@ def check(model: nn.Module) -> None:
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that are compiled, by path."""
+    """The decoder layers, by path."""
     for path, module in model.named_modules():
-        if type(module).__name__ in CALLS:
+        if type(module).__name__ in LAYERS:
             yield path, module
+
+
+def compiled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that become units, by path: the layers, the final norm and the head."""
+    yield from layers(model)
+    modules = dict(model.named_modules())
+    yield from ((path, modules[path]) for path in AFTER_LAYERS if path in modules)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+E5M6_MAX = 65024.0  # (2 - 2^-6) · 2^15
 TILE = 128
 # A smaller floor would make quotients and products of scale_invs leave the normal range of float32.
 MIN_AMAX_FLOOR = 2.0**-64
@@ -173,6 +174,33 @@ def norm_gradient_bound(dnormed: Tensor, normed: Tensor, rstd: Tensor, dx: Tenso
     return rstd[..., None] * (normed.abs() * (error + 6 * u * mean) + 6 * u * dnormed.abs()) + u * dx.abs()
 
 
+def attention_bounds(
+    reference: Tensor, norm: Tensor, score: float, keys: int, terms: int
+) -> tuple[Tensor, float, float]:
+    """How far attention may be from `reference` [.., V], its float64 value softmax(q·k · softmax_scale) v.
+
+    `norm` is sqrt(Σ p² v²) over the keys, p the probabilities: the size of a sum of p·v whose signs are random. `score`
+    bounds |q·k| and sqrt(Σ q²k²), both times softmax_scale; a score sums `terms` products. Returns the bound of |out −
+    reference| element by element, that of the RMS of (out − reference)/norm, and that of a log-sum-exp's error.
+
+    Roundings to BF16, u = 2^-8: p before its product with v, at most u, u/sqrt(3) in RMS, independent from key to key;
+    the output, u·|reference|. In float32: a tensor core's instruction adds 16 products and the accumulator after
+    cutting all 17 at 2^-23 of the largest, whose square is at most 2·norm² (see `accumulate_rms`). That is an absolute
+    error of a score; rounding the exponent, a difference of two numbers of at most `score`, is another; both are
+    relative errors of p. An error e of each p changes out by Σ p e (v − out), of size at most e·(norm + |out|). The sum
+    over keys is cut likewise, and rescaled each 64 keys.
+    """
+    u, cut = unit_roundoff(torch.bfloat16), 2.0**-23 / sqrt(3)
+    exponent = score * cut * (sqrt(2 * 17 * ceil_div(terms, 16)) + 4)
+    total = cut * (sqrt(2 * 17 * ceil_div(keys, 16)) + ceil_div(keys, 64))
+    rms = u / sqrt(3) + exponent + total
+    reached = norm > 0
+    ratio = reference[reached].abs() / norm[reached]
+    element = u * reference.abs() + 8 * (rms * norm + (exponent + total) * reference.abs()) * (1 + u)
+    relative = float(ratio.square().mean().sqrt()) if reached.any() else 0.0
+    return element, rms + (u + exponent + total) * relative, 8 * (exponent + total)
+
+
 # -- model bounds --
 
 # In float32 our model may be so many times farther from its float64 evaluation than transformers' model is: the same
@@ -242,6 +270,17 @@ def positive_sum_bound(terms: int, dtype: torch.dtype, value: float) -> float:
     Every partial sum is at most the whole: one rounding per addition, and 8 for the factors and the references' own.
     """
     return (terms + 8) * unit_roundoff(dtype) * value
+
+
+def rounded_sum_bound(reference: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """Largest distance from `reference` of a sum of so many products, in float32 and in any order, rounded to dtype.
+
+    `magnitude` is Σ|product|, which no partial sum passes: every product and every addition rounds by at most its unit
+    roundoff. Then one rounding of what came out: half the spacing, in the normal range u(dtype) of its size.
+    """
+    accumulated = 2 * terms * unit_roundoff(torch.float32) * magnitude
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # spacing below the normal range
+    return accumulated + unit_roundoff(dtype) * (reference.abs() + accumulated) + smallest
 
 
 def cross_entropy_bound(logits: Tensor) -> float:

@@ -26,25 +26,25 @@ from dsv3c.weights import QuantizedWeights
 
 _AMOUNTS = ["operators", "GFLOP", "MB"]
 
-EAGER = "embedding, final norm and head are not compiled and not in these numbers"
+EAGER = "the embedding and the rotary angles are not compiled and not in these numbers"
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """One compiled unit: a kind of layer in one variant, shared by `layers` layers."""
+    """One compiled unit: a kind of module in one variant, shared by `modules` of them."""
 
     name: str
-    layers: int
+    modules: int
     inputs: tuple[str, ...]
     costs: tuple[Cost, ...]
     records: dict[str, list[Record]]  # by level
     unrecognised: dict[str, int]
 
     @classmethod
-    def of(cls, lowered: Lowered, layers: int, target: Target) -> "UnitReport":
+    def of(cls, lowered: Lowered, modules: int, target: Target) -> "UnitReport":
         return cls(
             lowered.unit.name,
-            layers,
+            modules,
             tuple(_inputs(lowered.unit)),
             tuple(cost for i, half in enumerate(lowered.halves) for cost in price(half, target, backward=i == 1)),
             lowered.records,
@@ -53,7 +53,7 @@ class UnitReport:
 
     @property
     def predicted_us(self) -> float:
-        """Of one layer."""
+        """Of one module."""
         return sum(cost.predicted_us for cost in self.costs)
 
     @property
@@ -70,7 +70,7 @@ class UnitReport:
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "layers": self.layers,
+            "modules": self.modules,
             "inputs": list(self.inputs),
             **_sums(self.costs),
             "regions": [{**_region_dict(region), **_sums(costs)} for region, costs in self.regions().items()],
@@ -88,7 +88,7 @@ class UnitReport:
         }
 
     def __str__(self) -> str:
-        title = f"{self.name}: shared by {self.layers} layer{'s' if self.layers != 1 else ''}; {', '.join(self.inputs)}"
+        title = f"{self.name}: of {self.modules} module{'s' if self.modules != 1 else ''}; {', '.join(self.inputs)}"
         return "\n\n".join(filter(None, [title, self._regions(), self._operators(), self._passes(), self._left()]))
 
     def _regions(self) -> str:
@@ -142,7 +142,7 @@ class Report:
     units: tuple[UnitReport, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, units in the names: `predicted_us`, `moved_bytes`, `flops` of one layer, `time_us` of a pass."""
+        """JSON-ready, units in the names: `predicted_us`, `moved_bytes`, `flops` of one module, `time_us` of a pass."""
         return {
             "precision": self.precision,
             "target": self.target.name,
@@ -161,10 +161,10 @@ class Report:
     def summary(self) -> str:
         """One line a unit."""
         rows = [
-            [u.name, u.layers, u.flops / 1e9, u.moved_bytes / 1e6, u.predicted_us, u.layers * u.predicted_us / 1e3]
+            [u.name, u.modules, u.flops / 1e9, u.moved_bytes / 1e6, u.predicted_us, u.modules * u.predicted_us / 1e3]
             for u in self.units
         ]
-        headers = ["unit", "layers", "GFLOP/layer", "MB/layer", "predicted us/layer", "predicted ms/all"]
+        headers = ["unit", "modules", "GFLOP/module", "MB/module", "predicted us/module", "predicted ms/all"]
         return _table(rows, headers)
 
 
@@ -186,10 +186,10 @@ def explain(compiled: nn.Module, *example_inputs: Tensor) -> Report:
             "dsv3c.explain: expected a compiled model that has been called, found one that has not; "
             "try dsv3c.explain(compiled, input_ids)"
         )
-    layers = Counter(Kind.of(layer) for _, layer in families.layers(compiled))
+    modules = Counter(Kind.of(module) for _, module in families.compiled_modules(compiled))
     weights = QuantizedWeights(compilation.weights.recipe) if compilation.weights else None
     units = tuple(
-        UnitReport.of(lower(unit, compilation.pipeline, weights), layers[unit.kind], compilation.target)
+        UnitReport.of(lower(unit, compilation.pipeline, weights), modules[unit.kind], compilation.target)
         for unit in compilation.units.units.values()
     )
     return Report(compilation.precision, compilation.target, (*compilation.notes, EAGER), units)

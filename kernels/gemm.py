@@ -15,7 +15,8 @@ cuBLASLt, behind `torch.nn.functional.scaled_mm`, has the same semantics and is 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dsv3c.kernels.implementations import Implementation, Problem, choose
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import E4M3, TILE, ceil_div, round_up
@@ -37,15 +39,32 @@ class Config(NamedTuple):
     halves: int  # one below the other; the tile has halves · rows rows
     num_warps: int
     num_stages: int  # blocks of the contraction in flight
+    band: int = 8  # rows of tiles that are walked together, see `swizzle`
+    programs: int = 0  # a multiprocessor's, each with many tiles; 0: a program a tile
 
     @property
     def block_m(self) -> int:
         return self.halves * self.rows
 
 
-# Every member compiles for sm_90 without spills in its loop, with 3.6 and 3.7 of Triton (tested). On an H200: the first
-# for up to 64 rows, the third for few rows a group (4.1 TB/s of weights), the last for everything else.
-SPACE = (Config(64, 64, 1, 4, 4), Config(64, 128, 1, 4, 3), Config(64, 128, 1, 4, 4), Config(64, 128, 2, 4, 3))
+SPACE = {
+    "rows": (64, 128),
+    "columns": (32, 64, 128),
+    "halves": (1, 2),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5, 6),
+    "band": (4, 8, 16),
+    "programs": (0, 1, 2),
+}
+# Without a table. Each compiles for sm_90 without spills in its loop, with 3.6 and 3.7 of Triton (tested). On an H200:
+# the first for up to 64 rows, the third for few rows a group (4.1 TB/s of weights), the last for everything else.
+BUILT_IN = (Config(64, 64, 1, 4, 4), Config(64, 128, 1, 4, 3), Config(64, 128, 1, 4, 4), Config(64, 128, 2, 4, 3))
+KNOWN = tuple(config._asdict() for config in BUILT_IN)
+
+
+def valid(config: dict[str, Any]) -> bool:
+    """An accumulator and a product, each of a half, must fit into the registers of its warps."""
+    return config["rows"] * config["columns"] <= 64 * 128 * config["num_warps"] // 4
 
 
 @triton.jit
@@ -129,23 +148,23 @@ def output_tile(
 
 
 @triton.jit
-def swizzle(tile, num_m, num_n):
-    """Number → (m, n), eight rows of tiles at a time, so that tiles in flight share operands in the L2 cache."""
-    band = tile // (8 * num_n)
-    height = tl.minimum(num_m - 8 * band, 8)
-    tile -= band * 8 * num_n
-    return 8 * band + tile % height, tile // height
+def swizzle(tile, num_m, num_n, band=8):
+    """Number → (m, n), `band` rows of tiles at a time, so that tiles in flight share operands in the L2 cache."""
+    first = tile // (band * num_n) * band
+    height = tl.minimum(num_m - first, band)
+    tile -= first * num_n
+    return first + tile % height, tile // height
 
 
 # Numbers of tokens are not specialised: many would compile anew, and where loads of scales get vectorised, it spills.
 @triton.jit(do_not_specialize=["M", "x_scale_inv_step"])
 def _gemm_kernel(
     x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, M, N, K, x_scale_inv_step,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n, blocks = tl.cdiv(M, HALVES * ROWS), tl.cdiv(N, COLUMNS), tl.cdiv(K, 128)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = swizzle(tile, num_m, num_n)
+        m, n = swizzle(tile, num_m, num_n, BAND)
         row, column = m * HALVES * ROWS, n * COLUMNS
         output_tile(
             x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr + column // 128 * blocks, row, M, column, column, N,
@@ -214,11 +233,11 @@ def gemm(
 ) -> None:
     """Launcher of `dsv3c::gemm`."""
     M, K = x_fp8.shape
-    few = M <= 64 and K <= 4096  # there cuBLASLt is slower; a longer contraction it splits
-    if not few and cublaslt_takes(x_fp8, w_fp8, out):
-        cublaslt(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out)
-    else:
-        launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, SPACE[0] if M <= 64 else SPACE[-1])
+    if M == 0 or K == 0 or out.numel() == 0:
+        out.zero_()
+        return
+    implementation, config = choose(Problem("gemm", M, len(w_fp8), K))
+    implementation.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, **config)
 
 
 def gemm_dgrad(
@@ -228,47 +247,52 @@ def gemm_dgrad(
     gemm(dy_fp8, dy_scale_inv, transpose(w_fp8), w_scale_inv.mT, dtype, out)
 
 
-def launch(x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, config: Config) -> None:
+def launch(x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, **knobs: int) -> None:
     """Our kernel."""
+    config = Config(**knobs)
     (M, K), N = x_fp8.shape, len(w_fp8)
-    if out.numel() == 0:
-        return
-    if K == 0:
-        out.zero_()
-        return
     x_scale_inv = column_major(x_scale_inv)
-    # As many programs as tiles: the loop over tiles, run once, is there because it makes the assembler spill less.
-    grid = (ceil_div(M, config.block_m) * ceil_div(N, config.columns),)
-    _gemm_kernel[grid](
+    _gemm_kernel[grid(config, ceil_div(M, config.block_m) * ceil_div(N, config.columns))](
         descriptor(aligned(x_fp8), config.rows), descriptor(aligned(w_fp8), config.columns), out,
         x_scale_inv, w_scale_inv.contiguous(), M, N, K, x_scale_inv.stride(1),
-        config.rows, config.columns, config.halves, num_warps=config.num_warps, num_stages=config.num_stages,
+        config.rows, config.columns, config.halves, config.band,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def cublaslt_takes(x_fp8: Tensor, w_fp8: Tensor, out: Tensor) -> bool:
+def grid(config: Config, tiles: int) -> tuple[int]:
+    """With a program a tile, the loop over tiles, run once, is there because it makes the assembler spill less."""
+    return (min(tiles, config.programs * multiprocessors()) if config.programs else tiles,)
+
+
+@cache
+def multiprocessors() -> int:
+    return torch.cuda.get_device_properties().multi_processor_count
+
+
+def cublaslt_takes(problem: Problem) -> bool:
     """Whether cuBLASLt has this product. Other numbers of rows it refuses (CUBLAS_STATUS_NOT_SUPPORTED, CUDA 13.0)."""
-    (M, K), N = x_fp8.shape, len(w_fp8)
-    return (
-        out.dtype in (torch.bfloat16, torch.float32)
-        and M % 4 == 0
-        and N % 16 == 0
-        and K % TILE == 0
-        and min(M, N, K) > 0
-        and x_fp8.is_contiguous()
-        and w_fp8.is_contiguous()
-        and torch.cuda.get_device_capability(out.device)[0] == 9
-    )
+    return problem.rows % 4 == 0 and problem.N % 16 == 0 and problem.K % TILE == 0 and hopper()
+
+
+@cache
+def hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 def cublaslt(
-    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, w_tiled: bool = False
+    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, *, w_tiled: bool = False
 ) -> None:
     """cuBLASLt; w's scales are of 1×128 tiles if `w_tiled`, else of 128×128 blocks.
 
     It wants those as (K-blocks rounded up to 4, N-blocks), strides (1, that); others give silently wrong results
-    (pytorch #166752).
+    (pytorch #166752). Its results are BF16 or float32.
     """
+    if out.dtype not in (torch.bfloat16, torch.float32):
+        wide = out.new_empty(out.shape, dtype=torch.float32)
+        cublaslt(x_fp8, x_scale_inv, w_fp8, w_scale_inv, wide, w_tiled=w_tiled)
+        out.copy_(wide)
+        return
     if w_tiled:
         w_recipe, w_scale_inv = ScalingType.BlockWise1x128, column_major(w_scale_inv)
     else:
@@ -277,17 +301,38 @@ def cublaslt(
         w_scale_inv = (pad(w_scale_inv, (0, padding)) if padding else w_scale_inv.contiguous()).t()
     # What F.scaled_mm calls; that has no `out`.
     torch.ops.aten._scaled_mm_v2.out(
-        x_fp8, w_fp8.t(), [column_major(x_scale_inv)], [ScalingType.BlockWise1x128.value], [],
-        [w_scale_inv], [w_recipe.value], [], None, out.dtype, out=out,
+        x_fp8.contiguous(), w_fp8.contiguous().t(), [column_major(x_scale_inv)], [ScalingType.BlockWise1x128.value],
+        [], [w_scale_inv], [w_recipe.value], [], None, out.dtype, out=out,
     )  # fmt: skip
+
+
+def default(problem: Problem) -> tuple[str, dict[str, Any]]:
+    if problem.rows <= 128:
+        from dsv3c.kernels import small_gemm  # which is built on this file
+
+        return small_gemm.default(problem)
+    return ("cublaslt", {}) if cublaslt_takes(problem) else ("triton", KNOWN[-1])
+
+
+def variant(config: dict[str, Any]) -> Variant:
+    c = Config(**config)
+    scales = {"x_scale_inv_ptr": F32, "w_scale_inv_ptr": F32}
+    operands = described("x_desc", "w_desc", c) | {"y_ptr": BF16} | scales
+    return Variant(_gemm_kernel, operands, tile_constants(c), c.num_warps, c.num_stages)
+
+
+IMPLEMENTATIONS = {
+    "gemm": (
+        Implementation("triton", SPACE, launch, valid=valid, variant=variant, known=KNOWN),
+        Implementation("cublaslt", {}, cublaslt, takes=cublaslt_takes),
+    )
+}
 
 
 def variants() -> Iterator[Variant]:
     yield Variant(_transpose_kernel, {"w_ptr": I32, "t_ptr": I32}, {"ROWS4": 32, "COLUMNS4": 32})
-    for config in SPACE:
-        scales = {"x_scale_inv_ptr": F32, "w_scale_inv_ptr": F32}
-        operands = described("x_desc", "w_desc", config) | {"y_ptr": BF16} | scales
-        yield Variant(_gemm_kernel, operands, tile_constants(config), config.num_warps, config.num_stages)
+    for config in KNOWN:
+        yield variant(config)
 
 
 def described(a: str, b: str, config: Config) -> dict[str, str]:
@@ -297,4 +342,4 @@ def described(a: str, b: str, config: Config) -> dict[str, str]:
 
 def tile_constants(config: Config) -> dict[str, int]:
     """The constants that `config` stands for."""
-    return {"ROWS": config.rows, "COLUMNS": config.columns, "HALVES": config.halves}
+    return {"ROWS": config.rows, "COLUMNS": config.columns, "HALVES": config.halves, "BAND": config.band}

@@ -11,6 +11,7 @@ compute-bound.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -18,17 +19,21 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv3c.kernels.gemm import (
+    KNOWN,
     SPACE,
     Config,
     aligned,
     described,
     descriptor,
+    grid,
     output_tile,
     swizzle,
     tile_constants,
     transpose,
+    valid,
 )
 from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.implementations import Implementation, Problem, choose
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import ceil_div
@@ -37,11 +42,11 @@ from dsv3c.numerics import ceil_div
 @triton.jit(do_not_specialize=["E", "bound", "x_scale_inv_step"])
 def _grouped_gemm_kernel(
     x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, tiles_ptr, first_ptr, E, bound, N, K, x_scale_inv_step,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n, blocks = tl.load(first_ptr + E), tl.cdiv(N, COLUMNS), tl.cdiv(K, 128)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = swizzle(tile, num_m, num_n)
+        m, n = swizzle(tile, num_m, num_n, BAND)
         e = tl.load(tiles_ptr + m)
         row = tl.load(tiles_ptr + bound + m)
         end = tl.load(tiles_ptr + 2 * bound + m)
@@ -63,7 +68,12 @@ def grouped_gemm(
     out: Tensor,
 ) -> None:
     """Launcher of `dsv3c::grouped_gemm`."""
-    launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, offs, out, SPACE[2] if len(x_fp8) <= 64 * len(offs) else SPACE[-1])
+    (R, K), N = x_fp8.shape, w_fp8.shape[1]
+    if R == 0 or K == 0 or out.numel() == 0:
+        out.zero_()
+        return
+    implementation, config = choose(Problem("grouped_gemm", R, N, K, len(offs)))
+    implementation.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, offs, out, **config)
 
 
 def grouped_gemm_dgrad(
@@ -80,27 +90,38 @@ def grouped_gemm_dgrad(
 
 
 def launch(
-    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, offs: Tensor, out: Tensor, config: Config
+    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, offs: Tensor, out: Tensor, **knobs: int
 ) -> None:
     """y = x wᵀ by group."""
+    config = Config(**knobs)
     (R, K), (E, N, _) = x_fp8.shape, w_fp8.shape
-    if out.numel() == 0:
-        return
-    if K == 0:
-        out.zero_()
-        return
     tiles, first = tile_map(offs, R, config.block_m)
     x_scale_inv, w_fp8 = column_major(x_scale_inv), aligned(w_fp8.contiguous())
     bound = tiles.shape[1]
-    _grouped_gemm_kernel[(bound * ceil_div(N, config.columns),)](
+    _grouped_gemm_kernel[grid(config, bound * ceil_div(N, config.columns))](
         descriptor(aligned(x_fp8), config.rows), descriptor(w_fp8.flatten(0, 1), config.columns), out, x_scale_inv,
         w_scale_inv.contiguous(), tiles, first, E, bound, N, K, x_scale_inv.stride(1),
-        config.rows, config.columns, config.halves, num_warps=config.num_warps, num_stages=config.num_stages,
+        config.rows, config.columns, config.halves, config.band,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
+def default(problem: Problem) -> tuple[str, dict[str, Any]]:
+    return "triton", KNOWN[2 if problem.rows <= 64 * problem.groups else -1]
+
+
+def variant(config: dict[str, Any]) -> Variant:
+    c = Config(**config)
+    operands = described("x_desc", "w_desc", c) | {"y_ptr": BF16, "x_scale_inv_ptr": F32}
+    operands |= {"w_scale_inv_ptr": F32, "tiles_ptr": I32, "first_ptr": I32}
+    return Variant(_grouped_gemm_kernel, operands, tile_constants(c), c.num_warps, c.num_stages)
+
+
+IMPLEMENTATIONS = {
+    "grouped_gemm": (Implementation("triton", SPACE, launch, valid=valid, variant=variant, known=KNOWN),)
+}
+
+
 def variants() -> Iterator[Variant]:
-    for config in SPACE:
-        operands = described("x_desc", "w_desc", config) | {"y_ptr": BF16, "x_scale_inv_ptr": F32}
-        operands |= {"w_scale_inv_ptr": F32, "tiles_ptr": I32, "first_ptr": I32}
-        yield Variant(_grouped_gemm_kernel, operands, tile_constants(config), config.num_warps, config.num_stages)
+    for config in KNOWN:
+        yield variant(config)

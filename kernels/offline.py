@@ -17,7 +17,24 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 FP8, BF16, F32, I32 = "*fp8e4nv", "*bf16", "*fp32", "*i32"
 I16 = "*i16"
-FAMILIES = ("groups", "quantize", "gemm", "grouped_gemm", "wgrad", "swiglu", "norm", "rotary", "cross_entropy")
+FAMILIES = (
+    "groups",
+    "quantize",
+    "e5m6",
+    "gemm",
+    "small_gemm",
+    "grouped_gemm",
+    "wgrad",
+    "wgrad_specialized",
+    "router",
+    "permute",
+    "swiglu",
+    "norm",
+    "rotary",
+    "cross_entropy",
+    "mla_decode",
+    "warp_specialized",
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +51,8 @@ class Variant:
     @property
     def name(self) -> str:
         """The kernel's name and what distinguishes this variant."""
-        values = [t.lstrip("*") for t in self.arguments.values()] + [f"{k}{v}" for k, v in self.constants.items()]
+        values = [t.lstrip("*").split(",NVMMA")[0] for t in self.arguments.values()]  # without Gluon's layouts
+        values += [f"{k}{v}" for k, v in self.constants.items()]
         return "-".join(
             [self.kernel.__name__.strip("_"), *values, f"warps{self.num_warps}", f"stages{self.num_stages}"]
         )
@@ -86,7 +104,7 @@ def _spills(code: str) -> int:
     lines = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)]
     jumps = [(int(m[1], 16), at) for at, op in lines if (m := re.search(r"BRA\S* .*?(0x[0-9a-f]+)", op))]
     loops = sorted(((to, at) for to, at in jumps if to <= at), key=lambda loop: loop[1] - loop[0])
-    innermost = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "QGMMA" in op}
+    innermost = {next(loop for loop in loops if loop[0] <= at <= loop[1]) for at, op in lines if "GMMA" in op}
     spilled = [at for at, op in lines if "STL" in op or "LDL" in op]
     return sum(not innermost or any(first <= at <= last for first, last in innermost) for at in spilled)
 

@@ -1,15 +1,22 @@
 """Graph rewrites: the contract and runner, the literal pipelines, one pass a file."""
 
+from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_quantize import FuseQuantize
+from dsv3c.passes.fuse_routing import FuseRouting
 from dsv3c.passes.pipeline import Pipeline, default
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
+from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
 from dsv3c.passes.share_equal import ShareEqual
 
 __all__ = [
+    "AbsorbAttention",
     "FoldLinear",
+    "FuseQuantize",
+    "FuseRouting",
     "Pass",
     "PassError",
     "Pipeline",
@@ -17,6 +24,7 @@ __all__ = [
     "QuantizeGroupedLinear",
     "QuantizeLinear",
     "RaiseAttention",
+    "RaiseGroupedLinear",
     "Record",
     "ShareEqual",
     "Skipped",

@@ -65,10 +65,7 @@ class QuantizeGroupedLinear:
     level: ClassVar[Level] = Level.JOINT
 
     def __call__(self, gm: fx.GraphModule) -> int:
-        for node in gm.graph.nodes:
-            if node.op == "call_function" and "grouped_mm_fallback_backward" in str(node.target):
-                leave(node, "transformers' float32 fallback computes both gradients in one operator; use bfloat16")
-        return sum(_Rewrite(gm, self.recipe, self.weights, spelling, _GROUPED).run() for spelling in _grouped())
+        return sum(_Rewrite(gm, self.recipe, self.weights, spelling, _GROUPED).run() for spelling in _EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -80,17 +77,11 @@ class _Spelling:
     wgrad: torch._ops.OpOverload | None = None  # an operator of its own, (dy, x), instead of product(dyᵀ, x)
 
 
-def _grouped() -> list[_Spelling]:
-    spellings = [
-        _Spelling(aten._grouped_mm.default),
-        # Ours and transformers' own operators, for dtypes that _grouped_mm does not take.
-        _Spelling(torch.ops.dsv3c.grouped_linear.default, True, torch.ops.dsv3c.grouped_linear_wgrad.default),
-    ]
-    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
-        spellings.append(_Spelling(torch.ops.transformers.grouped_mm_fallback.default))
-    return spellings
-
-
+_EXPERTS = (
+    _Spelling(aten._grouped_mm.default),
+    # For dtypes that _grouped_mm does not take.
+    _Spelling(torch.ops.dsv3c.grouped_linear.default, True, torch.ops.dsv3c.grouped_linear_wgrad.default),
+)
 _DENSE = (torch.ops.dsv3c.gemm.default, torch.ops.dsv3c.gemm_dgrad.default, torch.ops.dsv3c.gemm_wgrad.default)
 _GROUPED = (
     torch.ops.dsv3c.grouped_gemm.default,

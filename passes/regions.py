@@ -46,5 +46,7 @@ def region_of(node: fx.Node) -> Region | None:
         name = module_class if isinstance(module_class, str) else module_class.__name__
         kind = REGIONS.get(name.rpartition(".")[2])
         if kind:
-            return Region(kind, path.partition("]")[2].removeprefix(".") or kind)
+            path = path.partition("]")[2].removeprefix(".")
+            kind = "head" if kind == "linear" and not path else kind  # the linear that is a unit of its own
+            return Region(kind, path or kind)
     return None

@@ -44,7 +44,7 @@ def value(node: fx.Node) -> torch.Tensor:
     return node.meta["val"]
 
 
-def insert(at: fx.Node, target: Callable, *args) -> fx.Node:
+def insert(at: fx.Node, target: Callable, *args, **kwargs) -> fx.Node:
     """A call of `target` just before `at`, with its value inferred and `at`'s region and source.
 
     Raises:
@@ -57,10 +57,10 @@ def insert(at: fx.Node, target: Callable, *args) -> fx.Node:
             f"{target}: expected a graph whose nodes carry fake values, found none; try tracing with AOTAutograd"
         )
     with graph.inserting_before(at):
-        node = graph.call_function(target, args)
+        node = graph.call_function(target, args, kwargs)
     node.meta = {key: at.meta[key] for key in _KEPT if key in at.meta}
     with fake_mode:
-        node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]))
+        node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]), **kwargs)
     return node
 
 
@@ -73,3 +73,9 @@ def insert_pair(at: fx.Node, target: Callable, *args) -> tuple[fx.Node, fx.Node]
 def replace(node: fx.Node, new: fx.Node) -> None:
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
+
+
+def size(at: fx.Node, x: fx.Node, dim: int) -> fx.Node | int:
+    """The size of x: a number, or, where it varies, a node just before `at`."""
+    found = value(x).shape[dim]
+    return insert(at, aten.sym_size.int, x, dim) if isinstance(found, torch.SymInt) else found

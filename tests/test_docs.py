@@ -49,7 +49,7 @@ def test_the_readme_table_is_made_of_the_recorded_results():
     assert updated(readme) == readme, "try make readme"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/tuning.md"])
 def test_links_and_paths_lead_somewhere(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAY_IMPORT = {
     "schedules": {"schedules"},
     "kernels": {"kernels", "tuning", "numerics", "errors"},
-    "tuning": {"tuning", "kernels", "errors"},
+    "tuning": {"tuning", "kernels", "operators", "numerics", "errors", "debug", "benchmarks"},
     "passes": {"passes", "schedules", "numerics", "errors", "operators", "attention", "grouped_linear"},
     "benchmarks": None,
 }

@@ -1,5 +1,6 @@
 """What the compiler knows of a GPU: one data file a target, and the roofline time of an operator on it."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -38,6 +39,11 @@ class Target:
         compute = flops / (self.flops[dtype] * self.achievable[dtype])
         memory = moved_bytes / (self.hbm_bytes_per_s * self.achievable["hbm"])
         return 1e6 * max(compute, memory)
+
+
+def fingerprint(name: str) -> str:
+    """SHA-256 of the data file: predictions depend on it."""
+    return hashlib.sha256((_FOLDER / f"{name}.json").read_bytes()).hexdigest()
 
 
 def names() -> list[str]:

@@ -12,6 +12,7 @@ from dsv3c.operators.define import (
     count_groups,
     define,
     empty_tiles,
+    expect,
 )
 
 
@@ -26,6 +27,10 @@ def _quantize_tile_t(x_RK, offs, amax_floor, pow2):
     check_floor(amax_floor)
     R, K = x_RK.shape
     return empty_tiles(x_RK, K, casts.padded_rows(R, None if offs is None else count_groups(offs)))
+
+
+def _quantize_tile_both(x_RK, offs, amax_floor, pow2):
+    return *_quantize_tile(x_RK, amax_floor, pow2), *_quantize_tile_t(x_RK, offs, amax_floor, pow2)
 
 
 def _requantize_t(x_fp8_RK, x_scale_inv, offs, amax_floor, pow2):
@@ -45,10 +50,35 @@ def _dequantize_block(w_fp8_NK, w_scale_inv, dtype):
     return w_fp8_NK.new_empty(w_fp8_NK.shape, dtype=dtype)
 
 
+def _quantize_e5m6(x_RK, amax_floor):
+    check_rank("x", x_RK, 2)
+    check_floor(amax_floor)
+    R, K = x_RK.shape
+    expect("columns of x beyond a multiple of 8", K % 8, 0)
+    scale_inv = x_RK.new_empty((ceil_div(K, TILE), R), dtype=torch.float32).t()
+    return x_RK.new_empty((R, K // 2 * 3), dtype=torch.uint8), scale_inv
+
+
+def _dequantize_e5m6(packed, scale_inv, dtype):
+    check_rank("packed", packed, 2)
+    expect("dtype of packed", packed.dtype, torch.uint8)
+    R, size = packed.shape
+    expect("columns of packed beyond a multiple of 12", size % 12, 0)
+    K = size // 3 * 2
+    expect("shape of scale_inv", tuple(scale_inv.shape), (R, ceil_div(K, TILE)))
+    return packed.new_empty((R, K), dtype=dtype)
+
+
 _CAST = "float amax_floor, bool pow2) -> (Tensor, Tensor)"
 
 define(f"quantize_tile(Tensor x, {_CAST}", _quantize_tile, casts.quantize_tile_ref, "quantize")
 define(f"quantize_tile_t(Tensor x, Tensor? offs, {_CAST}", _quantize_tile_t, casts.quantize_tile_t_ref, "quantize")
+define(
+    f"quantize_tile_both(Tensor x, Tensor? offs, {_CAST.replace('Tensor)', 'Tensor, Tensor, Tensor)')}",
+    _quantize_tile_both,
+    casts.quantize_tile_both_ref,
+    "quantize",
+)
 define(
     f"requantize_t(Tensor x_fp8, Tensor x_scale_inv, Tensor? offs, {_CAST}",
     _requantize_t,
@@ -61,4 +91,11 @@ define(
     _dequantize_block,
     casts.dequantize_block_ref,
     "quantize",
+)
+define("quantize_e5m6(Tensor x, float amax_floor) -> (Tensor, Tensor)", _quantize_e5m6, casts.quantize_e5m6_ref, "e5m6")
+define(
+    "dequantize_e5m6(Tensor packed, Tensor scale_inv, ScalarType dtype) -> Tensor",
+    _dequantize_e5m6,
+    casts.dequantize_e5m6_ref,
+    "e5m6",
 )

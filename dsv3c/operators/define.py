@@ -67,7 +67,8 @@ def define(schema: str, allocate: Callable, definition: Callable, kernels: str, 
     """Register the operator `schema` (its name and signature, as torch.library takes them).
 
     Args:
-        allocate: checks the arguments and makes the results, on any device and on fake tensors.
+        allocate: checks the arguments and makes the results, on any device and on fake tensors; None if the operator
+            writes to an argument instead.
         definition: returns the results; of `kernels/reference/`, what runs on the CPU.
         kernels: the module of `dsv3c.kernels` whose function of the operator's name, called with the arguments and the
             results of `allocate`, fills those on a GPU; imported at the first call.
@@ -81,7 +82,8 @@ def define(schema: str, allocate: Callable, definition: Callable, kernels: str, 
 
     def cuda(*args):
         out = allocate(*args)
-        getattr(import_module(f"dsv3c.kernels.{kernels}"), name)(*args, out)
+        results = () if out is None else (out,)
+        getattr(import_module(f"dsv3c.kernels.{kernels}"), name)(*args, *results)
         return out
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))

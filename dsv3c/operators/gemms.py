@@ -1,5 +1,6 @@
 """FP8 products with block scales, dense and of the experts. What each means: `kernels/reference/gemms.py`."""
 
+import torch
 from torch import Tensor
 
 from dsv3c.kernels.reference import gemms
@@ -7,11 +8,17 @@ from dsv3c.numerics import TILE
 from dsv3c.operators.define import check_blocks, check_tiles, count_groups, define, expect
 
 
-def _empty_wgrad(groups: tuple, dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dtype) -> Tensor:
+def _wgrad_shape(groups: tuple, dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv) -> tuple:
     check_tiles("dyt", dyt_fp8_NP, dyt_scale_inv)
     check_tiles("xt", xt_fp8_KP, xt_scale_inv)
     expect("columns of xt", xt_fp8_KP.shape[1], dyt_fp8_NP.shape[1])
-    return dyt_fp8_NP.new_empty((*groups, dyt_fp8_NP.shape[0], xt_fp8_KP.shape[0]), dtype=dtype)
+    return *groups, dyt_fp8_NP.shape[0], xt_fp8_KP.shape[0]
+
+
+def _check_gradient(dw: Tensor, shape: tuple) -> None:
+    expect("dtype of dw", dw.dtype, torch.float32)
+    expect("shape of dw", tuple(dw.shape), shape)
+    expect("whether dw is contiguous", dw.is_contiguous(), True)
 
 
 def _gemm(x_fp8_RK, x_scale_inv, w_fp8_NK, w_scale_inv, dtype):
@@ -33,7 +40,7 @@ def _gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_NK, w_scale_inv, dtype):
 
 
 def _gemm_wgrad(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dtype):
-    return _empty_wgrad((), dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dtype)
+    return dyt_fp8_NP.new_empty(_wgrad_shape((), dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv), dtype=dtype)
 
 
 def _grouped_gemm(x_fp8_RK, x_scale_inv, w_fp8_ENK, w_scale_inv, offs, dtype):
@@ -47,7 +54,17 @@ def _grouped_gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_ENK, w_scale_inv, offs, d
 
 
 def _grouped_gemm_wgrad(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, offs, dtype):
-    return _empty_wgrad((count_groups(offs),), dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dtype)
+    groups = (count_groups(offs),)
+    return dyt_fp8_NP.new_empty(_wgrad_shape(groups, dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv), dtype=dtype)
+
+
+def _gemm_wgrad_accumulate(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dw_NK):
+    _check_gradient(dw_NK, _wgrad_shape((), dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv))
+
+
+def _grouped_gemm_wgrad_accumulate(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, offs, dw_ENK):
+    groups = (count_groups(offs),)
+    _check_gradient(dw_ENK, _wgrad_shape(groups, dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv))
 
 
 # FLOPs, from shapes: a multiplication and an addition per product.
@@ -86,6 +103,21 @@ define(
     f"grouped_gemm_wgrad({_WGRAD}, Tensor offs, {_OUT}",
     _grouped_gemm_wgrad,
     gemms.grouped_gemm_wgrad_ref,
+    "wgrad",
+    _grouped_gemm_wgrad_flops,
+)
+_INTO = "Tensor(a!) dw) -> ()"
+define(
+    f"gemm_wgrad_accumulate({_WGRAD}, {_INTO}",
+    _gemm_wgrad_accumulate,
+    gemms.gemm_wgrad_accumulate_ref,
+    "wgrad",
+    _gemm_wgrad_flops,
+)
+define(
+    f"grouped_gemm_wgrad_accumulate({_WGRAD}, Tensor offs, {_INTO}",
+    _grouped_gemm_wgrad_accumulate,
+    gemms.grouped_gemm_wgrad_accumulate_ref,
     "wgrad",
     _grouped_gemm_wgrad_flops,
 )

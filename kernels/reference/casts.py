@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsv3c.numerics import E4M3, E4M3_MAX, TILE, ceil_div, round_up
+from dsv3c.numerics import E4M3, E4M3_MAX, E5M6_MAX, TILE, ceil_div, round_up
 
 
-def _scale_inv(amax: Tensor, amax_floor: float, pow2: bool) -> Tensor:
+def _scale_inv(amax: Tensor, amax_floor: float, pow2: bool, largest: float = E4M3_MAX) -> Tensor:
     # By a tensor: CUDA divides by a number as a product with its reciprocal, which rounds differently.
-    scale_inv = amax.clamp(min=amax_floor) / amax.new_full((), E4M3_MAX)
+    scale_inv = amax.clamp(min=amax_floor) / amax.new_full((), largest)
     if pow2:  # the next power of two: carry a nonzero mantissa into the exponent, then clear it
         bits = (scale_inv.view(torch.int32) + 0x7FFFFF) & 0x7F800000
         scale_inv = torch.where(scale_inv.isfinite(), bits.view(torch.float32), scale_inv)
@@ -70,6 +70,13 @@ def quantize_tile_t_ref(x_RK: Tensor, offs: Tensor | None, amax_floor: float, po
     return xt_fp8, _column_major(scale_inv)
 
 
+def quantize_tile_both_ref(
+    x_RK: Tensor, offs: Tensor | None, amax_floor: float, pow2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_tile` and `quantize_tile_t`: what backward needs of a gradient, for dx and for dw."""
+    return *quantize_tile_ref(x_RK, amax_floor, pow2), *quantize_tile_t_ref(x_RK, offs, amax_floor, pow2)
+
+
 def requantize_t_ref(
     x_fp8_RK: Tensor, x_scale_inv_RG: Tensor, offs: Tensor | None, amax_floor: float, pow2: bool
 ) -> tuple[Tensor, Tensor]:
@@ -99,3 +106,34 @@ def dequantize_tile(x_fp8_RK: Tensor, scale_inv_RG: Tensor, dtype: torch.dtype =
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     K = x_fp8_RK.shape[-1]
     return x_fp8_RK.to(compute) * scale_inv_RG.to(compute).repeat_interleave(TILE, -1)[..., :K]
+
+
+def quantize_e5m6_ref(x_RK: Tensor, amax_floor: float) -> tuple[Tensor, Tensor]:
+    """E5M6 in tiles of 1×128 along K: packed uint8 [R, 3K/2] and scale_inv [R, G], strides (1, R), powers of two.
+
+    For what is cached of the input of the linear after attention (V3 report §3.3.3). A value has 12 bits: sign, 5 of
+    exponent with bias 15, 6 of mantissa, that is, a float16 of 6 mantissa bits, with its subnormals and NaN. The values
+    of a row stand one behind the other, the lowest bit first: two in three bytes. K is a multiple of 8.
+    scale_inv = max(max|x|, amax_floor)/65024, rounded up to a power of two, so that only rounding loses anything.
+    """
+    R, K = x_RK.shape
+    G = ceil_div(K, TILE)
+    x_RG128 = pad(x_RK.float(), (0, -K % TILE)).view(R, G, TILE)
+    scale_inv_RG = _scale_inv(x_RG128.abs().amax(-1), amax_floor, True, E5M6_MAX)
+    x = (x_RG128 / scale_inv_RG[:, :, None]).view(R, G * TILE)[:, :K]
+    bits = x.abs().view(torch.int32)
+    normal = (bits + 0xFFFF + (bits >> 17 & 1) >> 17) - (112 << 6)  # to the nearest, ties to even; 112 = 127 - 15
+    subnormal = (x.abs() * 2.0**20).round().to(torch.int32)
+    code = torch.where(x.abs() < 2.0**-14, subnormal, normal)
+    code = torch.where(x.isnan(), 0x7E0, code) | (x.signbit().to(torch.int32) << 11)
+    pair = (code[:, 0::2] | code[:, 1::2] << 12).contiguous()
+    return pair.view(torch.uint8).view(R, K // 2, 4)[:, :, :3].reshape(R, K // 2 * 3), _column_major(scale_inv_RG)
+
+
+def dequantize_e5m6_ref(packed: Tensor, scale_inv_RG: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of `quantize_e5m6` in `dtype`, [R, K]; the product is float32."""
+    R, K = len(packed), packed.shape[1] // 3 * 2
+    low, middle, high = packed.view(R, K // 2, 3).to(torch.int32).unbind(-1)
+    code = torch.stack([low | (middle & 15) << 8, middle >> 4 | high << 4], -1).view(R, K)
+    half = ((code & 0x800) << 4 | (code & 0x7FF) << 4).to(torch.int16).view(torch.float16)
+    return (half.float() * scale_inv_RG.repeat_interleave(TILE, 1)[:, :K]).to(dtype)

@@ -79,3 +79,22 @@ def grouped_gemm_wgrad_ref(
         dw_ENK[e] = gemm_wgrad_ref(dyt, dyt_scale_inv_e, xt_fp8_KP[:, first:last], xt_scale_inv[:, tiles], dtype)
         first = last
     return dw_ENK
+
+
+def gemm_wgrad_accumulate_ref(
+    dyt_fp8_NP: Tensor, dyt_scale_inv: Tensor, xt_fp8_KP: Tensor, xt_scale_inv: Tensor, dw_NK: Tensor
+) -> None:
+    """dw += `gemm_wgrad`, in place; dw is float32, and so is the sum."""
+    dw_NK += gemm_wgrad_ref(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dw_NK.dtype)
+
+
+def grouped_gemm_wgrad_accumulate_ref(
+    dyt_fp8_NP: Tensor,
+    dyt_scale_inv: Tensor,
+    xt_fp8_KP: Tensor,
+    xt_scale_inv: Tensor,
+    offs: Tensor,
+    dw_ENK: Tensor,
+) -> None:
+    """dw += `grouped_gemm_wgrad`, in place; dw is float32, and so is the sum."""
+    dw_ENK += grouped_gemm_wgrad_ref(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, offs, dw_ENK.dtype)

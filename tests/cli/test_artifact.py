@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dsv3c import artifact as writer
-from dsv3c.artifact import MODES, compile_artifact, distinct_layers
+from dsv3c.artifact import MODES, compile_artifact, kinds, unit_of
 from dsv3c.artifact_check import check_artifact, fp8_linears, fp8_products, parse
 from dsv3c.config import PRESETS, preset
 from dsv3c.errors import ArtifactError, CompileError, ConfigError
@@ -19,15 +19,15 @@ from dsv3c.model import DecoderLayer, Experts
 from dsv3c.tuning import cross_compile
 
 V3 = preset("v3-671b")
-LAYERS = {"dense_layer": False, "moe_layer": True}
+MODULES = {"dense_layer": 3, "moe_layer": 58, "final_norm": 1, "head": 1}
 
 
 def unit_name(kind, mode):
-    tokens = "many_tokens" if mode.tokens > 1 else "one_token_cached"
+    tokens = "many_tokens" if mode.tokens > 1 else "one_token_cached" if kind.endswith("layer") else "one_token"
     return f"{kind}_one_sequence_{tokens}_{'training' if mode.training else 'inference'}"
 
 
-UNITS = {unit_name(kind, mode): (moe, mode) for kind, moe in LAYERS.items() for mode in MODES}
+UNITS = {unit_name(kind, mode): (kind, mode) for kind in MODULES for mode in MODES}
 
 
 @pytest.mark.parametrize("moe", [False, True])
@@ -37,16 +37,15 @@ def test_the_analytic_number_of_linears_is_the_models(config, moe):
         layer = DecoderLayer(config, moe=moe)
     linears = sum(isinstance(module, nn.Linear) for module in layer.modules())
     experts = sum(2 for module in layer.modules() if isinstance(module, Experts))
-    assert fp8_linears(config, moe=moe) == linears + experts
-    assert fp8_products(config, moe=moe, training=True) == 3 * (linears + experts)
+    kind = "moe_layer" if moe else "dense_layer"
+    assert fp8_linears(config, kind) == linears + experts
+    assert fp8_products(config, kind, MODES[1]) == 3 * (linears + experts)
 
 
 def test_an_artifact_of_the_real_sizes_passes_its_check(v3):
     artifact, steps = v3
     found = check_artifact(artifact.path)
-    assert found["fp8_products"] == {
-        name: fp8_products(V3, moe=moe, training=mode.training) for name, (moe, mode) in UNITS.items()
-    }
+    assert found["fp8_products"] == {name: fp8_products(V3, kind, mode) for name, (kind, mode) in UNITS.items()}
     assert found["kernels"] == [kernel["name"] for kernel in artifact.kernels]
     assert found["files"] == len(artifact.manifest["files"])
     assert [step for step in steps if step.startswith("lowering")] == [f"lowering {name}" for name in UNITS]
@@ -59,8 +58,8 @@ def test_the_manifest_says_what_it_was_made_from(v3):
     assert (manifest["target"], manifest["precision"], manifest["model"]) == ("h800", "fp8", "v3-671b")
     assert manifest["versions"]["torch"] == torch.__version__
     assert any(step.startswith("QuantizeLinear(recipe=Recipe(") for step in manifest["passes"])
-    assert {name: unit["layers"] for name, unit in manifest["units"].items()} == {
-        name: 58 if moe else 3 for name, (moe, _) in UNITS.items()
+    assert {name: unit["modules"] for name, unit in manifest["units"].items()} == {
+        name: MODULES[kind] for name, (kind, _) in UNITS.items()
     }
     assert json.loads((v3[0].path / "config.json").read_text()) == V3.to_dict()
 
@@ -68,15 +67,16 @@ def test_the_manifest_says_what_it_was_made_from(v3):
 def test_reported_flops_are_those_of_the_configs_linears(v3):
     """Every linear's region, forward and backward, against its sizes: an oracle that shares nothing with the graphs."""
     units = {unit["name"]: unit for unit in v3[0].report.to_dict()["units"]}
-    for name, (moe, mode) in UNITS.items():
-        with torch.device("meta"):
-            layer = DecoderLayer(V3, moe=moe)
+    for name, (kind, mode) in UNITS.items():
         flops = {region["path"]: region["flops"] for region in units[name]["regions"]}
-        for path, module in layer.named_modules():
+        for path, module in unit_of(V3, kind, mode).template.named_modules():
+            path = path or kind
             if isinstance(module, nn.Linear):
-                rows = mode.tokens + (mode.cached if path.endswith("kv_b_proj") else 0)
-                expected = 2 * rows * module.weight.numel() * (3 if mode.training else 1)
-                assert flops[path] == expected, (name, path)
+                expected = 2 * mode.tokens * module.weight.numel() * (3 if mode.training else 1)
+                if mode.cached and path.endswith("kv_b_proj"):  # absorbed
+                    assert path not in flops
+                else:
+                    assert flops[path] == expected, (name, path)
             elif isinstance(module, Experts):
                 rows = mode.tokens * V3.num_experts_per_tok
                 values = module.gate_up_proj[0].numel() + module.down_proj[0].numel()
@@ -152,7 +152,7 @@ def test_a_folder_that_is_no_artifact(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     refused(tmp_path, "expected JSON")
     (tmp_path / "manifest.json").write_text("[]")
-    refused(tmp_path, "expected format 1")
+    refused(tmp_path, "expected format 2")
 
 
 def test_a_missing_file(damageable):
@@ -185,8 +185,13 @@ def test_other_sources_are_stale(damageable):
 
 
 def test_an_edited_manifest_contradicts_its_key(damageable):
-    change_manifest(damageable, lambda manifest: manifest.update(target="h200"))
+    change_manifest(damageable, lambda manifest: manifest["recipe"].update(pow2=True))
     refused(damageable, "cache_key")
+
+
+def test_another_targets_data(damageable):
+    change_manifest(damageable, lambda manifest: manifest.update(target="h200"))
+    refused(damageable, "expected the data of target h200 that made it", "stale")
 
 
 def test_a_manifest_without_an_entry(damageable):
@@ -196,7 +201,7 @@ def test_a_manifest_without_an_entry(damageable):
 
 def test_a_missing_unit(damageable):
     change_manifest(damageable, lambda manifest: manifest["units"].popitem())
-    refused(damageable, "expected 6 units", "found 5")
+    refused(damageable, "expected 12 units", "found 11")
 
 
 def test_an_unlisted_graph(damageable):
@@ -318,6 +323,7 @@ def test_a_failed_rename_puts_the_earlier_artifact_back(tmp_path, nothing_to_low
 
 def test_models_without_one_kind_of_layer():
     tiny = preset("tiny")
-    assert distinct_layers(tiny) == {False: 1, True: 3}
-    assert distinct_layers(replace(tiny, first_k_dense_replace=0)) == {True: 4}
-    assert distinct_layers(replace(tiny, first_k_dense_replace=9)) == {False: 4}
+    others = {"final_norm": 1, "head": 1}
+    assert kinds(tiny) == {"dense_layer": 1, "moe_layer": 3} | others
+    assert kinds(replace(tiny, first_k_dense_replace=0)) == {"moe_layer": 4} | others
+    assert kinds(replace(tiny, first_k_dense_replace=9)) == {"dense_layer": 4} | others

@@ -131,7 +131,9 @@ def test_mtp_layer_is_compiled(make_model, compiled, units):
         _, eager = model(tokens, return_mtp=True)
         _, exact = float64(model)(tokens, return_mtp=True)
     assert close(out, eager, exact)
-    assert {unit.kind.name for unit in units(result).values()} == {"dense_layer", "moe_layer", "mtp_layer"}
+    assert {unit.kind.name for unit in units(result).values()} == {
+        "dense_layer", "moe_layer", "mtp_layer", "final_norm", "head",
+    }  # fmt: skip
 
 
 def test_greedy_tokens_equal_eager(make_model, compiled):
@@ -158,7 +160,20 @@ def test_other_caches_run_transformers_own_layers(make_their_model, compiled, un
     arguments = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     arguments |= {"cache_implementation": "static", "disable_compile": True}
     assert torch.equal(result.generate(prompt, **arguments), model.generate(prompt, **arguments))
-    assert not units(result)
+    assert {unit.kind.name for unit in units(result).values()} == {"final_norm", "head"}
+
+
+def test_the_callers_tensors_keep_no_marks(make_their_model, compiled, logits):
+    """What else is compiled for them, plain torch.compile above all, would be bound by ours."""
+    transformers = pytest.importorskip("transformers")
+    model = make_their_model()
+    result, cache = compiled(model), transformers.DynamicCache()
+    with torch.no_grad():
+        logits(result, ids(1, 5), past_key_values=cache)
+        logits(result, ids(1, 3), past_key_values=cache)
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert tensors
+    assert not any(vars(tensor) for tensor in tensors)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.numerics import Recipe, cast_bound
+from dsv3c.operators.define import OperatorError
 
 ops = torch.ops.dsv3c
 FLOOR = Recipe().amax_floor
@@ -96,6 +97,62 @@ def test_requantize_t(check, sizes):
     assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(found[1], expected[1])
     assert found[1].stride() == expected[1].stride()
+
+
+@pytest.mark.parametrize("sizes", [None, [5, 0, 128, 129]])
+def test_both_casts_are_the_two(check, sizes):
+    x = check.varied(270, 200)
+    offs = None if sizes is None else check.ends(sizes)
+    expected = (*ops.quantize_tile(x, FLOOR, True), *ops.quantize_tile_t(x, offs, FLOOR, True))
+    for f, e in zip(ops.quantize_tile_both(x, offs, FLOOR, True), expected, strict=True):
+        assert torch.equal(f.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8))
+        assert f.stride() == e.stride()
+
+
+def e5m6(v: np.ndarray) -> np.ndarray:
+    """Nearest of ±{0, 2^-20 .. 65024}: 6 mantissa bits, exponents from -14, ties to even."""
+    exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(v), 2.0**-40))), -14)
+    return np.rint(v / np.exp2(exponent - 6)) * np.exp2(exponent - 6)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 120), (130, 264)])
+def test_e5m6(check, shape):
+    x = check.varied(*shape) * torch.exp2(torch.randint(-25, 5, shape).float())
+    x[0, :8] = torch.tensor([0.0, -0.0, 1 + 2**-7, 1 + 3 * 2**-7, -(2.0**-21), 2.0**-20, 65024.0, -(2.0**-14)])
+    packed, scale_inv = ops.quantize_e5m6(x, FLOOR)
+    assert packed.shape == (shape[0], shape[1] // 2 * 3)
+    assert scale_inv.stride() == (1, shape[0])
+    scales = scale_inv.repeat_interleave(128, 1)[:, : shape[1]]
+    assert bool((torch.frexp(scales).mantissa == 0.5).all())  # powers of two, the least that hold the tile
+    tiles = torch.nn.functional.pad(x.abs(), (0, -shape[1] % 128)).unflatten(1, (-1, 128)).amax(-1).clamp(min=FLOOR)
+    assert bool((tiles <= 65024 * scale_inv).all())
+    assert bool((2 * tiles > 65024 * scale_inv).all())
+    expected = e5m6((x.double() / scales.double()).numpy()) * scales.double().numpy()
+    back = ops.dequantize_e5m6(packed, scale_inv, torch.float32).numpy()
+    np.testing.assert_array_equal(back, expected)
+    np.testing.assert_array_equal(np.signbit(back), np.signbit(x.numpy()))
+
+
+def test_e5m6_is_two_values_in_three_bytes():
+    x = torch.zeros(1, 8)
+    x[0, :3] = torch.tensor([65024.0, -1.0, 2.0**-20])
+    packed, scale_inv = ops.quantize_e5m6(x, FLOOR)
+    assert scale_inv.tolist() == [[1.0]]
+    assert packed[0, :6].tolist() == [0xBF, 0x07, 0xBC, 0x01, 0x00, 0x00]  # 0x7BF, 0xBC0; 0x001, 0x000
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_e5m6_does_not_hide_nan(bad):
+    x = torch.ones(1, 256)
+    x[0, 130] = bad
+    back = ops.dequantize_e5m6(*ops.quantize_e5m6(x, FLOOR), torch.float32)
+    assert bool(back[0, 130].isnan())
+    assert bool((back[0, :128] == 1).all())
+
+
+def test_e5m6_refuses_what_does_not_fill_words():
+    with pytest.raises(OperatorError, match="multiple of 8"):
+        ops.quantize_e5m6(torch.ones(2, 132), FLOOR)
 
 
 def test_special_values():

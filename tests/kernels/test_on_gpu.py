@@ -1,5 +1,7 @@
 """The GPU kernels against their definitions: casts bit for bit, products against float64 on the same operands."""
 
+import random
+
 import pytest
 import torch
 
@@ -71,6 +73,40 @@ def test_transposing_casts(check, sizes, columns):
         assert_same_bits(ops.requantize_t(q, scale_inv, offs, FLOOR, pow2), expected)
 
 
+@pytest.mark.parametrize("sizes", [None, *GROUPS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_both_casts_from_one_read(check, sizes, dtype):
+    x = check.varied(1000 if sizes is None else sum(sizes) + 300, 640, dtype, device="cuda")[:, 2:-1]
+    offs = None if sizes is None else check.ends(sizes, device="cuda")
+    for pow2 in (False, True):
+        expected = reference.quantize_tile_both_ref(x, offs, FLOOR, pow2)
+        assert_same_bits(ops.quantize_tile_both(x, offs, FLOOR, pow2), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (5, 128), (77, 264), (300, 16384)])
+def test_e5m6(check, shape):
+    x = check.varied(*shape, device="cuda") * torch.exp2(torch.randint(-30, 20, shape, device="cuda").float())
+    x[..., ::7] = -0.0
+    packed, scale_inv = ops.quantize_e5m6(x, FLOOR)
+    assert_same_bits((packed, scale_inv), reference.quantize_e5m6_ref(x, FLOOR))
+    for dtype in DTYPES:
+        back = ops.dequantize_e5m6(packed, scale_inv, dtype)
+        assert_same_bits((back,), (reference.dequantize_e5m6_ref(packed, scale_inv, dtype),))
+
+
+def test_every_scale_near_every_tie():
+    """All 2^23 significands of scale_inv, and quotients on both sides of ties of E4M3 and on them."""
+    amax = (torch.arange(1 << 23, dtype=torch.int32, device="cuda") + (127 << 23)).view(torch.float32)
+    scale_inv = amax / amax.new_full((), 448.0)
+    x = torch.zeros(1 << 23, 16, device="cuda")
+    x[:, 0] = amax
+    for i, tie in enumerate((17.0, 27.0, 232.0, 2.0**-10, 3 * 2.0**-10)):
+        bits = (scale_inv * tie).view(torch.int32)
+        for j in range(3):
+            x[:, 1 + 3 * i + j] = (bits + j - 1).view(torch.float32)
+    assert_same_bits(ops.quantize_tile(x, FLOOR, False), reference.quantize_tile_ref(x, FLOOR, False))
+
+
 def test_nan_makes_its_tile_nan():
     x = torch.ones(70, 256, device="cuda")
     x[69, 130] = torch.nan
@@ -99,24 +135,32 @@ def test_gemms(check, size, dtype):
     check.assert_product(ops.gemm_wgrad(*dyt, *xt, dtype), *check.product(*dyt, *xt), R)
 
 
+def sample(implementation) -> list[dict]:
+    """Configurations that fit, 16 of them, among which every value of every knob is likely."""
+    configs = [c for c in implementation.configs() if c["halves"] * c["rows"] * c["num_stages"] <= 512]
+    return random.Random(0).sample(configs, 16)
+
+
 @pytest.mark.parametrize("size", [(1, 16, 128), (200, 130, 257), (640, 512, 2048)])
-def test_every_configuration(check, size):
+def test_configurations(check, size):
     """A configuration changes the speed, never a bit."""
     R, N, K = size
     x = ops.quantize_tile(check.varied(R, K, device="cuda"), FLOOR, False)
     w_NK = check.varied(N, K, device="cuda")
     w = ops.quantize_block(w_NK, FLOOR, False)
-    products = [torch.full((R, N), torch.nan, device="cuda") for _ in gemm.SPACE]
-    for y, config in zip(products, gemm.SPACE, strict=True):
-        gemm.launch(*x, *w, y, config)
+    configs = sample(gemm.IMPLEMENTATIONS["gemm"][0])
+    products = [torch.full((R, N), torch.nan, device="cuda") for _ in configs]
+    for y, config in zip(products, configs, strict=True):
+        gemm.launch(*x, *w, y, **config)
         check.assert_product(y, *check.product(*x, *w), K)
     assert all(torch.equal(y, products[0]) for y in products)
 
     w = ops.quantize_tile(w_NK, FLOOR, False)
     first = torch.tensor([0, 0, len(x[1].T)], dtype=torch.int32, device="cuda")  # the first group has no rows
-    products = [torch.full((2, R, N), torch.nan, device="cuda") for _ in wgrad.SPACE]
-    for y, (config, chunk) in zip(products, wgrad.SPACE, strict=True):
-        wgrad.launch(*x, *w, first, y, config, chunk)
+    configs = sample(wgrad.IMPLEMENTATIONS["grouped_gemm_wgrad"][0])
+    products = [torch.full((2, R, N), torch.nan, device="cuda") for _ in configs]
+    for y, config in zip(products, configs, strict=True):
+        wgrad.launch(*x, *w, first, y, **config)
         check.assert_product(y[1], *check.product(*x, *w), K)
         assert not y[0].any()
     assert all(torch.equal(y, products[0]) for y in products)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dsv3c
+from dsv3c.artifact import MODES
 from dsv3c.artifact_check import fp8_products
 from dsv3c.config import preset
 from dsv3c.errors import CompileError
@@ -17,6 +18,7 @@ from dsv3c.report import Report, UnitReport
 from dsv3c.tuning import targets
 
 SMALL = replace(preset("tiny"), num_hidden_layers=2, first_k_dense_replace=0, vocab_size=64)
+PREFILL, TRAINING, _ = MODES
 IDS = torch.zeros(2, 17, dtype=torch.long)
 
 
@@ -59,10 +61,12 @@ def test_a_report_of_training(explained):
     assert (document["precision"], document["target"]) == ("fp8", "h800")
     assert any("emulated" in note for note in document["notes"])
 
-    (unit,) = document["units"]
-    assert unit["layers"] == 2
+    unit, norm, head = document["units"]
+    assert [unit["modules"], norm["modules"], head["modules"]] == [2, 1, 1]
+    assert [region["kind"] for region in head["regions"]] == ["head"]
+    assert head["flops"] == 3 * 2 * IDS.numel() * SMALL.vocab_size * SMALL.hidden_size
     assert unit["inputs"][0] == "bfloat16[2, 17, 256]"
-    assert products(unit) == fp8_products(SMALL, moe=True, training=True)
+    assert products(unit) == fp8_products(SMALL, "moe_layer", TRAINING)
     for quantity in ("flops", "moved_bytes", "nodes"):
         assert sum(region[quantity] for region in unit["regions"]) == unit[quantity]
         assert sum(operator[quantity] for operator in unit["operators"]) == unit[quantity]
@@ -82,7 +86,7 @@ def test_a_report_of_training(explained):
 
 def test_the_text_names_units_regions_passes_and_calls_predictions_so(explained):
     text = str(explained[1])
-    for word in ("moe_layer_many_sequences_many_tokens_training: shared by 2 layers", "mlp.experts", "QuantizeLinear",
+    for word in ("moe_layer_many_sequences_many_tokens_training: of 2 modules", "mlp.experts", "QuantizeLinear",
                  "dsv3c.gemm", "predicted forward us", "predicted backward us", "note: FP8 is emulated", "h800",
                  "in no recognised region, compiled by Inductor as they are: aten.add.Tensor"):  # fmt: skip
         assert word in text
@@ -104,7 +108,11 @@ def test_inference_in_exact_precision_and_the_earlier_calls(without_codegen):
         result(IDS[:, :1])
     report = dsv3c.explain(result)
     names = [unit.name for unit in report.units]
-    assert names == [f"dense_layer_many_sequences_{tokens}_inference" for tokens in ("many_tokens", "one_token")]
+    assert names == [
+        f"{kind}_many_sequences_{tokens}_inference"
+        for tokens in ("many_tokens", "one_token")
+        for kind in ("dense_layer", "final_norm", "head")
+    ]
     assert not any(products(unit.to_dict()) for unit in report.units)
     assert "predicted us" in str(report)
     assert "predicted backward us" not in str(report)
@@ -132,8 +140,8 @@ def test_transformers_model_has_the_same_regions(without_codegen):
     theirs = compiled(transformers.DeepseekV3ForCausalLM(config).bfloat16().eval(), precision="fp8", target="h800")
     with torch.no_grad():
         theirs(IDS, use_cache=False)
-    (unit,) = dsv3c.explain(theirs).to_dict()["units"]
+    unit, *_ = dsv3c.explain(theirs).to_dict()["units"]
     assert unit["name"] == "moe_layer_many_sequences_many_tokens_inference"
-    assert products(unit) == fp8_products(SMALL, moe=True, training=False)
+    assert products(unit) == fp8_products(SMALL, "moe_layer", PREFILL)
     kinds = {region["kind"] for region in unit["regions"]}
     assert {"attention", "norm", "linear", "layer", "router", "experts", "moe"} <= kinds

@@ -1,0 +1,142 @@
+"""Our FP8 products against DeepGEMM's, on the same operands and in the same run, at V3's sizes.
+
+    python -m dsv3c.benchmarks.bench_deepgemm --out results/
+
+Needs `deep_gemm`, which is no dependency of ours: build it from its repository. *best* is the fastest of all
+implementations here, cuBLASLt included, *own* the fastest of our kernels. Every contender is checked before any is
+timed. Skewed groups hold the same rows in Zipf's proportions (s = 1), 5 % of them none; DeepGEMM wants groups of whole
+tiles, so those are compared with ours when balanced. The last line is JSON.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import geometric_mean
+
+import deep_gemm
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from dsv3c.benchmarks.bench_kernels import DENSE, EXPERTS, FLOOR, GROUPS, close, normal, ops
+from dsv3c.benchmarks.timing import Timing, interleaved
+from dsv3c.kernels import gemm, grouped_gemm, warp_specialized
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Calls that compute the same into `out`; `check` says whether that is right."""
+
+    section: str
+    name: str
+    calls: dict[str, Callable[[], object]]
+    check: Callable[[], None]
+    out: Tensor
+    flops: int
+
+
+def ours(launch: dict[str, Callable[..., None]], *operands: Tensor) -> dict[str, Callable[[], None]]:
+    """Our kernels in the configurations that are chosen without a table."""
+    built_in = {"triton": gemm.BUILT_IN[1:], "warp_specialized": warp_specialized.BUILT_IN}
+    return {
+        f"{name} {' '.join(map(str, config))}": partial(launch[name], *operands, **config._asdict())
+        for name, configs in built_in.items()
+        for config in configs
+    }
+
+
+def dense(M: int) -> Iterator[Contest]:
+    for N, K in DENSE:
+        x, w = ops.quantize_tile(normal(M, K), FLOOR, False), ops.quantize_block(normal(N, K), FLOOR, False)
+        out = torch.empty(M, N, dtype=torch.bfloat16)
+        calls = {"deepgemm": partial(deep_gemm.fp8_gemm_nt, x, w, out), "cublaslt": partial(gemm.cublaslt, *x, *w, out)}
+        calls |= ours({"triton": gemm.launch, "warp_specialized": warp_specialized.launch}, *x, *w, out)
+        yield Contest(f"dense M={M}", f"{M}x{N}x{K}", calls, partial(close, out, *x, *w), out, 2 * M * N * K)
+
+
+def grouped() -> Iterator[Contest]:
+    for E, rows in GROUPS:
+        for N, K in EXPERTS:
+            R = E * rows
+            x, w = ops.quantize_tile(normal(R, K), FLOOR, False), ops.quantize_block(normal(E, N, K), FLOOR, False)
+            out = torch.empty(R, N, dtype=torch.bfloat16)
+            experts = torch.arange(E, dtype=torch.int32).repeat_interleave(rows)
+            launch = {"triton": grouped_gemm.launch, "warp_specialized": warp_specialized.launch_grouped}
+            for section, sizes in {"grouped": torch.full((E,), rows), "zipf": zipf(E, R)}.items():
+                offs = sizes.cumsum(0).int()
+                calls = ours(launch, *x, *w, offs, out)
+                if section == "grouped":
+                    deepgemm = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
+                    calls["deepgemm"] = partial(deepgemm, x, w, out, experts)
+                check = partial(close_in_groups, out, x, w, offs.tolist())
+                yield Contest(section, f"{E}x{rows} {N},{K}", calls, check, out, 2 * R * N * K)
+
+
+def zipf(E: int, R: int) -> Tensor:
+    """R rows to E experts as 1, 1/2, 1/3, ..., in an order drawn from a fixed seed; the last 5 % get none."""
+    share = 1 / torch.arange(1, E + 1, dtype=torch.float64)
+    share[E - E // 20 :] = 0
+    share = share[torch.randperm(E, generator=torch.Generator("cuda").manual_seed(0))]
+    sizes = (share / share.sum() * R).long()
+    sizes[sizes.argmax()] += R - sizes.sum()
+    return sizes
+
+
+def close_in_groups(out: Tensor, x: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor], ends: list[int]) -> None:
+    for e in (0, len(ends) // 2, len(ends) - 1):
+        rows = slice(ends[e - 1] if e else 0, ends[e])
+        if rows.start < rows.stop:
+            close(out[rows], x[0][rows], x[1][rows], w[0][e], w[1][e])
+
+
+def measure(contest: Contest) -> dict[str, Timing]:
+    for name, call in contest.calls.items():
+        contest.out.fill_(torch.nan)
+        call()
+        try:
+            contest.check()
+        except AssertionError as error:
+            raise SystemExit(f"{contest.section} {contest.name} {name}: {error}") from None
+    return interleaved(contest.calls, rounds=15)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for deepgemm.json")
+    arguments = parser.parse_args()
+    torch.set_default_device("cuda")
+    torch.manual_seed(0)
+    rows, results, ratios, balanced = [], [], defaultdict(list), {}
+    for contests in (dense(4096), dense(64), dense(128), grouped()):
+        for contest in contests:
+            timings = measure(contest)
+            us = {name: t.median_us for name, t in timings.items()}
+            own = min(t for name, t in us.items() if name not in ("deepgemm", "cublaslt"))
+            best = min(t for name, t in us.items() if name != "deepgemm")
+            if "deepgemm" in us:
+                balanced[contest.name] = own
+                ratios[f"{contest.section}: best"].append(us["deepgemm"] / best)
+                ratios[f"{contest.section}: own"].append(us["deepgemm"] / own)
+            else:
+                ratios["zipf: own balanced / own"].append(balanced[contest.name] / own)
+            for name, t in timings.items():
+                tflops = contest.flops / t.median_us / 1e6
+                rows.append([contest.section, contest.name, name, t.median_us, t.p20_us, t.p80_us, tflops])
+                case = {"section": contest.section, "case": contest.name, "contender": name}
+                results.append(case | asdict(t) | {"tflops": tflops})
+            print(f"{contest.section} {contest.name}", flush=True)
+    print(tabulate(rows, ["section", "case", "contender", "µs", "p20", "p80", "TFLOPS"], floatfmt=".0f"))
+    means = {name: round(geometric_mean(values), 3) for name, values in ratios.items()}
+    document = {"gpu": torch.cuda.get_device_name(), "deep_gemm": deep_gemm.__version__, "geometric_means": means}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "deepgemm.json").write_text(json.dumps(document | {"rows": results}, indent=1))
+    print(json.dumps(document))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

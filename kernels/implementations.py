@@ -1,0 +1,134 @@
+"""Which implementation computes an operator, in which configuration.
+
+An operator may have several implementations: kernels of ours, a library. Each has a space of configurations that
+change its speed and never a bit of its results; what sums in another order is an implementation of its own. The choice
+is by measurement: `dsv3c tune` writes a table for each device (`tuning/tables.py`), which is read at the first launch.
+Without a row for a problem, the rule in the operator's kernel file decides (`default`). The choice depends on the
+problem and the device alone, and is no part of a compile key. Nothing is measured here.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import import_module
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dsv3c.errors import CompileError
+
+if TYPE_CHECKING:  # importing this file needs no Triton
+    from dsv3c.kernels.offline import Variant
+    from dsv3c.tuning.tables import Table
+
+Config = Mapping[str, Any]
+
+
+class Problem(NamedTuple):
+    """What a call computes, as far as the choice depends on it. A tuple, since each launch makes and hashes one."""
+
+    operator: str  # "gemm", "gemm_wgrad", "grouped_gemm", "grouped_gemm_wgrad", ...
+    rows: int  # M, of all groups together; where rows are contracted (wgrad), their number
+    N: int
+    K: int
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator.
+
+    Attributes:
+        space: a knob's name and its values; empty for a library.
+        launch: launch(*operands, out, **config), the operator's arguments without dtype. No operand is empty.
+        takes: problems it can compute.
+        valid: combinations of knobs that its code supports; whether they fit the device is the assembler's to say.
+        variant: a configuration's kernel, for compiling without a GPU. None for a library.
+        known: configurations that were good somewhere, where a search begins.
+    """
+
+    name: str
+    space: Mapping[str, tuple]
+    launch: Callable[..., None]
+    takes: Callable[[Problem], bool] = lambda problem: True
+    valid: Callable[[Config], bool] = lambda config: True
+    variant: "Callable[[Config], Variant] | None" = None
+    known: tuple[Config, ...] = ()
+
+    def holds(self, config: Config) -> bool:
+        """Whether `config` is one of its configurations."""
+        return (
+            config.keys() == self.space.keys()
+            and all(config[knob] in values for knob, values in self.space.items())
+            and self.valid(config)
+        )
+
+    def configs(self) -> Iterator[dict[str, Any]]:
+        """Every valid configuration; a library's only one is empty."""
+        for values in product(*self.space.values()):
+            config = dict(zip(self.space, values, strict=True))
+            if self.valid(config):
+                yield config
+
+
+Choice = tuple[Implementation, Config]
+
+# Operator -> its kernel files. The first also has `default(problem) -> (name, config)`, the rule without a table.
+FILES: dict[str, tuple[str, ...]] = {
+    "gemm": ("gemm", "small_gemm", "warp_specialized"),
+    "gemm_wgrad": ("wgrad",),
+    "grouped_gemm": ("grouped_gemm", "warp_specialized"),
+    "grouped_gemm_wgrad": ("wgrad",),
+}
+
+
+@cache
+def implementations(operator: str) -> dict[str, Implementation]:
+    """By name: what the operator's files list under IMPLEMENTATIONS[operator]."""
+    modules = [import_module(f"dsv3c.kernels.{file}") for file in FILES[operator]]
+    return {found.name: found for module in modules for found in module.IMPLEMENTATIONS[operator]}
+
+
+def default(problem: Problem) -> Choice:
+    """By rule."""
+    name, config = import_module(f"dsv3c.kernels.{FILES[problem.operator][0]}").default(problem)
+    return implementations(problem.operator)[name], config
+
+
+@lru_cache(maxsize=1 << 16)
+def choose(problem: Problem) -> Choice:
+    """By measurement where this process's GPU has a row for it, else by rule.
+
+    A row may name an implementation or a configuration that there is no longer, or not here; it is passed over.
+    """
+    for entry in _table().entries(problem):
+        found = implementations(problem.operator).get(entry.implementation)
+        if found is None or not found.holds(entry.config):
+            _complain(
+                f"table: expected an implementation of {problem.operator}, found {entry.implementation} {entry.config}"
+            )
+        elif found.takes(problem):
+            return found, entry.config
+    return default(problem)
+
+
+@cache
+def _table() -> "Table":
+    """Of this process's GPU: all of a machine's are taken to be of one kind."""
+    from dsv3c.tuning import tables, targets
+
+    try:
+        target = targets.resolve("auto")
+    except CompileError as error:
+        _complain(str(error))
+        return tables.Table([], 1)
+    table, complaints = tables.load(target)
+    for complaint in complaints:
+        _complain(complaint)
+    return table
+
+
+@cache
+def _complain(reason: str) -> None:
+    """Once."""
+    warnings.warn(f"tuning: {reason}; built-in defaults are used", stacklevel=2)

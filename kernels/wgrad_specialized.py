@@ -1,0 +1,245 @@
+"""Weight gradients for many rows, with the warps of a program specialised as in `warp_specialized.py`.
+
+dw = dyᵀ x of one weight or of each group's. One warp copies operands and both their scales into shared memory; two
+groups of four warps each compute 64 rows of a tile, two products of 64×128 beside each other, one of which is
+multiplied while the other consumer promotes. Both operands have a scale per row (`wgrad.py`), so that promotion takes
+two instructions a value. Order of sums and roundings are those of `wgrad.py`, and so are the bits of the result.
+
+To accumulate into a gradient, a tile of it is copied to where the result will leave from, while the products are
+computed, and added last: dw + Σ, one rounding.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dsv3c.kernels.gemm import aligned, hopper, multiprocessors, swizzle
+from dsv3c.kernels.implementations import Problem
+from dsv3c.kernels.offline import BF16, F32, I32, Variant
+from dsv3c.kernels.quantize import column_major
+from dsv3c.numerics import TILE, ceil_div
+
+FP8_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+FLOATS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+
+
+class Config(NamedTuple):
+    """Changes the speed and never the numbers."""
+
+    columns: int  # of a tile of 128 rows: a half of 128, and another beside it
+    num_stages: int  # blocks of the contraction in flight
+    band: int  # rows of tiles that are walked together
+
+
+SPACE = {"columns": (128, 256), "num_stages": (3, 4, 5, 6), "band": (4, 8, 16)}
+KNOWN = ({"columns": 256, "num_stages": 3, "band": 16},)
+
+
+def valid(config: dict[str, Any]) -> bool:
+    """Operands, and a half of each consumer in float32, fit into shared memory."""
+    return (128 + config["columns"]) * TILE * config["num_stages"] + 2 * 64 * 128 * 4 <= 220 << 10
+
+
+def takes(problem: Problem) -> bool:
+    """The copy engine stores whole tiles, of groups that lie behind each other, and wants 16-byte alignment."""
+    aligned = problem.N % (4 if problem.groups == 1 else TILE) == 0 and problem.K % 8 == 0
+    return aligned and hopper()
+
+
+@gluon.jit
+def _promote(product, row_scale, column_scale, acc):
+    """acc + product · (row_scale · column_scale), not to be moved."""
+    product, scale = gl.broadcast(product, row_scale[:, None] * column_scale[None, :])
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale, acc], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _locate(tile, sizes, COLUMNS: gl.constexpr, BAND: gl.constexpr):
+    """A tile's group, first row and first column, and which blocks of the contraction are its."""
+    first_ptr, N, K, _E = sizes
+    num_m, num_n = gl.cdiv(N, 128), gl.cdiv(K, COLUMNS)
+    e = tile // (num_m * num_n)
+    m, n = swizzle(tile % (num_m * num_n), num_m, num_n, BAND)
+    return e, m * 128, n * COLUMNS, gl.load(first_ptr + e), gl.load(first_ptr + e + 1)
+
+
+@gluon.jit
+def _produce(sizes, descs, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr):
+    _first_ptr, N, K, E = sizes
+    dyt_desc, xt_desc, row_desc, column_desc = descs
+    dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf = operands
+    full, empty = barriers
+    count = 0
+    for tile in range(gl.program_id(0), E * gl.cdiv(N, 128) * gl.cdiv(K, COLUMNS), gl.num_programs(0)):
+        _e, row, column, first, last = _locate(tile, sizes, COLUMNS, BAND)
+        for block in range(first, last):
+            stage = count % STAGES
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), count // STAGES % 2 ^ 1)
+            mbarrier.expect(ready, (128 + COLUMNS) * (128 + 4))
+            tma.async_copy_global_to_shared(dyt_desc, [row, block * 128], ready, dyt_buf.index(stage))
+            tma.async_copy_global_to_shared(row_desc, [block * N + row], ready, row_buf.index(stage))
+            tma.async_copy_global_to_shared(xt_desc, [column, block * 128], ready, xt0_buf.index(stage))
+            tma.async_copy_global_to_shared(column_desc, [block * K + column], ready, column0_buf.index(stage))
+            if COLUMNS == 256:
+                tma.async_copy_global_to_shared(xt_desc, [column + 128, block * 128], ready, xt1_buf.index(stage))
+                tma.async_copy_global_to_shared(
+                    column_desc, [block * K + column + 128], ready, column1_buf.index(stage)
+                )
+            count += 1
+
+
+@gluon.jit
+def _consume(
+    sizes, dw, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    ACCUMULATE: gl.constexpr, MINE: gl.constexpr,
+):  # fmt: skip
+    """Rows MINE to MINE + 64 of each tile."""
+    dw_desc, dw_buf, dw_ready = dw
+    _first_ptr, N, K, E = sizes
+    dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf = operands
+    full, empty = barriers
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    product = gl.zeros((64, 128), gl.float32, LAYOUT)
+    count = 0
+    arrived = 0
+    for tile in range(gl.program_id(0), E * gl.cdiv(N, 128) * gl.cdiv(K, COLUMNS), gl.num_programs(0)):
+        e, row, column, first, last = _locate(tile, sizes, COLUMNS, BAND)
+        out_row = e * N + row + MINE
+        if ACCUMULATE:
+            tma.store_wait(0)
+            mbarrier.expect(dw_ready, 64 * 128 * 4)
+            tma.async_copy_global_to_shared(dw_desc, [out_row, column], dw_ready, dw_buf)
+        acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
+        acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
+        for _ in range(first, last):
+            stage = count % STAGES
+            mbarrier.wait(full.index(stage), count // STAGES % 2)
+            dyt = dyt_buf.index(stage).slice(MINE, 64)
+            row_scale = row_buf.index(stage).slice(MINE, 64).load(ROW)
+            product = warpgroup_mma(dyt, xt0_buf.index(stage).permute((1, 0)), product, use_acc=False, is_async=True)
+            column_scale = column0_buf.index(stage).load(COLUMN)
+            product = warpgroup_mma_wait(0, deps=[product])
+            if COLUMNS == 256:
+                acc0 = _promote(product, row_scale, column_scale, acc0)
+                xt1 = xt1_buf.index(stage).permute((1, 0))
+                product = warpgroup_mma(dyt, xt1, product, use_acc=False, is_async=True)
+                column_scale = column1_buf.index(stage).load(COLUMN)
+                product = warpgroup_mma_wait(0, deps=[product])
+                mbarrier.arrive(empty.index(stage), count=1)
+                acc1 = _promote(product, row_scale, column_scale, acc1)
+            else:
+                mbarrier.arrive(empty.index(stage), count=1)
+                acc0 = _promote(product, row_scale, column_scale, acc0)
+            count += 1
+        if ACCUMULATE:
+            mbarrier.wait(dw_ready, arrived % 2)
+            arrived += 1
+            acc0 += dw_buf.load(LAYOUT)
+        else:
+            tma.store_wait(0)
+        dw_buf.store(acc0.to(dw_desc.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dw_desc, [out_row, column], dw_buf)
+        if COLUMNS == 256:
+            tma.store_wait(0)
+            if ACCUMULATE:
+                mbarrier.expect(dw_ready, 64 * 128 * 4)
+                tma.async_copy_global_to_shared(dw_desc, [out_row, column + 128], dw_ready, dw_buf)
+                mbarrier.wait(dw_ready, arrived % 2)
+                arrived += 1
+                acc1 += dw_buf.load(LAYOUT)
+            dw_buf.store(acc1.to(dw_desc.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dw_desc, [out_row, column + 128], dw_buf)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["E"])
+def _wgrad_specialized_kernel(
+    dyt_desc, xt_desc, row_desc, column_desc, dw_desc, first_ptr, N, K, E, COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr, BAND: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    dyt_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), dyt_desc.layout)
+    xt0_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), xt_desc.layout)
+    row_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
+    column0_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
+    xt1_buf, column1_buf = xt0_buf, column0_buf
+    if COLUMNS == 256:
+        xt1_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), xt_desc.layout)
+        column1_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
+    above_buf = gl.allocate_shared_memory(dw_desc.dtype, (64, 128), dw_desc.layout)
+    below_buf = gl.allocate_shared_memory(dw_desc.dtype, (64, 128), dw_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
+    dw_ready = gl.allocate_shared_memory(gl.int64, (2, 1), mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(dw_ready.index(i), count=1)
+    sizes, barriers = (first_ptr, N, K, E), (full, empty)
+    operands = (dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf)
+    above, below = (dw_desc, above_buf, dw_ready.index(0)), (dw_desc, below_buf, dw_ready.index(1))
+    gl.warp_specialize(
+        [
+            (_consume, (sizes, above, operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 0)),
+            (_consume, (sizes, below, operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 64)),
+            (_produce, (sizes, (dyt_desc, xt_desc, row_desc, column_desc), operands, barriers, COLUMNS, STAGES, BAND)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def tiles_of(dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=2)
+
+
+def launch(
+    dyt_fp8: Tensor, dyt_scale_inv: Tensor, xt_fp8: Tensor, xt_scale_inv: Tensor, first: Tensor, out: Tensor, *,
+    accumulate: bool = False, **knobs: int,
+) -> None:  # fmt: skip
+    """Group e's blocks of 128 rows are first[e] to first[e + 1]."""
+    config, (E, N, K) = Config(**knobs), out.shape
+    describe = TensorDescriptor.from_tensor
+    scales = (column_major(s).t().reshape(-1) for s in (dyt_scale_inv, xt_scale_inv))
+    grid = (min(E * ceil_div(N, TILE) * ceil_div(K, config.columns), multiprocessors()),)
+    _wgrad_specialized_kernel[grid](
+        describe(aligned(dyt_fp8), [TILE, TILE], FP8_TILES), describe(aligned(xt_fp8), [TILE, TILE], FP8_TILES),
+        *(describe(s.clone() if s.data_ptr() % 16 else s, [TILE], FLOATS) for s in scales),
+        describe(out.view(E * N, K), [64, TILE], tiles_of(out.dtype)), first, N, K, E,
+        config.columns, config.num_stages, config.band, accumulate, num_warps=4,
+    )  # fmt: skip
+
+
+def variant(config: dict[str, Any], dw: str = BF16, accumulate: bool = False) -> Variant:
+    c = Config(**config)
+    layout = tiles_of(torch.bfloat16 if dw == BF16 else torch.float32)
+    operand, scale = f"tensordesc<fp8e4nv[{TILE}, {TILE}],{FP8_TILES!r}>", f"tensordesc<fp32[{TILE}],{FLOATS!r}>"
+    arguments = {"dyt_desc": operand, "xt_desc": operand, "row_desc": scale, "column_desc": scale}
+    arguments |= {"dw_desc": f"tensordesc<{dw.lstrip('*')}[64, {TILE}],{layout!r}>", "first_ptr": I32}
+    constants = {"COLUMNS": c.columns, "STAGES": c.num_stages, "BAND": c.band, "ACCUMULATE": accumulate}
+    return Variant(_wgrad_specialized_kernel, arguments, constants, num_stages=c.num_stages)
+
+
+def variants() -> Iterator[Variant]:
+    yield variant(KNOWN[0])
+    yield variant(KNOWN[0], F32)
+    yield variant(KNOWN[0], F32, True)

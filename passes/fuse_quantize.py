@@ -1,0 +1,169 @@
+"""Cast to FP8 where the value is computed, instead of writing it in BF16 and reading it again."""
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import fx
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.numerics import TILE
+from dsv3c.passes.contract import Level, Tier
+from dsv3c.passes.rewrite import aten, insert, is_backward, replace, size, value
+
+prims, ops = torch.ops.prims, torch.ops.dsv3c
+
+
+@dataclass(frozen=True)
+class FuseQuantize:
+    """Before: `quantize_tile` of an RMSNorm, or of a SwiGLU of stacked gate and up. After: one operator for both;
+    where the norm has readers in BF16 as well (the router), one that also adds the residual in front of it.
+
+    NUMERIC because the fused operators round less often: silu is not rounded before it is multiplied. 1/rms, which
+    backward needs, comes from the fused operator too. Leaves alone: sizes that are no multiple of 128, and a gate and
+    up from two linears.
+    """
+
+    tier: ClassVar[Tier] = Tier.NUMERIC
+    level: ClassVar[Level] = Level.JOINT
+
+    def __call__(self, gm: fx.GraphModule) -> int:
+        casts = list(gm.graph.find_nodes(op="call_function", target=ops.quantize_tile.default))
+        return sum(_fuse_norm(cast) or _fuse_swiglu(cast) for cast in casts if not is_backward(cast))
+
+
+class _Norm(NamedTuple):
+    x: fx.Node
+    weight: fx.Node
+    eps: float
+    rstd: fx.Node  # 1/rms, [.., 1]
+
+
+def _fuse_norm(cast: fx.Node) -> int:
+    y = _under_view(cast.args[0])
+    norm = _norm(y)
+    if norm is None or value(cast.args[0]).shape[1] % TILE:
+        return 0
+    if all(reader is cast or is_backward(reader) for reader in _readers(y)):
+        x_RK = _as_rows(cast, norm.x)
+        call = insert(cast, ops.rms_norm_quantize.default, x_RK, norm.weight, norm.eps, *cast.args[1:])
+        _replace_rstd(norm, insert(cast, operator.getitem, call, 2))
+        _replace_results(cast, call, first=0)
+        return 1
+    total = norm.x
+    terms = total.args if total.target is aten.add.Tensor and not total.kwargs else ()
+    if [isinstance(t, fx.Node) and value(t).shape == value(total).shape for t in terms] != [True, True]:
+        return 0
+    rows = [_as_rows(total, term) for term in terms]
+    call = insert(total, ops.add_rms_norm_quantize.default, *rows, norm.weight, norm.eps, *cast.args[1:])
+    both = [_shaped(total, insert(total, operator.getitem, call, index), total) for index in (0, 1)]
+    _replace_rstd(norm, insert(total, operator.getitem, call, 4))
+    _replace_results(cast, call, first=2)
+    replace(y, both[1])
+    replace(total, both[0])
+    return 1
+
+
+def _fuse_swiglu(cast: fx.Node) -> int:
+    a = cast.args[0]
+    h = _stacked(a)
+    if h is None or value(a).shape[1] % TILE or any(reader is not cast for reader in _readers(a)):
+        return 0
+    _replace_results(cast, insert(cast, ops.swiglu_quantize.default, h, None, *cast.args[1:]), first=0)
+    return 1
+
+
+def _norm(y: fx.Node) -> _Norm | None:
+    """`weight · bf16(x/rms)`, with the sums in float32."""
+    weight, normed = _operands(y, aten.mul.Tensor, lambda node: value(node).dim() == 1)
+    if normed is None or not _casts(normed, torch.bfloat16):
+        return None
+    x32, rstd = _operands(normed.args[0], aten.mul.Tensor, lambda node: _casts(node, torch.float32))
+    if rstd is None or rstd.target is not aten.rsqrt.default:
+        return None
+    shifted = rstd.args[0]
+    mean = shifted.args[0] if shifted.target in (aten.add.Scalar, aten.add.Tensor) else None
+    if mean is None or mean.target is not aten.mean.dim or not isinstance(shifted.args[1], float):
+        return None
+    square = mean.args[0]
+    last = [dim % value(square).dim() for dim in mean.args[1]] == [value(square).dim() - 1]
+    if not last or square.target is not aten.pow.Tensor_Scalar or square.args != (x32, 2):
+        return None
+    x = x32.args[0]
+    return _Norm(x, weight, shifted.args[1], rstd) if value(x).dtype == torch.bfloat16 else None
+
+
+def _stacked(a: fx.Node) -> fx.Node | None:
+    """h of `silu(gate) · up`, where gate and up are the halves of h [R, 2I] in BF16."""
+    silu, up = _operands(a, aten.mul.Tensor, lambda node: _casts(node, torch.bfloat16))
+    if up is None or up.target is not operator.getitem or up.args[1] != 1 or silu.args[0].target is not aten.div.Tensor:
+        return None
+    gate32, below = silu.args[0].args
+    gate = gate32.args[0] if _casts(gate32, torch.float32) else None
+    exp = below.args[0] if below.target is aten.add.Tensor and below.args[1] == 1 else None
+    if exp is None or exp.target is not aten.exp.default or exp.args[0].target is not aten.neg.default:
+        return None
+    halves = up.args[0]
+    is_half = gate is not None and gate.target is operator.getitem and gate.args == (halves, 0)
+    if not is_half or exp.args[0].args[0] is not gate32 or halves.target is not aten.split.Tensor:
+        return None
+    h = halves.args[0]
+    return h if value(h).dim() == 2 and value(h).shape[1] == 2 * halves.args[1] else None
+
+
+def _operands(node: fx.Node, target, is_first) -> tuple[fx.Node, fx.Node] | tuple[None, None]:
+    """The two operands of a commutative operator, the one that `is_first` first."""
+    if isinstance(node, fx.Node) and node.target is target and all(isinstance(a, fx.Node) for a in node.args):
+        a, b = node.args
+        if is_first(a):
+            return a, b
+        if is_first(b):
+            return b, a
+    return None, None
+
+
+def _casts(node: fx.Node, dtype: torch.dtype) -> bool:
+    return node.target is prims.convert_element_type.default and node.args[1] == dtype
+
+
+def _under_view(node: fx.Node) -> fx.Node:
+    while node.target is aten.view.default:
+        node = node.args[0]
+    return node
+
+
+def _readers(node: fx.Node):
+    """What reads the values, be it through views."""
+    for user in node.users:
+        if user.target is aten.view.default:
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _as_rows(at: fx.Node, x: fx.Node) -> fx.Node:
+    return x if value(x).dim() == 2 else insert(at, aten.view.default, x, [-1, value(x).shape[-1]])
+
+
+def _shaped(at: fx.Node, rows: fx.Node, like: fx.Node) -> fx.Node:
+    """`rows`, before `at`, in the shape of `like`, whose own sizes are not there yet: those of its first operand."""
+    if value(like).dim() == 2:
+        return rows
+    sizes = [size(at, like.args[0], dim) for dim in range(value(like).dim() - 1)]
+    return insert(at, aten.view.default, rows, [*sizes, value(like).shape[-1]])
+
+
+def _replace_results(cast: fx.Node, call: fx.Node, *, first: int) -> None:
+    """Results `first` and the next of `call` in place of the pair that `cast` returns."""
+    for user in list(cast.users):
+        with cast.graph.inserting_before(cast):
+            replace(user, insert(user, operator.getitem, call, first + user.args[1]))
+    cast.graph.erase_node(cast)
+
+
+def _replace_rstd(norm: _Norm, rstd_R: fx.Node) -> None:
+    """In backward. Forward's readers go away with the norm."""
+    for reader in [user for user in norm.rstd.users if is_backward(user)]:
+        sizes = [size(reader, norm.x, dim) for dim in range(value(norm.x).dim() - 1)]
+        reader.replace_input_with(norm.rstd, insert(reader, aten.view.default, rstd_R, [*sizes, 1]))

@@ -1,0 +1,78 @@
+"""Decoding over the latent itself: the same logits, for both families, and only where it may be done."""
+
+import copy
+
+import pytest
+import torch
+
+from dsv3c.compiler import compilation_of
+from dsv3c.model import LatentCache
+from dsv3c.numerics import MODEL_DISTANCE, distance
+from dsv3c.passes import AbsorbAttention, RaiseAttention, RaiseGroupedLinear
+
+pytestmark = pytest.mark.usefixtures("without_codegen")
+
+V3_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 2}
+PASSES = (RaiseAttention(), RaiseGroupedLinear(), AbsorbAttention())
+
+
+def sites(result) -> dict[str, int]:
+    """By unit, of those that decode."""
+    return {
+        unit.name: sum(record.sites for record in backend.joint.records)
+        for unit, backend in compilation_of(result).backends.items()
+        if "cached" in unit.name
+    }
+
+
+def decode(model, batch, prompt, steps, new_cache, logits, mask=None):
+    """Logits of the tokens after the prompt, one at a time."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 256, (batch, prompt + steps))
+    cache, argument = new_cache(model, batch, prompt + steps)
+    outs = []
+    for end in range(prompt, prompt + steps + 1):
+        chunk = tokens[:, :prompt] if end == prompt else tokens[:, end - 1 : end]
+        masks = {"attention_mask": mask[:, :end]} if mask is not None else {}
+        with torch.no_grad():
+            outs.append(logits(model, chunk, **{argument: cache}, **masks)[:, -1])
+    return torch.stack(outs[1:])
+
+
+def our_cache(model, batch, tokens):
+    return LatentCache(model.config, batch, tokens, dtype=next(model.parameters()).dtype), "cache"
+
+
+def their_cache(model, batch, tokens):
+    return pytest.importorskip("transformers").DynamicCache(), "past_key_values"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["ours", "theirs"])
+def test_the_logits_are_those_of_the_expanded_form(make_model, make_their_model, compiled, logits, family, batch):
+    model = (make_model if family == "ours" else make_their_model)(**V3_LATENT)
+    new_cache = our_cache if family == "ours" else their_cache
+    exact = copy.deepcopy(model).double()
+    if family == "theirs":
+        exact.set_experts_implementation("eager")
+    result = compiled(model, passes=PASSES)
+    # From one page to two, in one unit.
+    out, eager, truth = (decode(m, batch, 60, 8, new_cache, logits) for m in (result, model, exact))
+    assert set(sites(result).values()) == {1}
+    assert len(sites(result)) == 2  # dense and MoE
+    for found, reference in zip(distance(out, truth), distance(eager, truth), strict=True):
+        assert found <= MODEL_DISTANCE * reference
+
+
+def test_masks_and_other_latents_stay(make_model, compiled, logits):
+    padded = torch.ones(2, 12, dtype=torch.long)
+    padded[0, :3] = 0
+    for changes, mask, reason in (
+        (V3_LATENT, padded, "a mask"),
+        ({"num_hidden_layers": 2}, None, "512 + 64"),
+    ):
+        result = compiled(make_model(**changes), passes=PASSES)
+        decode(result, 2, 10, 2, our_cache, logits, mask)
+        assert set(sites(result).values()) == {0}
+        skipped = [s for b in compilation_of(result).backends.values() for r in b.joint.records for s in r.skipped]
+        assert any(reason in site.reason for site in skipped)

@@ -1,0 +1,219 @@
+"""Absorbed attention over the latent cache: definition, schedule and kernels against the textbook in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.errors import Dsv3cError
+from dsv3c.numerics import attention_bounds
+
+ops = torch.ops.dsv3c
+SCALE = 192**-0.5
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0")]
+# T, H, lengths: ragged and empty sequences, fewer keys than queries, sizes off a page and off 64 rows, one sequence
+# that all programs share, more sequences than programs
+CASES = [
+    (1, 128, [300, 0, 65, 64]),
+    (2, 16, [1, 2, 700, 128, 0]),
+    (2, 128, [129, 1000]),
+    (1, 40, [333]),
+    (3, 24, [4, 127, 190]),
+    (1, 128, [20000]),
+    (1, 16, [(37 * i) % 200 for i in range(150)]),
+]
+
+
+def problem(T, H, lengths, device="cpu", growth=0.0):
+    """Columns of a magnitude each; pages in no order; NaN and pages that do not exist behind every end.
+
+    With `growth`, keys get longer along the sequence, so that the maximum moves all the time.
+    """
+    B, columns = len(lengths), -(-max(lengths) // 64) + 1
+    cache_SL = torch.randn(B, columns * 64, 576) * torch.exp2(torch.randint(-3, 2, (576,)).float())
+    cache_SL *= (1 + growth * torch.arange(columns * 64))[:, None]
+    table = (torch.randperm(B * columns) + 2).view(B, columns).int()
+    for b, n in enumerate(lengths):
+        cache_SL[b, n:] = torch.nan
+    cache = torch.full((B * columns + 3, 64, 576), torch.nan)
+    cache[table.long()] = cache_SL.view(B, columns, 64, 576)
+    for b, n in enumerate(lengths):
+        table[b, -(-n // 64) :] = -1
+    q = (2 * torch.randn(B, T, H, 576)).bfloat16()
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    return *(x.to(device) for x in (q, cache.bfloat16(), table, lengths)), SCALE
+
+
+def assert_attention(out, lse, q, cache, table, lengths, scale):
+    """One query at a time."""
+    for b, n in enumerate(lengths.tolist()):
+        keys_SL = torch.cat([cache[page] for page in table[b, : -(-n // 64)].tolist()] or [cache[0]])[:n].double()
+        for t in range(q.shape[1]):
+            k = keys_SL[: max(n - q.shape[1] + 1 + t, 0)]
+            if len(k) == 0:
+                assert not out[b, t].any()
+                assert bool((lse[b, t] == -torch.inf).all())
+                continue
+            query, v = q[b, t].double(), k[:, :512]
+            scores, size = query @ k.T * scale, (query.square() @ k.T.square()).sqrt() * scale
+            p = scores.softmax(-1)
+            reference, norm = p @ v, (p.square() @ v.square()).sqrt()
+            bounds = attention_bounds(reference, norm, float(torch.maximum(scores.abs(), size).max()), len(k), 576)
+            error = (out[b, t].double() - reference).abs()
+            assert bool((error <= bounds[0]).all()), (
+                f"worst {float((error / bounds[0]).nan_to_num(torch.inf).max()):.3g}"
+            )
+            found = float((error / norm).square().mean().sqrt())
+            assert found <= bounds[1], f"RMS {found:.3g}, bound {bounds[1]:.3g}"
+            assert float((lse[b, t] - scores.logsumexp(-1)).abs().max()) <= bounds[2]
+
+
+@pytest.mark.parametrize("case", CASES[:5])
+def test_definition(case):
+    arguments = problem(*case)
+    assert_attention(*ops.mla_decode(*arguments), *arguments)
+
+
+def test_a_contiguous_cache_is_one_with_its_pages_in_order():
+    q, cache_BSL = torch.randn(2, 1, 16, 576).bfloat16(), torch.randn(2, 192, 576).bfloat16()
+    table, lengths = torch.arange(6, dtype=torch.int32).view(2, 3), torch.tensor([192, 100], dtype=torch.int32)
+    arguments = q, cache_BSL.view(6, 64, 576), table, lengths, SCALE
+    assert_attention(*ops.mla_decode(*arguments), *arguments)
+
+
+def test_shapes_flops_and_errors():
+    arguments = problem(2, 16, [100, 70])
+    q, cache, table, lengths, scale = arguments
+    with FakeTensorMode() as mode:
+        fake = ops.mla_decode(*(mode.from_tensor(x) for x in arguments[:4]), scale)
+    for found, expected in zip(fake, ops.mla_decode(*arguments), strict=True):
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    with FlopCounterMode(display=False) as counter:
+        ops.mla_decode(*arguments)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 16 * table.shape[1] * 64 * (576 + 512)
+    torch.library.opcheck(ops.mla_decode, arguments)
+    for wrong in [
+        (q[..., :512], cache, table, lengths, scale),
+        (q, cache[:, :32], table, lengths, scale),
+        (q, cache.float(), table, lengths, scale),
+        (q, cache, table.long(), lengths, scale),
+        (q, cache, table[:1], lengths, scale),
+        (q, cache, table, lengths[:1], scale),
+        (q, cache, table, lengths, -scale),
+    ]:
+        with pytest.raises(Dsv3cError, match=r"expected .*, found .*; try"):
+            ops.mla_decode(*wrong)
+
+
+PROGRAM = """
+import torch
+import dsv3c.operators
+from dsv3c.kernels import mla_decode as kernel
+from dsv3c.numerics import attention_bounds
+
+torch.manual_seed(0)
+CASES = [(5, 40, [300, 0, 65, 1500]), (3, 80, [1, 2, 3, 200, 900]), (40, 16, [700]), (1, 8, [5, 600])]
+for groups, H, lengths in CASES:
+    B, rows = len(lengths), -(-H // 64) * 64
+    cache = torch.randn(B, max(lengths), 576)
+    q, table = torch.randn(B, 1, H, 576), torch.arange(B, dtype=torch.int32)[:, None]
+    units = [max(-(-n // 128), 1) for n in lengths]
+    span = -(-sum(units) // groups)
+    # What each group is to leave, from the definition of spans: unit by unit.
+    partial = torch.full((groups, 2, rows, 512), torch.nan)
+    partial_lse = torch.full((groups, 2, rows), torch.nan)
+    out, lse = torch.full((B, 1, H, 512), torch.nan), torch.full((B, 1, H), torch.nan)
+    expected, log = out.clone(), lse.clone()
+    first = 0
+    for b, n in enumerate(lengths):
+        owners = sorted({(first + u) // span for u in range(units[b])})
+        mine = [[128 * u for u in range(units[b]) if (first + u) // span == g] for g in owners]
+        parts = []
+        for g, starts in zip(owners, mine):
+            keys = cache[b, min(starts[0], n) : min(starts[-1] + 128, n)]
+            scores = q[b, 0] @ keys.T
+            o = scores.softmax(-1) @ keys[:, :512] if len(keys) else torch.zeros(H, 512)
+            parts.append((o, scores.logsumexp(-1)))
+            slot = 0 if g * span > first else 1
+            if len(owners) > 1:
+                partial[g, slot, :H], partial_lse[g, slot, :H] = parts[-1][0], parts[-1][1] / torch.tensor(2.0).log()
+        log[b, 0] = torch.stack([l for _, l in parts]).logsumexp(0)
+        expected[b, 0] = sum(o * (l - log[b, 0]).exp().nan_to_num(0)[:, None] for o, l in parts)
+        if len(owners) == 1:
+            out[b], lse[b] = expected[b], log[b]
+        first += units[b]
+    kernel.combine(partial, partial_lse, torch.tensor(lengths, dtype=torch.int32), out, lse)
+    bounds = attention_bounds(expected, expected.abs() + 1, float(log[log.isfinite()].abs().max()), max(lengths), 576)
+    assert bool(((out - expected).abs() <= bounds[0]).all())
+    assert torch.equal(lse.isinf(), log.isinf()) and float((lse - log).nan_to_num(0).abs().max()) <= bounds[2]
+"""
+
+
+def test_schedule_and_combination():
+    """The second kernel in Triton's interpreter, which is chosen as Triton is imported: hence a process of its own."""
+    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-P", "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.fixture
+def _poison(monkeypatch):
+    """Memory that a kernel must write holds NaN before."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = new_empty(self, *args, **kwargs)
+        return out.view(torch.uint8).fill_(0xFF).view(out.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.usefixtures("_poison")
+    @pytest.mark.parametrize("growth", [0.0, 0.02])
+    @pytest.mark.parametrize("case", CASES)
+    def test_kernel(self, case, growth):
+        arguments = problem(*case, device="cuda", growth=growth)
+        out, lse = ops.mla_decode(*arguments)
+        assert_attention(out, lse, *arguments)
+        again = ops.mla_decode(*arguments)
+        assert torch.equal(out, again[0])
+        assert torch.equal(lse, again[1])
+
+    def test_strided_arguments(self):
+        q, cache, table, lengths, scale = problem(2, 16, [100, 200, 300], device="cuda")
+        q2, table2, lengths2 = (torch.stack([x, x], -1)[..., 0] for x in (q, table, lengths))
+        strided = q2, torch.cat([cache, cache], 1)[:, :64], table2, lengths2
+        for found, expected in zip(
+            ops.mla_decode(*strided, scale), ops.mla_decode(q, cache, table, lengths, scale), strict=True
+        ):
+            assert torch.equal(found, expected)
+
+    def test_in_a_cuda_graph(self):
+        """Lengths and tables that change after the capture are the ones that count."""
+        q, cache, table, lengths, scale = problem(1, 128, [1000, 70, 0, 3000], device="cuda")
+        ops.mla_decode(q, cache, table, lengths, scale)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse = ops.mla_decode(q, cache, table, lengths, scale)
+        lengths.copy_(torch.tensor([1, 69, 0, 2999]))
+        table[0, 0] = table[3, 5]
+        graph.replay()
+        assert_attention(out, lse, q, cache, table, lengths, scale)
+
+    def test_pages_beyond_32_bits(self):
+        """The last page begins 2^31 numbers behind the first."""
+        q, pages, table, lengths, scale = problem(1, 16, [500], device="cuda")
+        cache = torch.empty(2**31 // (64 * 576) + 1 + len(pages), 64, 576, dtype=torch.bfloat16, device="cuda")
+        cache[-len(pages) :] = pages
+        arguments = q, cache, torch.where(table < 0, table, table + len(cache) - len(pages)), lengths, scale
+        assert_attention(*ops.mla_decode(*arguments), *arguments)

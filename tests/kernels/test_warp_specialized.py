@@ -1,0 +1,138 @@
+"""The warp-specialised products: the same bits as the plain kernel's, which test_on_gpu.py holds against float64."""
+
+import pytest
+import torch
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.kernels.implementations import Problem
+from dsv3c.numerics import E4M3, Recipe
+
+ws = pytest.importorskip("dsv3c.kernels.warp_specialized", reason="needs Triton")
+from dsv3c.kernels import gemm, grouped_gemm, offline  # noqa: E402
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0")]
+
+ops, FLOOR = torch.ops.dsv3c, Recipe().amax_floor
+SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90
+PLAIN = gemm.BUILT_IN[-1]._asdict()
+CONFIGS = [
+    {"columns": columns, "num_stages": num_stages, "band": band}
+    for columns, num_stages, band in [(128, 5, 4), (192, 3, 8), (192, 4, 16), (256, 3, 32), (256, 4, 8)]
+]
+# Groups without rows, of one row, of whole tiles, of a whole half, of more tiles than a band; and none with rows.
+GROUPS = [[5, 0, 128, 67], [0, 320, 0, 0], [64] * 8, [300, 1, 1400, 77, 0, 513], [0, 0, 8], [0, 0]]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
+def test_main_loop_has_no_spills(config, grouped):
+    found = offline.resources(ws.variant(grouped, config).compile())
+    assert found.shared_bytes <= SHARED_LIMIT
+    # four products a half: those of the main loop, and those of the last block, around which the loop over tiles is
+    assert found.fp8_mma == (32 if config["columns"] > 128 else 16)
+    assert found.spills <= 4  # a tile: Triton 3.6 keeps two addresses of the masked store on the stack
+
+
+@pytest.mark.parametrize(("N", "taken"), [(2112, True), (8, True), (7, False), (260, False)])
+def test_takes(N, taken, monkeypatch):
+    monkeypatch.setattr(gemm, "hopper", lambda: True)
+    assert ws.takes(Problem("gemm", 1, N, 128)) == taken
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
+def config(request):
+    return request.param
+
+
+def operands(check, rows: int, N: int, K: int, experts: int | None = None):
+    w = check.varied((experts or 1) * N, K, device="cuda")
+    x = ops.quantize_tile(check.varied(rows, K, device="cuda"), FLOOR, False)
+    return *x, *ops.quantize_block(w if experts is None else w.view(experts, N, K), FLOOR, False)
+
+
+def poisoned(rows: int, columns: int, dtype=torch.bfloat16):
+    return torch.full((rows, columns), torch.nan, dtype=dtype, device="cuda")
+
+
+def same_bits(a, b) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    # the last has more tiles than there are multiprocessors, of any width
+    @pytest.mark.parametrize(
+        "size", [(1, 8, 16), (130, 264, 144), (64, 2112, 128), (333, 576, 896), (1024, 192, 257), (4100, 4096, 640)]
+    )
+    def test_gemm(self, check, size, config):
+        rows, N, K = size
+        given = operands(check, rows, N, K)
+        expected, found = poisoned(rows, N), poisoned(rows, N)
+        gemm.launch(*given, expected, **PLAIN)
+        ws.launch(*given, found, **config)
+        assert same_bits(found, expected)
+
+    @pytest.mark.parametrize(("N", "K"), [(256, 384), (136, 272), (72, 100), (4096, 512)])
+    @pytest.mark.parametrize("sizes", GROUPS)
+    def test_grouped(self, check, sizes, N, K, config):
+        rows = sum(sizes) + 3  # 3 rows of no group
+        given = *operands(check, rows, N, K, len(sizes)), check.ends(sizes, device="cuda")
+        expected, found = poisoned(rows, N), poisoned(rows, N)
+        grouped_gemm.launch(*given, expected, **PLAIN)
+        ws.launch_grouped(*given, found, **config)
+        assert same_bits(found, expected)  # so what is of no group still holds NaN
+
+    def test_against_float64(self, check):
+        x, x_scale_inv, w, w_scale_inv = given = operands(check, 300, 392, 1280)
+        for dtype in (torch.bfloat16, torch.float32):
+            y = poisoned(300, 392, dtype)
+            ws.launch(*given, y, **CONFIGS[-1])
+            check.assert_product(y, *check.product(x, x_scale_inv, w, w_scale_inv), 1280)
+
+    def test_nan_stays_in_its_row_and_column(self, check, config):
+        x, x_scale_inv, w, w_scale_inv = operands(check, 200, 264, 256)
+        x.view(torch.uint8)[70, 3] = w.view(torch.uint8)[140, 200] = 0x7F
+        y = poisoned(200, 264).zero_()
+        ws.launch(x, x_scale_inv, w, w_scale_inv, y, **config)
+        expected = torch.zeros(200, 264, dtype=torch.bool, device="cuda")
+        expected[70], expected[:, 140] = True, True
+        assert torch.equal(y.isnan(), expected)
+
+    @pytest.mark.parametrize("K", [128, 384])
+    def test_operands_of_any_alignment(self, check, K, config):
+        """Rows of a larger tensor, scales that begin anywhere, a transposed weight's scales."""
+        x, x_scale_inv, w, w_scale_inv = operands(check, 201, 256, K)
+        expected, found = poisoned(200, 256), poisoned(200, 256)
+        given = x[1:], x_scale_inv[1:], w, w_scale_inv.T.contiguous().T
+        gemm.launch(*(t.clone() for t in given), expected, **PLAIN)
+        ws.launch(*given, found, **config)
+        assert same_bits(found, expected)
+
+    def test_more_elements_than_32_bits_count(self, check):
+        """y has 2.3e9 elements; the last group's last tile is stored with a mask."""
+        rows, N = 70_001, 32_768
+        x = torch.randn(rows, 128, device="cuda").to(E4M3)
+        w = torch.randn(2, N, 128, device="cuda").to(E4M3)
+        x_scale_inv, w_scale_inv = torch.ones(rows, 1, device="cuda"), torch.ones(2, N // 128, 1, device="cuda")
+        y = torch.empty(rows, N, dtype=torch.bfloat16, device="cuda")
+        ws.launch_grouped(x, x_scale_inv, w, w_scale_inv, check.ends([7, rows - 7], "cuda"), y, **CONFIGS[-1])
+        for i, e in ((6, 0), (7, 1), (rows - 130, 1), (rows - 1, 1)):
+            expected = poisoned(1, N)
+            gemm.launch(x[i : i + 1].clone(), x_scale_inv[i : i + 1], w[e], w_scale_inv[e], expected, **PLAIN)
+            assert same_bits(y[i : i + 1], expected)
+
+    def test_in_a_cuda_graph(self, check, config):
+        """Groups that change after the capture are the ones that count."""
+        offs = check.ends([100, 28], device="cuda")
+        given = *operands(check, 128, 256, 256, 2), offs
+        y, expected = poisoned(128, 256), poisoned(128, 256)
+        ws.launch_grouped(*given, y, **config)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ws.launch_grouped(*given, y, **config)
+        offs.copy_(check.ends([3, 125], device="cuda"))
+        graph.replay()
+        grouped_gemm.launch(*given, expected, **PLAIN)
+        assert same_bits(y, expected)

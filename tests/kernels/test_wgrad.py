@@ -1,0 +1,139 @@
+"""Weight gradients: accumulation, and the implementation with specialised warps, which shares the plain one's bits."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.kernels.implementations import Problem, implementations
+from dsv3c.numerics import Recipe
+from dsv3c.operators.define import OperatorError
+
+wgrad = pytest.importorskip("dsv3c.kernels.wgrad", reason="needs Triton")
+specialized = pytest.importorskip("dsv3c.kernels.wgrad_specialized", reason="needs Triton")
+offline = pytest.importorskip("dsv3c.kernels.offline", reason="needs Triton")
+
+ops, FLOOR = torch.ops.dsv3c, Recipe().gradient_amax_floor
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+needs_gpu = pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0")
+SIZES = [[1000], [5, 0, 128, 129], [0, 0, 640, 0], [300, 1, 1000, 77, 0, 513]]
+
+
+def operands(check, sizes, N, K, device):
+    offs = check.ends(sizes, device=device)
+    columns = (check.varied(sum(sizes), n, device=device) for n in (N, K))
+    dyt, xt = (ops.quantize_tile_t(x, offs, FLOOR, False) for x in columns)
+    return (*dyt, *xt), offs
+
+
+def test_accumulation_is_in_place_and_in_float32(check):
+    parts, offs = operands(check, [5, 0, 130], 72, 136, "cpu")
+    before = torch.randn(3, 72, 136)
+    dw = before.clone()
+    assert ops.grouped_gemm_wgrad_accumulate(*parts, offs, dw) is None
+    assert torch.equal(dw, before + ops.grouped_gemm_wgrad(*parts, offs, torch.float32))
+    assert torch.equal(dw[1], before[1])
+    dw = before[0].clone()
+    ops.gemm_wgrad_accumulate(*parts, dw)
+    assert torch.equal(dw, before[0] + ops.gemm_wgrad(*parts, torch.float32))
+    for operator in (ops.gemm_wgrad_accumulate, ops.grouped_gemm_wgrad_accumulate):
+        assert operator.default._schema.is_mutable
+
+
+def test_accumulation_survives_functionalization(check):
+    """AOTAutograd takes mutations out of a graph and puts them back behind it."""
+    parts, _ = operands(check, [128], 64, 64, "cpu")
+    dw, expected = torch.zeros(64, 64), torch.zeros(64, 64)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def twice(dw, *parts):
+        ops.gemm_wgrad_accumulate(*parts, dw)
+        ops.gemm_wgrad_accumulate(*parts, dw)
+
+    twice(dw, *parts)
+    for _ in range(2):
+        ops.gemm_wgrad_accumulate(*parts, expected)
+    assert torch.equal(dw, expected)
+
+
+@pytest.mark.parametrize(
+    ("dw", "complaint"),
+    [
+        (torch.zeros(64, 64, dtype=torch.bfloat16), "dtype of dw"),
+        (torch.zeros(64, 65), "shape of dw"),
+        (torch.zeros(64, 128)[:, ::2], "contiguous"),
+    ],
+)
+def test_refuses_other_gradients(check, dw, complaint):
+    parts, _ = operands(check, [128], 64, 64, "cpu")
+    with pytest.raises(OperatorError, match=complaint):
+        ops.gemm_wgrad_accumulate(*parts, dw)
+
+
+@pytest.mark.parametrize("config", list(implementations("gemm_wgrad")["warp_specialized"].configs())[::4], ids=str)
+def test_specialized_compiles_without_spills(config):
+    found = offline.resources(specialized.variant(config, offline.F32, True).compile())
+    assert found.spills == 0
+    assert found.stack_bytes == 0
+    assert found.shared_bytes <= 227 * 1024
+
+
+def test_what_is_not_aligned_is_left_to_the_plain_kernel():
+    for operator, N, K, groups in (("gemm_wgrad", 130, 256, 1), ("grouped_gemm_wgrad", 192, 256, 4)):
+        assert not specialized.takes(Problem(operator, 4096, N, K, groups))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("N", "K"), [(256, 384), (640, 272)])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_same_bits(check, sizes, N, K, dtype):
+    """Every configuration of the specialised kernel, and the plain one's for few rows."""
+    parts, offs = operands(check, sizes, N, K, "cuda")
+    _, first = wgrad.tile_map(offs, parts[0].shape[1], 128)
+    expected = torch.full((len(sizes), N, K), torch.nan, dtype=dtype, device="cuda")
+    wgrad.launch(*parts, first, expected, **wgrad.KNOWN[0])
+    for accumulate in (False, True) if dtype == torch.float32 else (False,):
+        before = torch.randn(len(sizes), N, K, device="cuda").to(dtype) if accumulate else torch.nan
+        runs = [(specialized.launch, c) for c in implementations("gemm_wgrad")["warp_specialized"].configs()]
+        runs += [(wgrad.launch, wgrad.KNOWN[1] | {"halves": h, "chunk": c}) for h, c in product((1, 2), (1, 4, 16))]
+        for launch, config in runs:
+            dw = torch.full_like(expected, torch.nan)
+            if accumulate:
+                dw.copy_(before)
+            launch(*parts, first, dw, accumulate=accumulate, **config)
+            assert torch.equal(dw, before + expected if accumulate else expected), (launch, config)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("N", "K"), [(512, 1024), (130, 200)])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_accumulates(check, sizes, N, K):
+    parts, offs = operands(check, sizes, N, K, "cuda")
+    before = torch.randn(len(sizes), N, K, device="cuda")
+    dw = before.clone()
+    ops.grouped_gemm_wgrad_accumulate(*parts, offs, dw)
+    assert torch.equal(dw, before + ops.grouped_gemm_wgrad(*parts, offs, torch.float32))
+    dw = before[0].clone()
+    ops.gemm_wgrad_accumulate(*parts, dw)
+    reference, norm = check.product(*parts)
+    check.assert_product(dw - before[0], reference, norm + before[0].abs().double(), sum(sizes))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_in_a_cuda_graph(check):
+    """Other group sizes after the capture are the ones that count."""
+    parts, offs = operands(check, [512, 0, 128], 256, 512, "cuda")
+    dw = torch.zeros(3, 256, 512, device="cuda")
+    ops.grouped_gemm_wgrad_accumulate(*parts, offs, dw)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.grouped_gemm_wgrad_accumulate(*parts, offs, dw)
+    offs.copy_(check.ends([128, 128, 384], device="cuda"))
+    before = dw.clone()
+    graph.replay()
+    assert torch.equal(dw, before + ops.grouped_gemm_wgrad(*parts, offs, torch.float32))

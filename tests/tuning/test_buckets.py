@@ -1,0 +1,33 @@
+"""Buckets of rows: intervals, none with two numbers of waves while a wave counts."""
+
+import pytest
+
+from dsv3c.kernels.implementations import Problem
+from dsv3c.tuning.buckets import bucket
+
+SMS = 132
+
+
+def waves(rows: int, N: int, groups: int) -> int:
+    return -(-(-(-rows // 128) * groups * -(-N // 128)) // SMS)
+
+
+@pytest.mark.parametrize(("N", "groups"), [(2112, 1), (4096, 1), (24576, 1), (4096, 8), (7168, 256)])
+def test_buckets_are_intervals_that_keep_the_number_of_waves(N, groups):
+    operator = "grouped_gemm" if groups > 1 else "gemm"
+    of = {rows: bucket(Problem(operator, groups * rows, N, 7168, groups), SMS) for rows in range(1, 4400)}
+    assert all(bound >= rows for rows, bound in of.items())
+    assert all(of[bound] == bound for bound in of.values() if bound in of)
+    assert sorted(of.values()) == list(of.values())
+    for rows, bound in of.items():
+        if rows > 128:
+            counts = waves(rows, N, groups), waves(bound, N, groups)
+            assert counts[0] == counts[1] or 4 * counts[1] <= 5 * counts[0] > 32
+
+
+def test_few_rows_and_contracted_rows_go_in_octaves():
+    assert [bucket(Problem("gemm", M, 4096, 7168), SMS) for M in (0, 1, 16, 17, 64, 65, 128)] == [
+        16, 16, 16, 32, 64, 128, 128,
+    ]  # fmt: skip
+    assert bucket(Problem("gemm_wgrad", 4097, 4096, 7168), SMS) == 8192
+    assert bucket(Problem("grouped_gemm", 256 * 100, 4096, 7168, 256), SMS) == 128

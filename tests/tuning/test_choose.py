@@ -1,0 +1,138 @@
+"""The choice at launch: of the table where it has one that can be used, else by rule, and cheap."""
+
+import warnings
+from time import perf_counter
+
+import pytest
+
+from dsv3c.errors import CompileError
+from dsv3c.kernels import implementations as module
+from dsv3c.kernels.implementations import FILES, Implementation, Problem, choose, default, implementations
+from dsv3c.tuning import tables, targets
+from dsv3c.tuning.tables import Entry, Row
+
+PROBLEM = Problem("gemm", 4096, 4096, 7168)
+
+
+def nothing(*operands, **config):
+    raise AssertionError("nothing is launched when choosing")
+
+
+KERNEL = Implementation("kernel", {"x": (1, 2), "y": (1, 2)}, nothing, valid=lambda config: config != {"x": 2, "y": 2})
+LIBRARY = Implementation("library", {}, nothing, takes=lambda problem: problem.rows % 4 == 0)
+
+
+@pytest.fixture(autouse=True)
+def two_implementations(monkeypatch, tmp_path):
+    """Instead of the real ones; this machine is an H200 without tables."""
+    module.choose.cache_clear()
+    module._table.cache_clear()
+    module._complain.cache_clear()
+    monkeypatch.setattr(module, "implementations", lambda operator: {"kernel": KERNEL, "library": LIBRARY})
+    monkeypatch.setattr(module, "default", lambda problem: (KERNEL, {"x": 1, "y": 1}))
+    monkeypatch.setattr(targets, "resolve", lambda name: targets.load("h200"))
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path)
+    monkeypatch.setenv("DSV3C_TABLES", str(tmp_path / "mine"))
+    yield tmp_path / "h200.json"
+    module.choose.cache_clear()
+    module._table.cache_clear()
+
+
+def write(path, name, config, runner_up=None):
+    best = Entry(name, config, 1.0, 1.0, 1.0)
+    row = Row("gemm", 4096, 7168, 1, 4096, 4096, best, runner_up, 1, "2.11.0", tables.triton_version())
+    tables.write(path, "h200", [row])
+
+
+def test_without_a_row_the_rule_decides():
+    assert choose(PROBLEM) == (KERNEL, {"x": 1, "y": 1})
+
+
+def test_a_row_decides_and_always_alike(two_implementations):
+    write(two_implementations, "kernel", {"x": 2, "y": 1})
+    assert {id(choose(PROBLEM)[1]) for _ in range(3)} == {id(choose(Problem(*PROBLEM))[1])}
+    assert choose(PROBLEM) == (KERNEL, {"x": 2, "y": 1})
+    assert choose(PROBLEM._replace(N=512)) == (KERNEL, {"x": 1, "y": 1})
+
+
+def test_the_runner_up_where_the_best_cannot(two_implementations):
+    write(two_implementations, "library", {}, Entry("kernel", {"x": 1, "y": 2}, 1.0, 1.0, 1.0))
+    assert choose(PROBLEM) == (LIBRARY, {})
+    assert choose(PROBLEM._replace(rows=4095)) == (KERNEL, {"x": 1, "y": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gone", {}),
+        ("kernel", {"x": 3, "y": 1}),
+        ("kernel", {"x": 1}),
+        ("kernel", {"x": 2, "y": 2}),
+        ("library", {"x": 1}),
+    ],
+)
+def test_a_row_of_another_version_is_passed_over_and_it_says_so_once(two_implementations, name, config):
+    write(two_implementations, name, config)
+    with pytest.warns(UserWarning, match=f"found {name} .*; built-in defaults are used") as caught:
+        chosen = [choose(PROBLEM._replace(rows=rows)) for rows in (4096, 4000)]
+    assert chosen == [(KERNEL, {"x": 1, "y": 1})] * 2
+    assert len(caught) == 1
+
+
+def test_a_corrupt_table_is_a_line_and_the_defaults(two_implementations):
+    two_implementations.write_text("{")
+    with pytest.warns(
+        UserWarning, match=r"h200\.json: expected a tuning table.*; built-in defaults are used"
+    ) as caught:
+        chosen = [choose(PROBLEM._replace(rows=rows)) for rows in (4096, 1)]
+    assert chosen == [(KERNEL, {"x": 1, "y": 1})] * 2
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+
+
+def test_an_unknown_device_is_a_line_and_the_defaults(monkeypatch):
+    def unknown(name):
+        raise CompileError("target: expected a GPU of h100, found NVIDIA B200; try target='h100'")
+
+    monkeypatch.setattr(targets, "resolve", unknown)
+    with pytest.warns(UserWarning, match="found NVIDIA B200.*; built-in defaults are used") as caught:
+        chosen = [choose(PROBLEM._replace(rows=rows)) for rows in (4096, 1)]
+    assert chosen == [(KERNEL, {"x": 1, "y": 1})] * 2
+    assert len(caught) == 1
+
+
+def test_a_machine_without_a_gpu_needs_no_table(monkeypatch):
+    monkeypatch.setattr(targets, "resolve", lambda name: targets.load("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(PROBLEM)[0] is KERNEL
+
+
+def test_a_choice_costs_little_at_launch(two_implementations):
+    """Less than two microseconds, the best of many since other processes may be at work."""
+    write(two_implementations, "kernel", {"x": 2, "y": 1})
+    choose(PROBLEM)
+
+    def seconds() -> float:
+        start = perf_counter()
+        for _ in range(1000):
+            choose(Problem("gemm", 4096, 4096, 7168))
+        return perf_counter() - start
+
+    assert min(seconds() for _ in range(20)) * 1e6 / 1000 < 2
+
+
+@pytest.mark.parametrize("operator", FILES)
+def test_what_is_registered(operator, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.undo()
+    found = implementations(operator)
+    monkeypatch.setattr("dsv3c.kernels.gemm.hopper", lambda: True)
+    for rows in (1, 64, 4096):
+        implementation, config = default(Problem(operator, rows * 8, 4096, 7168, 8 if "grouped" in operator else 1))
+        assert found[implementation.name] is implementation
+        assert implementation.holds(config)
+    for implementation in found.values():
+        configs = list(implementation.configs())
+        assert all(implementation.holds(config) for config in configs)
+        assert len(configs) >= (200 if implementation.space else 1)

@@ -1,0 +1,36 @@
+"""Configurations compiled for a target on a machine without a GPU, and dropped with a reason."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from dsv3c.tuning import targets
+from dsv3c.tuning.prefilter import everything, prefilter
+
+H200 = targets.load("h200")
+TRITON = "gemm", "triton"
+BASE = {"rows": 64, "columns": 64, "halves": 1, "num_warps": 4, "num_stages": 2, "band": 8, "programs": 0}
+
+
+def test_what_does_not_fit_is_dropped_with_its_reason():
+    tile = {"rows": 128, "columns": 128, "halves": 2, "num_warps": 8}
+    configs = [BASE, BASE | {"programs": 2}, BASE | tile | {"num_stages": 6}, BASE | {"rows": 96}]
+    told = []
+    found = prefilter({TRITON: configs, ("gemm", "cublaslt"): [{}]}, H200, lambda *counts: told.append(counts))
+    assert [verdict.reason for verdict in found[TRITON]] == [None, None, "shared memory", "does not compile"]
+    assert [verdict.config for verdict in found[TRITON]] == configs
+    assert [(verdict.config, verdict.reason) for verdict in found["gemm", "cublaslt"]] == [({}, None)]
+    assert told == [(1, 3), (2, 3), (3, 3)]  # the first two are one kernel, and a library has none
+
+
+def test_limits_are_the_targets():
+    ((verdict,),) = prefilter({TRITON: [BASE]}, replace(H200, registers_per_sm=8192)).values()
+    assert verdict.reason == "registers"
+
+
+def test_everything_is_all_there_is():
+    found = everything(["gemm", "gemm_wgrad"])
+    assert len(found[TRITON]) >= 200
+    assert found["gemm_wgrad", "cublaslt"] == [{}]

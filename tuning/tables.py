@@ -1,0 +1,171 @@
+"""Tuning tables: for each device, which implementation and configuration was fastest at what.
+
+A table is a JSON file, a row of it a line, sorted. Those that come with dsv3c lie in tuning/tables/; `dsv3c tune`
+writes the user's own into `DSV3C_TABLES`, and its rows are preferred. A row says what was measured, at how many rows
+and for which bucket of them, with which Triton; times are medians in microseconds, with the 20th and 80th percentile.
+`runner_up` is the fastest of another implementation, for a problem of the bucket that the best cannot take.
+"""
+
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dsv3c.debug import debug_config
+from dsv3c.errors import TuneError
+from dsv3c.kernels.implementations import Problem
+from dsv3c.tuning import targets
+from dsv3c.tuning.buckets import bucket
+
+SHIPPED = Path(__file__).parent / "tables"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A measured choice; times in microseconds."""
+
+    implementation: str
+    config: dict[str, Any]
+    median_us: float
+    p20_us: float
+    p80_us: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fastest of a bucket, and the fastest of another implementation. `rows` is where it was measured; a predicted
+    row was measured on another device, and its times are scaled."""
+
+    operator: str
+    N: int
+    K: int
+    groups: int
+    bucket: int
+    rows: int
+    best: Entry
+    runner_up: Entry | None
+    trials: int
+    torch: str
+    triton: str
+    predicted: bool = False
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.operator, self.rows, self.N, self.K, self.groups)
+
+    @property
+    def key(self) -> tuple:
+        return self.operator, self.groups, self.N, self.K, self.bucket, self.triton
+
+
+def read(path: Path, target: str) -> list[Row]:
+    """The rows of a target's table.
+
+    Raises:
+        TuneError: a file that cannot be read, is no table, or another device's.
+    """
+    try:
+        document = json.loads(path.read_text())
+        found = document["format"], document["target"]
+        rows = [_row(fields) for fields in document["rows"]] if found == (FORMAT, target) else []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise TuneError(f"{path}: expected a tuning table, found: {reason}; try dsv3c tune, or delete it") from error
+    if found != (FORMAT, target):
+        raise TuneError(
+            f"{path}: expected a tuning table of format {FORMAT} for {target}, found format {found[0]} for {found[1]}; "
+            "try dsv3c tune, or delete it"
+        )
+    return rows
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    runner_up = fields["runner_up"] and Entry(**fields["runner_up"])
+    row = Row(**{**fields, "best": Entry(**fields["best"]), "runner_up": runner_up})
+    numbers = row.N, row.K, row.groups, row.bucket, row.rows
+    if not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise ValueError(f"N, K, groups, bucket, rows {numbers}")
+    return row
+
+
+def write(path: Path, target: str, rows: Iterable[Row]) -> None:
+    """A table with these rows alone. Written beside and renamed, so that a reader sees the old or the new one.
+
+    Raises:
+        TuneError: the folder cannot be written.
+    """
+    lines = ",\n".join("  " + json.dumps(asdict(row)) for row in sorted(rows, key=lambda row: row.key))
+    device = json.dumps(targets.load(target).device)
+    head = f'{{\n "format": {FORMAT}, "target": {json.dumps(target)}, "device": {device},\n "rows": [\n'
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(f"{head}{lines}\n ]\n}}\n")
+        beside.replace(path)
+    except OSError as error:
+        raise TuneError(
+            f"{path}: expected a file to write, found: {error.strerror}; try another folder: --output, or "
+            "DSV3C_TABLES; until then launches use the shipped tables and built-in defaults"
+        ) from error
+
+
+def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Both, the new in place of old ones of the same problem, bucket and Triton."""
+    return list({row.key: row for row in (*old, *new)}.values())
+
+
+def user_path(target: str) -> Path:
+    """Where `dsv3c tune` writes."""
+    return debug_config().tables / f"{target}.json"
+
+
+class Table:
+    """The rows of a device, by problem."""
+
+    def __init__(self, rows: Iterable[Row], sms: int):
+        """Of rows for the same problem and bucket the last counts."""
+        self._sms = sms
+        self._buckets: dict[tuple, dict[int, Row]] = {}
+        for row in rows:
+            self._buckets.setdefault((row.operator, row.groups, row.N, row.K), {})[row.bucket] = row
+        self._bounds = {key: sorted(buckets) for key, buckets in self._buckets.items()}
+
+    def entries(self, problem: Problem) -> Iterator[Entry]:
+        """Choices for it, best first: of its bucket, or of the next larger one up to twice as large, or of the
+        largest."""
+        key = problem.operator, problem.groups, problem.N, problem.K
+        if key not in self._bounds:
+            return
+        bounds, wanted = self._bounds[key], bucket(problem, self._sms)
+        at = min(bisect_left(bounds, wanted), len(bounds) - 1)
+        if bounds[at] <= 2 * wanted:
+            row = self._buckets[key][bounds[at]]
+            yield row.best
+            if row.runner_up is not None:
+                yield row.runner_up
+
+
+@cache
+def triton_version() -> str:
+    """Major and minor; a patch keeps what a compiler does."""
+    return ".".join(version("triton").split(".")[:2])
+
+
+def load(target: targets.Target) -> tuple[Table, list[str]]:
+    """The table of a device, the user's rows before the shipped ones, and this Triton's before another's; and what is
+    wrong with a file that was left out, a line each."""
+    rows: list[Row] = []
+    complaints = []
+    for path in (SHIPPED / f"{target.name}.json", user_path(target.name)):
+        if path.exists():
+            try:
+                rows += sorted(read(path, target.name), key=lambda row: row.triton == triton_version())
+            except TuneError as error:
+                complaints.append(str(error))
+    return Table(rows, target.sms), complaints
