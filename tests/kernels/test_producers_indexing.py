@@ -150,7 +150,8 @@ for R, K, pairs in [(2, 384, 8)]:
 
 cross_entropy.BLOCK = 256
 for R, V in [(4, 100), (3, 700)]:
-    logits, labels, scale = torch.randn(R, V).bfloat16(), torch.tensor([V - 1, -100, 0, V + 3])[:R], torch.tensor([0.5])
+    logits = (torch.randn(R, V) + torch.linspace(0, 8, V)).bfloat16()  # a later block has the largest
+    labels, scale = torch.tensor([V - 1, -100, 0, V + 3])[:R], torch.tensor([0.5])
     expected, loss = logits.clone(), torch.full((R,), torch.nan)
     loss_expected = reference.cross_entropy_ref(expected, labels, scale)
     cross_entropy.cross_entropy_(logits, labels, scale, loss)
