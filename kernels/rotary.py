@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3c.kernels.norm import normalized, sum_programs
+from dsv3c.kernels.norm import scaled, squares, sum_programs
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
-HEADS, WARPS = 64, 4  # of a program
+HEADS, WARPS = 128, 4  # of a program
 PROGRAMS = 1056  # of the latent's backward kernel, each a warp
 
 
@@ -76,8 +76,8 @@ def _latent_kernel(
     first, second = _turn(low(turning), high(turning), cos, sin)
     tl.store(latent_ptr + K + pair, first.to(tl.bfloat16))
     tl.store(latent_ptr + K + PAIRS + pair, second.to(tl.bfloat16))
-    normed, rstd = normalized(x, K, eps)
-    y = times(normed, weight)
+    rstd = tl.rsqrt(tl.sum(squares(x)) / K + eps)
+    y = times(scaled(x, rstd), weight)
     tl.store(words_ptr + column, y, mask=inside)
     q_ptr += row * (K // 2) + column
     store_tiles(y, q_ptr, scale_inv_ptr + tile.to(tl.int64) * R + row, tile * 128 < K, amax_floor, POW2)
@@ -240,7 +240,7 @@ def split_keys(dk_RHD: Tensor, dv_RHV: Tensor, nope: int, out: tuple[Tensor, Ten
     block = triton.next_power_of_2(max(nope, V))
     _split_keys_kernel[(R,)](
         dk_RHD, dv_RHV, dkv, drope, H, nope, rope, V, dk_RHD.stride(0), dk_RHD.stride(1), dv_RHV.stride(0),
-        dv_RHV.stride(1), block, triton.next_power_of_2(rope), 16, num_warps=WARPS,
+        dv_RHV.stride(1), block, triton.next_power_of_2(rope), 16, num_warps=8,
     )  # fmt: skip
 
 
@@ -284,4 +284,4 @@ def variants() -> Iterator[Variant]:
     keys = {"kv_ptr": BF16, "rope_ptr": BF16, "k_ptr": BF16}
     yield Variant(_join_keys_kernel, keys, blocks | {"HEADS": HEADS}, num_warps=WARPS)
     gradients = dict.fromkeys(("dk_ptr", "dv_ptr", "dkv_ptr", "drope_ptr"), BF16)
-    yield Variant(_split_keys_kernel, gradients, blocks | {"HEADS": 16}, num_warps=WARPS)
+    yield Variant(_split_keys_kernel, gradients, blocks | {"HEADS": 16}, num_warps=8)
