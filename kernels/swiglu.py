@@ -30,7 +30,7 @@ from dsv3c.kernels.tiles import (
     high,
     larger,
     low,
-    magnitudes,
+    magnitude,
     pack,
     reciprocal,
     scale_inv,
@@ -40,16 +40,21 @@ from dsv3c.kernels.tiles import (
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS, WARPS = 16, 4  # of a program of the forward kernel
-BACKWARD = {"num_warps": 16, "maxnreg": 64}  # two programs of 16 warps a multiprocessor
+BACKWARD = {"num_warps": 8}  # two programs a multiprocessor
 
 
 @triton.jit
 def _sigmoid(x):
     """1/(1 + exp(-x)) within 2^-22 + |x|·2^-23 of it, relatively."""
     return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;",
+        """{
+        .reg .f32 power;
+        ex2.approx.ftz.f32 power, $1;
+        add.rn.f32 power, power, 0f3F800000;
+        rcp.approx.ftz.f32 $0, power;
+        }""",
         "=f,f",
-        [1.0 + tl.exp2(x * -1.4426950408889634)],
+        [x * -1.4426950408889634],
         dtype=tl.float32,
         is_pure=True,
         pack=1,
@@ -123,8 +128,8 @@ def _gradients(loaded, WEIGHTED: gl.constexpr):
 @gluon.jit
 def _store_rows(words, q_ptr, scale_inv_ptr, columns, row, rows, column, amax_floor, POW2: gl.constexpr):
     """Tiles along the columns of words [.., 128] that hold rows `row` and `row` + 1, into q [.., columns]."""
-    amax = gl.reduce(magnitudes(words), 1, larger)
-    scale_0, scale_1 = scale_inv(low(amax), amax_floor, POW2), scale_inv(high(amax), amax_floor, POW2)
+    amax = gl.reduce(words, 1, larger)
+    scale_0, scale_1 = scale_inv(gl.abs(low(amax)), amax_floor, POW2), scale_inv(gl.abs(high(amax)), amax_floor, POW2)
     first_0, second_0 = reciprocal(scale_0)
     first_1, second_1 = reciprocal(scale_1)
     q_0 = divide(low(words), first_0[:, None], second_0[:, None]).to(gl.float8e4nv)
@@ -145,10 +150,8 @@ def _store_columns(parts, q_ptr, scale_inv_ptr, tile, column_tile, P, amax_floor
     amax = gl.full([PAIRS, 128], 0, gl.int32, LAYOUT)
     for part in gl.static_range(64 // PAIRS):
         words += (parts[part].load(LAYOUT),)
-        amax = larger(amax, magnitudes(words[part]))
-    amax = gl.reduce(amax, 0, larger)
-    amax = gl.maximum(amax & 0xFFFF, amax >> 16)
-    scale = scale_inv(low(amax), amax_floor, POW2)
+        amax = larger(amax, words[part])
+    scale = scale_inv(magnitude(gl.reduce(amax, 0, larger)), amax_floor, POW2)
     first, second = reciprocal(scale)
     column = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
     pair = tile * 64 + gl.arange(0, PAIRS, gl.SliceLayout(1, LAYOUT))
@@ -192,9 +195,15 @@ def _swiglu_backward_kernel(
         weight_ptr += start
     dgates, dups, activations = (), (), ()  # a buffer for each part, or there would be a barrier between them
     row = 2 * gl.arange(0, PAIRS, gl.SliceLayout(1, LAYOUT))
-    for _ in gl.static_range(0, 64, PAIRS):
-        loaded_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row, rows, column, R, width, WEIGHTED)
-        loaded_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row + 1, rows, column, R, width, WEIGHTED)
+    # A part ahead: loads would not move above stores that may alias.
+    next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row, rows, column, R, width, WEIGHTED)
+    next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row + 1, rows, column, R, width, WEIGHTED)
+    for part in gl.static_range(0, 64, PAIRS):
+        loaded_0, loaded_1 = next_0, next_1
+        if part + PAIRS < 64:
+            ahead = row + 2 * PAIRS
+            next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, ahead, rows, column, R, width, WEIGHTED)
+            next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, ahead + 1, rows, column, R, width, WEIGHTED)
         dgate_0, dup_0, a_0, dweight_0 = _gradients(loaded_0, WEIGHTED)
         dgate_1, dup_1, a_1, dweight_1 = _gradients(loaded_1, WEIGHTED)
         dgate = pack(dgate_0, dgate_1)

@@ -28,7 +28,7 @@ def pack(low, high):
 
 @triton.jit
 def larger(a, b):
-    return tl.maximum((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF) << 16 | tl.maximum(a & 0xFFFF, b & 0xFFFF)
+    return tl.maximum((a >> 16) & 0x7FFF, (b >> 16) & 0x7FFF) << 16 | tl.maximum(a & 0x7FFF, b & 0x7FFF)
 
 @triton.jit
 def plus(a, b):
