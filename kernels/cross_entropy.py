@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv3c.kernels.gemm import multiprocessors
 from dsv3c.kernels.offline import BF16, F32, Variant
 from dsv3c.kernels.reference.cross_entropy import IGNORED
 
-BLOCK, WARPS = 8192, 16  # of a row at a time; 16 warps a program leave two programs a multiprocessor
+BLOCK, WARPS = 32768, 32  # of a row at a time; a program takes a multiprocessor
 
 
 @triton.jit
@@ -30,35 +31,42 @@ def _exp(x):
 def _cross_entropy_kernel(
     logits_ptr, labels_ptr, loss_ptr, scale_ptr, R, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0)
-    label = tl.load(labels_ptr + row)
-    logits_ptr += row.to(tl.int64) * V
-    block = tl.arange(0, BLOCK)
-    largest = -float("inf")
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        x = tl.load(logits_ptr + start + block, mask=start + block < V, other=-float("inf")).to(tl.float32)
-        before, largest = largest, tl.maximum(largest, tl.max(x))
-        sums = sums * _exp(before - largest) + _exp(x - largest)
-    total = tl.sum(sums)
-    counts = label != IGNORED
-    known = (label >= 0) & (label < V)
-    of_label = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(loss_ptr + row, tl.where(counts, largest + tl.log(total) - of_label, 0.0))
-    scale = tl.where(counts, tl.load(scale_ptr), 0.0)
-    factor = scale / total
-    tl.debug_barrier()  # the label's logit has been read
-    for start in range(0, V, BLOCK):
-        x = tl.load(logits_ptr + start + block, mask=start + block < V, other=0.0).to(tl.float32)
-        gradient = _exp(x - largest) * factor - tl.where(start + block == label, scale, 0.0)
-        tl.store(logits_ptr + start + block, gradient.to(tl.bfloat16), mask=start + block < V)
+    at = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    for row in range(tl.program_id(0), R, tl.num_programs(0)):
+        label = tl.load(labels_ptr + row)
+        row_ptr = logits_ptr + row * V.to(tl.int64)
+        known = (label >= 0) & (label < V)
+        of_label = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+        # A maximum and a sum for each 8 columns of a block, which are a thread's: nothing waits for another's.
+        largest = tl.full((BLOCK // 8,), -3.3895313892515355e38, tl.float32)  # no number is less in BF16
+        sums = tl.zeros((BLOCK // 8,), tl.float32)
+        for start in range(0, V, BLOCK):
+            x = tl.load(row_ptr + start + at, mask=at < V - start, other=-float("inf"), eviction_policy="evict_last")
+            x = x.to(tl.float32)
+            before, largest = largest, tl.maximum(largest, tl.max(x, 1))
+            sums = sums * _exp(before - largest) + tl.sum(_exp(x - largest[:, None]), 1)
+        of_all = tl.max(largest)
+        total = tl.sum(sums * _exp(largest - of_all))
+        counts = label != IGNORED
+        tl.store(loss_ptr + row, tl.where(counts, of_all + tl.log(total) - of_label, 0.0))
+        scale = tl.where(counts, tl.load(scale_ptr), 0.0)
+        factor = scale / total
+        for start in range(0, V, BLOCK):
+            x = tl.load(row_ptr + start + at, mask=at < V - start, other=0.0, eviction_policy="evict_first")
+            gradient = _exp(x.to(tl.float32) - of_all) * factor
+            tl.store(row_ptr + start + at, gradient.to(tl.bfloat16), mask=at < V - start)
+        tl.debug_barrier()  # the label's gradient comes last
+        tl.store(row_ptr + label, (_exp(of_label - of_all) * factor - scale).to(tl.bfloat16), mask=known)
 
 
 def cross_entropy_(logits_RV: Tensor, labels_R: Tensor, scale: Tensor, out: Tensor) -> None:
     """Launcher of `dsv3c::cross_entropy_`."""
     R, V = logits_RV.shape
     if R:
-        _cross_entropy_kernel[(R,)](logits_RV, labels_R.contiguous(), out, scale, R, V, IGNORED, BLOCK, num_warps=WARPS)
+        programs = min(R, multiprocessors())
+        _cross_entropy_kernel[(programs,)](
+            logits_RV, labels_R.contiguous(), out, scale, R, V, IGNORED, BLOCK, num_warps=WARPS
+        )
 
 
 def linear_cross_entropy(

@@ -150,7 +150,7 @@ def rms_norm_backward(
 
 def sum_programs(partial_PK: Tensor, out_K: Tensor) -> None:
     P, K = partial_PK.shape
-    _sum_programs_kernel[(ceil_div(K, 32),)](partial_PK, out_K, P, K, 128, 32, num_warps=8)
+    _sum_programs_kernel[(ceil_div(K, 8),)](partial_PK, out_K, P, K, 512, 8, num_warps=8)
 
 
 def _warps(tiles: int) -> int:
@@ -176,4 +176,4 @@ def variants() -> Iterator[Variant]:
             {"ADD": add, "BLOCK": 8192} | ({} if add else {"dsum_ptr": None}),
             num_warps=8,
         )
-    yield Variant(_sum_programs_kernel, {"partial_ptr": F32, "out_ptr": F32}, {"ROWS": 128, "COLUMNS": 32}, num_warps=8)
+    yield Variant(_sum_programs_kernel, {"partial_ptr": F32, "out_ptr": F32}, {"ROWS": 512, "COLUMNS": 8}, num_warps=8)
