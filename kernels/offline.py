@@ -31,6 +31,7 @@ FAMILIES = (
     "swiglu",
     "norm",
     "rotary",
+    "heads",
     "mla_decode",
     "warp_specialized",
 )

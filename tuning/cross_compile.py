@@ -54,6 +54,8 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent_backward": ("latent_backward_kernel", {}),
     "join_keys": ("join_keys_kernel", {}),
     "split_keys": ("split_keys_kernel", {}),
+    "cast_queries": ("cast_heads_kernel", {"ROTATE": True}),
+    "cast_keys": ("cast_heads_kernel", {"ROTATE": False}),
     "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
     "warp_specialized_grouped_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": True}),
     "mla_decode": ("mla_decode_kernel", {}),
@@ -103,6 +105,9 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.latent_backward.default": ("latent_backward", "sum_programs"),
     "dsv3c.join_keys.default": ("join_keys",),
     "dsv3c.split_keys.default": ("split_keys",),
+    "dsv3c.rotate_heads.default": ("rotate_heads",),
+    "dsv3c.rotate_quantize_both.default": ("cast_queries",),
+    "dsv3c.join_quantize_both.default": ("cast_keys",),
     "dsv3c.mla_decode.default": ("mla_decode", "mla_decode_combine"),
 }
 
