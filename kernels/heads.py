@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
+from dsv3c.kernels.offline import F32, I16, I32, Variant
 from dsv3c.kernels.quantize import _pack as pack_rows
 from dsv3c.kernels.rotary import _turn as turn
 from dsv3c.kernels.rotary import rotate_heads_
@@ -67,9 +67,8 @@ def _load_half(
     head, part = half // (NOPE + REST), half % (NOPE + REST)
     rows = tl.where(half * 64 < K, R, 0)
     at, stride = x_ptr + head * x_head + part * 32, x_row
-    if not ROTATE:
-        if part >= NOPE:
-            at, stride = y_ptr + head * y_head + (part - NOPE) * 32, y_row
+    if not ROTATE and part >= NOPE:
+        at, stride = y_ptr + head * y_head + (part - NOPE) * 32, y_row
     if ROTATE and part == NOPE:
         x0 = _turned(at, stride, cos_ptr, sin_ptr, row, rows)
         x1 = _turned(at, stride, cos_ptr, sin_ptr, row + 1, rows)
