@@ -1,10 +1,11 @@
-"""`dsv3c::attention` with its gradient: raised from the captured graph, so it has autograd (kernels/attention.py
-computes)."""
+"""`dsv3c::attention` (kernels/attention.py computes) and the gradients of what is raised from the captured graph with
+it: operators of later levels have none."""
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+import dsv3c.operators  # noqa: F401  (defines dsv3c::rotate_heads)
 from dsv3c.kernels import attention as kernel
 
 _LIBRARY = torch.library.Library("dsv3c", "FRAGMENT")
@@ -52,6 +53,19 @@ def _backward(ctx, dout, dlse):
 
 
 torch.library.register_autograd("dsv3c::attention", _backward, setup_context=_setup_context)
+
+
+def _rotate_setup_context(ctx, inputs, output) -> None:
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotate_backward(ctx, dout):
+    """A rotation's transpose is its inverse, but for the factor in cos and sin, which stays."""
+    return torch.ops.dsv3c.rotate_heads(dout, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+torch.library.register_autograd("dsv3c::rotate_heads", _rotate_backward, setup_context=_rotate_setup_context)
 
 
 @register_flop_formula(torch.ops.dsv3c.attention)

@@ -32,6 +32,7 @@ FAMILIES = (
     "norm",
     "rotary",
     "cross_entropy",
+    "heads",
     "mla_decode",
     "warp_specialized",
 )

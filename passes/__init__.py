@@ -1,12 +1,14 @@
 """Graph rewrites: the contract and runner, the literal pipelines, one pass a file."""
 
 from dsv3c.passes.absorb_attention import AbsorbAttention
+from dsv3c.passes.cast_heads import CastHeads
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
+from dsv3c.passes.join_keys import JoinKeys
 from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
 from dsv3c.passes.pipeline import Pipeline, default
@@ -15,15 +17,19 @@ from dsv3c.passes.quantize_both import QuantizeBoth
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
 from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
+from dsv3c.passes.raise_rotary import RaiseRotary
+from dsv3c.passes.rotate_in_place import RotateInPlace
 from dsv3c.passes.share_equal import ShareEqual
 
 __all__ = [
     "AbsorbAttention",
+    "CastHeads",
     "FoldLinear",
     "FuseNormBackward",
     "FusePermute",
     "FuseQuantize",
     "FuseRouting",
+    "JoinKeys",
     "MergeLinear",
     "NarrowProduct",
     "Pass",
@@ -35,7 +41,9 @@ __all__ = [
     "QuantizeLinear",
     "RaiseAttention",
     "RaiseGroupedLinear",
+    "RaiseRotary",
     "Record",
+    "RotateInPlace",
     "ShareEqual",
     "Skipped",
     "Tier",

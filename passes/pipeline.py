@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 
 from dsv3c.numerics import Recipe
 from dsv3c.passes.absorb_attention import AbsorbAttention
+from dsv3c.passes.cast_heads import CastHeads
 from dsv3c.passes.contract import Level, Pass, select
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
+from dsv3c.passes.join_keys import JoinKeys
 from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
@@ -18,6 +20,8 @@ from dsv3c.passes.quantize_both import QuantizeBoth
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
 from dsv3c.passes.raise_attention import RaiseAttention
 from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
+from dsv3c.passes.raise_rotary import RaiseRotary
+from dsv3c.passes.rotate_in_place import RotateInPlace
 from dsv3c.passes.share_equal import ShareEqual
 
 
@@ -25,9 +29,11 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
     """The passes of a precision, `"exact"` or `"fp8"`. Each knows its level: the captured graph (L0), or the joint
     graph of forward and backward, in inference the forward graph (L1)."""
     if precision == "exact":
-        return (RaiseAttention(), RaiseGroupedLinear())
+        return (RaiseAttention(), JoinKeys(), RaiseGroupedLinear())
     return (
         RaiseAttention(),
+        JoinKeys(),
+        RaiseRotary(),
         RaiseGroupedLinear(),
         MergeLinear(),
         FoldLinear(),
@@ -42,6 +48,8 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
         FuseQuantize(),
         NarrowProduct(),
         QuantizeBoth(),
+        CastHeads(),
+        RotateInPlace(),
     )
 
 

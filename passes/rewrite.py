@@ -60,7 +60,8 @@ def insert(at: fx.Node, target: Callable, *args, **kwargs) -> fx.Node:
         node = graph.call_function(target, args, kwargs)
     node.meta = {key: at.meta[key] for key in _KEPT if key in at.meta}
     with fake_mode:
-        node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]), **kwargs)
+        values, options = fx.map_arg((args, kwargs), value)
+        node.meta["val"] = target(*values, **options)
     return node
 
 
@@ -123,3 +124,27 @@ def size(at: fx.Node, x: fx.Node, dim: int) -> fx.Node | int:
     """The size of x: a number, or, where it varies, a node just before `at`."""
     found = value(x).shape[dim]
     return insert(at, aten.sym_size.int, x, dim) if isinstance(found, torch.SymInt) else found
+
+
+def insert_captured(at: fx.Node, target: Callable | str, *args, **kwargs) -> fx.Node:
+    """`insert` for a captured graph: a call of a function, or of the first argument's method of that name."""
+    method = isinstance(target, str)
+    with at.graph.inserting_before(at):
+        node = at.graph.create_node("call_method" if method else "call_function", target, args, kwargs)
+    node.meta = {key: at.meta[key] for key in ("nn_module_stack", "stack_trace") if key in at.meta}
+    # AOTAutograd's cache looks for a value where a method is called on the result.
+    inputs, options = fx.map_arg((args, kwargs), lambda argument: argument.meta["example_value"])
+    with torch.no_grad():
+        call = getattr(type(inputs[0]), target) if method else target
+        node.meta["example_value"] = call(*inputs, **options)
+    return node
+
+
+def erase_unread(node: fx.Node) -> None:
+    """Erases a call that nothing reads, and with it what only it read. For captured graphs, which are not swept, since
+    they mutate in place: to be called where nothing does."""
+    unread = {node}
+    for each in reversed(list(node.graph.nodes)):
+        if each in unread and not each.users and each.op in ("call_function", "call_method"):
+            unread.update(each.all_input_nodes)
+            node.graph.erase_node(each)
