@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dsv3c.kernels.gemm import aligned
 from dsv3c.kernels.mla_decode_gluon import BUFFER, mla_decode_kernel
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
-from dsv3c.kernels.reference.mla_decode import LATENT, RANK
+from dsv3c.kernels.reference.mla_decode import LATENT, RANK, read_pages_ref
 from dsv3c.numerics import ceil_div, round_up
 
 ROWS = 64
@@ -92,6 +92,12 @@ def mla_decode(
     )  # fmt: skip
     part = 8 if B * T * H >= 4096 else 1  # rows a program; few rows have many partial results
     _combine_kernel[(B, ceil_div(T * H, part))](partial, partial_lse, lengths, out, lse, B, T * H, groups, batch, part)
+
+
+def read_pages(cache: Tensor, block_table: Tensor, lengths: Tensor, num_new: int, out: tuple[Tensor, Tensor]) -> None:
+    """Launcher of `dsv3c::read_pages`, by torch: for models whose latent the kernel above is not made for."""
+    for result, value in zip(out, read_pages_ref(cache, block_table, lengths, num_new), strict=True):
+        result.copy_(value)
 
 
 def variants() -> Iterator[Variant]:
