@@ -124,7 +124,7 @@ class GraphStep(Step):
         restore()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.decoder.pool):
+            with torch.cuda.graph(graph, pool=self.decoder.pool()):
                 super().__call__()
         except torch.OutOfMemoryError:
             raise
@@ -132,6 +132,9 @@ class GraphStep(Step):
             reason = str(error).partition("\n")[0]
             warnings.warn(f"dsv3c.generate: steps are launched one by one, without CUDA graph: {reason}", stacklevel=2)
             graph = None
+            # Torch leaves the generator as it is inside a capture; a clone is outside.
+            generator = torch.cuda.default_generators[self.tokens_B1.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
         torch.cuda.set_rng_state(seed)
         restore()
         self.decoder.note_weights()
@@ -146,7 +149,10 @@ class Decoder:
         self.latents: list[Tensor] = []
         self.steps: dict[tuple[int, int, Choice], GraphStep] = {}
         self.addresses: list = []
-        self.pool = torch.cuda.graph_pool_handle()
+
+    def pool(self) -> tuple[int, int] | None:
+        """Where the graphs take their memory from: one for all, as only one runs at a time."""
+        return next((step.graph.pool() for step in self.steps.values() if step.graph), None)
 
     def step(self, batch_size: int, max_tokens: int, choice: Choice) -> GraphStep:
         """A step with an empty cache of room for max_tokens a sequence."""
