@@ -12,9 +12,7 @@ sequence that lies in one span is finished there. Of others each program leaves 
 log-sum-exp (base 2): in slot 0 if the sequence began before the span, in slot 1 if it goes on behind it; only the ends
 of a span cut a sequence. A second kernel adds them, in the order of the groups.
 
-The first kernel is in `mla_decode_gluon.py`, since Triton alone cannot split warps by task. (H200, batch 128, replayed
-graphs: 525, 600 and 623 TFLOPS with 128 heads at 4096, 16384 and 32768 keys, where torch's products reach 120 to 133;
-3.7 to 4.0 TB/s with 16 heads. One loop of plain Triton, launches included: 253 to 280 TFLOPS, 1.9 TB/s.)
+The first kernel is in `mla_decode_gluon.py`, since Triton alone cannot split warps by task.
 """
 
 from collections.abc import Iterator
