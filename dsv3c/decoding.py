@@ -34,7 +34,7 @@ class Choice:
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """One token per row, [B, 1]; drawn with torch's global generator, without a word to the host."""
         if not self.do_sample:
-            return logits_BV.argmax(dim=-1, keepdim=True)
+            return _argmax(logits_BV)
         logits_BV = logits_BV.float() / self.temperature
         if self.top_k is not None:
             smallest_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[1])).values[:, -1:]
@@ -47,7 +47,17 @@ class Choice:
             logits_BV = logits_BV.masked_fill(dropped_BV.scatter(1, order_BV, dropped_BV), -torch.inf)
         # As torch.multinomial draws, which asks the host whether the probabilities are sane.
         waits_BV = torch.empty_like(logits_BV).exponential_()
-        return (logits_BV.softmax(dim=-1) / waits_BV).argmax(dim=-1, keepdim=True)
+        return _argmax(logits_BV.softmax(dim=-1) / waits_BV)
+
+
+def _argmax(x_BV: Tensor) -> Tensor:
+    """[B, 1]: the place of the largest, of the first if there are several. By parts: torch gives each row to one
+    multiprocessor, which takes 35 µs for V3's vocabulary."""
+    parts = 128 if x_BV.shape[1] % 128 == 0 else 1
+    x_BPc = x_BV.unflatten(1, (parts, -1))
+    place_BP = x_BPc.argmax(dim=-1)
+    part_B1 = x_BPc.gather(-1, place_BP[..., None]).squeeze(-1).argmax(dim=-1, keepdim=True)
+    return part_B1 * x_BPc.shape[-1] + place_BP.gather(1, part_B1)
 
 
 class Step:

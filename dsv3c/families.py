@@ -151,8 +151,12 @@ class Angles:
 
 
 def _no_view(x: Tensor) -> Tensor:
-    """x, or a copy: of a view, such as the last tokens alone, Dynamo guards the sizes of what it is a view of."""
-    return x if x._base is None else x.clone(memory_format=torch.contiguous_format)
+    """x, or what it is all of, or a copy: of a view, such as the last tokens alone, Dynamo guards the sizes of what it
+    is a view of."""
+    base = x._base
+    if base is None or (base.shape, base.stride()) == (x.shape, x.stride()):
+        return x if base is None else base
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _past_of(cache, index: int) -> tuple[Tensor | None, Tensor | None] | None:

@@ -33,7 +33,8 @@ class Pages(NamedTuple):
 
 def positions(lengths_B: Tensor, num_new: int) -> Tensor:
     """int64 [B, T]: the places of new tokens in their sequences."""
-    return lengths_B[:, None].long() + torch.arange(num_new, device=lengths_B.device)
+    first_B1 = lengths_B[:, None].long()
+    return first_B1 if num_new == 1 else first_B1 + torch.arange(num_new, device=lengths_B.device)
 
 
 def put(latents_NPL: Tensor, table_BM: Tensor, position_BT: Tensor, latent_BTL: Tensor) -> None:

@@ -31,13 +31,15 @@ from dsv3c.numerics import ceil_div, round_up
 
 ROWS = 64
 LOG2_E = 1.4426950408889634
+COMBINED = ((8, 1), (1, 16))  # rows of a program and parts at a time: of many rows; of few, which have many parts
 
 
 @triton.jit(do_not_specialize=["B", "groups"])
 def _combine_kernel(
-    partial_ptr, partial_lse_ptr, lengths_ptr, out_ptr, lse_ptr, B, R, groups, BATCH: tl.constexpr, ROWS: tl.constexpr
-):
-    """A sequence's rows from its partial results, if it has any. Spans as in `_first_segment`."""
+    partial_ptr, partial_lse_ptr, lengths_ptr, out_ptr, lse_ptr, B, R, groups, BATCH: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """A sequence's rows from its partial results, if it has any, PARTS at a time. Spans as in `_first_segment`."""
     b, batch = tl.program_id(0), tl.arange(0, BATCH)
     units = tl.maximum(tl.cdiv(tl.load(lengths_ptr + batch, mask=batch < B, other=0), 128), 1)
     units = tl.where(batch < B, units, 0)
@@ -46,26 +48,28 @@ def _combine_kernel(
     first, last = start // span, (end - 1) // span
     if first == last:
         return
-    rows, columns = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, 512)[None, :]
-    inside = rows < R
+    rows, columns = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, 512)
     acc = tl.zeros((ROWS, 512), tl.float32)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for group in range(first, last + 1):
+    for part in range(first, last + 1, PARTS):
+        group = part + tl.arange(0, PARTS)
         slot = group * 2 + (start >= group * span).to(tl.int32)
-        row = slot.to(tl.int64) * (tl.cdiv(R, 64) * 64) + rows
+        row = slot[:, None].to(tl.int64) * (tl.cdiv(R, 64) * 64) + rows[None, :]
+        inside = (group <= last)[:, None] & (rows < R)[None, :]
         lse = tl.load(partial_lse_ptr + row, mask=inside, other=float("-inf"))
-        out = tl.load(partial_ptr + row[:, None] * 512 + columns, mask=inside[:, None], other=0.0)
-        above = tl.maximum(m, lse)
+        out = tl.load(partial_ptr + row[:, :, None] * 512 + columns[None, None, :], mask=inside[:, :, None], other=0.0)
+        above = tl.maximum(m, tl.max(lse, 0))
         finite = tl.where(above == float("-inf"), 0.0, above)
-        factor, weight = tl.exp2(m - finite), tl.exp2(lse - finite)
-        acc = acc * factor[:, None] + out * weight[:, None]
-        total = total * factor + weight
+        factor, weight = tl.exp2(m - finite), tl.exp2(lse - finite[None, :])
+        acc = acc * factor[:, None] + tl.sum(out * weight[:, :, None], 0)
+        total = total * factor + tl.sum(weight, 0)
         m = above
     row = b.to(tl.int64) * R + rows
     acc /= tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out_ptr + row[:, None] * 512 + columns, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse_ptr + row, (m + tl.log2(total)) / 1.4426950408889634, mask=inside)
+    out = out_ptr + row[:, None] * 512 + columns[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rows < R)[:, None])
+    tl.store(lse_ptr + row, (m + tl.log2(total)) / 1.4426950408889634, mask=rows < R)
 
 
 def mla_decode(
@@ -88,8 +92,10 @@ def mla_decode(
         *descs, block_table, lengths, out, lse, partial, partial_lse, B, T, H, block_table.shape[1],
         softmax_scale * LOG2_E, batch, num_warps=4,
     )  # fmt: skip
-    part = 8 if B * T * H >= 4096 else 1  # rows a program; few rows have many partial results
-    _combine_kernel[(B, ceil_div(T * H, part))](partial, partial_lse, lengths, out, lse, B, T * H, groups, batch, part)
+    rows, parts = COMBINED[B * T * H < 4096]
+    _combine_kernel[(B, ceil_div(T * H, rows))](
+        partial, partial_lse, lengths, out, lse, B, T * H, groups, batch, rows, parts
+    )
 
 
 def read_pages(cache: Tensor, block_table: Tensor, lengths: Tensor, num_new: int, out: tuple[Tensor, Tensor]) -> None:
@@ -103,4 +109,5 @@ def variants() -> Iterator[Variant]:
     described = f"tensordesc<bf16[64, 64],{BUFFER!r}>"
     operands = {"q_desc": described, "cache_desc": described, "table_ptr": I32, "scale": "fp32"} | tensors
     yield Variant(mla_decode_kernel, operands, {"BATCH": 128})
-    yield from (Variant(_combine_kernel, tensors, {"BATCH": 128, "ROWS": rows}) for rows in (1, 8))
+    for rows, parts in COMBINED:
+        yield Variant(_combine_kernel, tensors, {"BATCH": 128, "ROWS": rows, "PARTS": parts})
