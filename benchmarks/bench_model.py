@@ -27,6 +27,7 @@ MODES = ("forward", "backward", "decode")
 FAMILIES = ("ours", "hf")
 PRECISIONS = ("auto", "exact", "fp8")
 EMULATED = "FP8 is emulated on a CPU: its numbers are those of the recipe, its speed means nothing"
+GRAPH = "decode: of dsv3c, the step that generate replays, a CUDA graph whose memory is taken before"
 RATIOS_ONLY = "on a CPU only the ratios are meaningful, and those of this machine only"
 _COLORS = {"eager": "#9aa0a6", "torch.compile": "#5f6368", "dsv3c exact": "#1a73e8", "dsv3c fp8": "#34a853"}
 
@@ -112,7 +113,9 @@ def measure(
             ["dsv3c bench", Path(source).name, *([f"--layers {layers}"] if layers else []), f"--tokens {tokens}",
              f"--batch {batch} --mode {','.join(modes)} --model {family} --precision {','.join(precisions)}"]
         ),
-        "notes": [RATIOS_ONLY] * (not on_gpu) + [EMULATED] * (not on_gpu and "dsv3c fp8" in names),
+        "notes": [RATIOS_ONLY] * (not on_gpu)
+        + [EMULATED] * (not on_gpu and "dsv3c fp8" in names)
+        + [GRAPH] * (on_gpu and family == "ours" and "decode" in modes),
         "environment": environment(device.type),
         "modes": rows,
     }  # fmt: skip
@@ -123,24 +126,24 @@ def _measure_mode(
 ) -> dict[str, Any]:
     from dsv3c.benchmarks import gate, timing
 
-    with workload.prepared(model) as run:
+    with workload.prepared(model) as calls:
         compiled = _compiled(model, precisions)
         models = _contenders(model, compiled)
         first_call_s = {}
         for name, contender in models.items():
             _progress(f"{workload.mode}: first call of {name}")
-            first_call_s[name] = _first_call_s(partial(run, contender), device)
+            first_call_s[name] = _first_call_s(partial(calls.warm, contender), device)
         _progress(f"{workload.mode}: checking every layer")
-        calls = gate.record_calls(model, partial(run, model))
-        checks = gate.check(model, compiled, calls, backward=workload.mode == "backward")
+        recorded = gate.record_calls(model, partial(calls.checked, model))
+        checks = gate.check(model, compiled, recorded, backward=workload.mode == "backward")
         failed = [{"precision": p} | asdict(c) for p, found in checks.items() for c in found if not c.passed]
         row: dict[str, Any] = {"mode": workload.mode, "passed": not failed, "failed": failed, "contenders": []}
         if failed:
             return row
         for contender in compiled.values():
-            run(contender)  # makes the FP8 copies again, which the checks freed
+            calls.warm(contender)  # makes the FP8 copies again, which the checks freed
         _progress(f"{workload.mode}: timing")
-        times = timing.interleaved({name: partial(run, contender) for name, contender in models.items()})
+        times = timing.interleaved({name: partial(calls.run, contender) for name, contender in models.items()})
     for name, found in times.items():
         worst = max(checks.get(name.removeprefix("dsv3c "), ()), key=lambda c: c.error / (c.bound or 1), default=None)
         row["contenders"].append(

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from dsv3c import families
 from dsv3c.numerics import MODEL_DISTANCE, MODEL_DISTANCE_BF16, quantized_layer_rms
+from dsv3c.paged_cache import Pages
 
 CHUNK = 1 << 26  # values compared at a time: an expert stack's gradient has 7.5e9
 Model = Any  # dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM
@@ -115,7 +116,12 @@ def _oracle(layer: nn.Module, call: Call, backward: bool) -> dict[str, Tensor]:
         return _results(layer, _map(call, widen), True, forward)
 
     def sequence(index: int) -> Call:
-        return _map(call, lambda tensor: widen(tensor[index : index + 1] if len(tensor) == len(x) else tensor))
+        def pages(past: Pages) -> Pages:
+            own = past.latents_NPL[past.table_BM[index].long()]
+            order = torch.arange(len(own), device=own.device, dtype=torch.int32)
+            return Pages(widen(own), order[None], past.lengths_B[index : index + 1])
+
+        return _map(call, lambda tensor: widen(tensor[index : index + 1] if len(tensor) == len(x) else tensor), pages)
 
     sequences = [_results(layer, sequence(index), False, forward) for index in range(len(x))]
     return {what: torch.cat([results[what] for results in sequences]) for what in sequences[0]}
@@ -150,15 +156,17 @@ def median_row_distance(out: Tensor, reference: Tensor) -> float:
     return float(torch.cat(errors).median().sqrt()) / (squares / reference.numel()) ** 0.5
 
 
-def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+def _map(value: Any, fn: Callable[[Tensor], Tensor], pages: Callable[[Pages], Pages] = lambda past: past) -> Any:
     """`value` with `fn` of every tensor, in containers of its own. transformers' caches are containers too: a layer
-    writes to them."""
+    writes to them. What it writes to pages it writes again each time."""
     if isinstance(value, Tensor):
         return fn(value)
+    if isinstance(value, Pages):
+        return pages(value)
     if isinstance(value, (list, tuple)):
-        return type(value)(_map(item, fn) for item in value)
+        return type(value)(_map(item, fn, pages) for item in value)
     if isinstance(value, dict):
-        return {key: _map(item, fn) for key, item in value.items()}
+        return {key: _map(item, fn, pages) for key, item in value.items()}
     if hasattr(value, "layers"):
         cache = copy.copy(value)
         cache.layers = [copy.copy(layer) for layer in value.layers]

@@ -2,7 +2,8 @@
 
 forward: all tokens in, logits of the last one out. backward: forward and backward of the body, the loss is the mean of
 squares of the final hidden state; the head is left out, gradients have the parameters' dtype. decode: one token a
-sequence, with a cache filled with normal values.
+sequence, with a cache filled with normal values; of our model compiled on a GPU the step that `generate` replays, a
+CUDA graph with the choice of the token in it.
 """
 
 import os
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from dsv3c.checkpoint import load
 from dsv3c.config import PRESETS
+from dsv3c.decoding import Choice, GraphStep, step_of
 from dsv3c.errors import Dsv3cError
 from dsv3c.model import DeepseekV3, LatentCache
+from dsv3c.paged_cache import PagedCache
 from dsv3c.source import model_config
 
 Model = Any  # dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM
@@ -76,6 +79,16 @@ def _transformers(model: DeepseekV3, device: torch.device) -> Model:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """Calls of a model: `run` is timed, `warm` is what comes before it the first time, and again after weights_changed;
+    `checked` shows the gate what layers are called with."""
+
+    run: Callable[[Model], object]
+    warm: Callable[[Model], object]
+    checked: Callable[[Model], object]
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is called again and again: the mode, whose model ("ours" or "hf"), sequences, and tokens of each; in decode,
     cached ones."""
@@ -86,8 +99,8 @@ class Workload:
     tokens: int
 
     @contextmanager
-    def prepared(self, model: Model) -> Iterator[Callable[[Model], Tensor | None]]:
-        """`run(model)`, for `model` and what is compiled from it meanwhile; in backward they have no head."""
+    def prepared(self, model: Model) -> Iterator[Prepared]:
+        """For `model` and what is compiled from it meanwhile; in backward they have no head."""
         device, head = model.model.embed_tokens.weight.device, model.lm_head
         generator = torch.Generator(device).manual_seed(1)
         shape = (self.batch, 1 if self.mode == "decode" else self.tokens)
@@ -98,10 +111,51 @@ class Workload:
             arguments, reset = (_our_cache if self.family == "ours" else _their_cache)(model, self, generator)
         if self.mode == "backward":
             model.lm_head = nn.Identity()
+        call = partial(_train if self.mode == "backward" else _infer, ids=ids, arguments=arguments, reset=reset)
         try:
-            yield partial(_train if self.mode == "backward" else _infer, ids=ids, arguments=arguments, reset=reset)
+            if self.mode == "decode" and self.family == "ours":
+                yield self._steps(model, call)
+            else:
+                yield Prepared(call, call, call)
         finally:
             model.lm_head = head
+
+    def _steps(self, model: Model, call: Callable[..., Tensor]) -> Prepared:
+        """`call` for models whose kernels are launched one by one; pages for those that `generate` captures, and for
+        checks."""
+        cache, steps = call.keywords["arguments"]["cache"], {}
+
+        def filled(pages: PagedCache) -> PagedCache:
+            pages.reset(self.tokens + 1)
+            for index, latents in enumerate(cache.latents):
+                pages.write(index, latents[:, : self.tokens], None)
+            pages.advance(self.tokens, None)
+            return pages
+
+        @torch.no_grad()
+        def warm(model: Model) -> None:
+            step = steps[model] = step_of(model, self.batch, self.tokens + 1, Choice())
+            if isinstance(step, GraphStep):
+                filled(step.cache)
+                step.make_fresh()
+            run(model)
+
+        def run(model: Model) -> None:
+            step = steps[model]
+            if isinstance(step, GraphStep):
+                step.cache.lengths_B.fill_(self.tokens)
+                step.cache.length = self.tokens
+                step()
+            else:
+                call(model)
+
+        def checked(model: Model) -> None:
+            like = cache.latents[0]
+            pages = PagedCache(model.config, self.batch, self.tokens + 1, device=like.device, dtype=like.dtype)
+            with torch.no_grad():
+                model(call.keywords["ids"], cache=filled(pages), logits_to_keep=1)
+
+        return Prepared(run, warm, checked)
 
 
 def _train(model: Model, ids: Tensor, arguments: dict[str, Any], reset: Callable[[], None]) -> None:

@@ -76,7 +76,11 @@ class Variant(NamedTuple):
         x, *rest = self.arguments
         words = ["one_sequence" if x.sizes[0] == 1 else "many_sequences"]
         words.append("one_token" if x.sizes[1] == 1 else "many_tokens")
-        words += [word for word, argument in zip(("masked", "cached"), rest[2:], strict=False) if argument is not None]
+        words += [
+            word
+            for word, argument in zip(("masked", "cached", "paged"), rest[2:], strict=False)
+            if argument is not None
+        ]
         return "_".join([*words, "training" if self.gradients else "inference"])
 
 

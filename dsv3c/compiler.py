@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from dsv3c.fp8_weights import recipe_of
 from dsv3c.passes import Pass, Pipeline, default
 from dsv3c.tuning.targets import Target, resolve
 from dsv3c.weights import QuantizedWeights
+
+if TYPE_CHECKING:
+    from dsv3c.decoding import Decoder
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,6 +39,7 @@ class Compilation:
     units: Units
     backends: dict[Unit, Backend]
     notes: list[str]
+    decoder: "Decoder | None" = None  # made by the first generate() on a GPU
 
 
 def compile(  # the name users type

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3c.errors import CompileError
+from dsv3c.paged_cache import Pages
 
 Outputs = Tensor | tuple[Tensor, ...]
 RunUnit = Callable[..., Outputs]
@@ -30,16 +31,19 @@ class Call(Protocol):
 
 
 class OurLayer:
-    """DecoderLayer.forward(x_BTD, cos_BTr, sin_BTr, mask_B1TS, past_BPL) is such a call already."""
+    """DecoderLayer.forward(x_BTD, cos_BTr, sin_BTr, mask_B1TS, past_BPL); of a past in pages its three tensors follow,
+    latents, table and lengths."""
 
-    symbolic = ((0, 1), (0, 1), (0, 1), (0, 2, 3), (0, 1))
+    symbolic = ((0, 1), (0, 1), (0, 1), (0, 2, 3), (0, 1), (0,), (0, 1), (0,))
 
-    def trace(self, call, *tensors):
-        return call(*tensors)
+    def trace(self, call, x_BTD, cos_BTr, sin_BTr, mask, past, *pages):
+        return call(x_BTD, cos_BTr, sin_BTr, mask, past if pages[0] is None else Pages(*pages))
 
     def forward(self, layer, run):
         def forward(x_BTD, cos_BTr, sin_BTr, mask=None, past=None):
-            return run(x_BTD, cos_BTr, sin_BTr, mask, past)
+            if isinstance(past, Pages):
+                return run(x_BTD, cos_BTr, sin_BTr, mask, None, *past)
+            return run(x_BTD, cos_BTr, sin_BTr, mask, past, None, None, None)
 
         return forward
 
@@ -48,6 +52,9 @@ class OurMTPLayer(OurLayer):
     """MTPLayer.forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask_B1TS)."""
 
     symbolic = ((0, 1), (0, 1), (0, 1), (0, 1), (0, 2, 3))
+
+    def trace(self, call, *tensors):
+        return call(*tensors)
 
     def forward(self, layer, run):
         def forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask=None):
@@ -144,8 +151,12 @@ class Angles:
 
 
 def _no_view(x: Tensor) -> Tensor:
-    """x, or a copy: of a view, such as the last tokens alone, Dynamo guards the sizes of what it is a view of."""
-    return x if x._base is None else x.clone(memory_format=torch.contiguous_format)
+    """x, or what it is all of, or a copy: of a view, such as the last tokens alone, Dynamo guards the sizes of what it
+    is a view of."""
+    base = x._base
+    if base is None or (base.shape, base.stride()) == (x.shape, x.stride()):
+        return x if base is None else base
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _past_of(cache, index: int) -> tuple[Tensor | None, Tensor | None] | None:

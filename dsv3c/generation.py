@@ -1,12 +1,15 @@
-"""Text generation with the latent cache: greedy by default; sampling has transformers' names and order of filters."""
+"""Text generation with the latent cache: greedy by default; sampling settings have transformers' names."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dsv3c.decoding import Choice, GraphStep, step_of
 from dsv3c.errors import Dsv3cError
-from dsv3c.model import DeepseekV3, LatentCache
+from dsv3c.model import DeepseekV3
+
+LOOK = 8  # steps between looks at whether all sequences have ended, for each of which the GPU stands still
 
 
 @torch.no_grad()
@@ -16,6 +19,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -24,57 +28,34 @@ def generate(
 ) -> Tensor:
     """input_ids [B, T] continued by up to max_new_tokens: int64 [B, T + n]; n is smaller if every sequence ended.
 
-    eos_token_id: by default the config's; () never ends. What follows an end is the config's pad_token_id, else the
-    first eos_token_id. attention_mask: [B, T], nonzero = a real token; padding stands on the left. Sampling: logits
-    over temperature, of these the top_k largest, of these the smallest set whose probability reaches top_p. Raises
-    Dsv3cError.
+    eos_token_id: by default the config's; () never ends. What follows an end is pad_token_id, by default the config's,
+    else the first eos_token_id. attention_mask: [B, T], nonzero = a real token; padding stands on the left. Sampling:
+    logits over temperature, of these the top_k largest, of these the smallest set whose probability reaches top_p. With
+    a compiled model on a GPU each step is one CUDA graph. Raises Dsv3cError.
     """
     _check(input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
+    if max_new_tokens == 0:
+        return input_ids
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None  # the unpadded model needs no mask
-    ends = _end_tokens(model, eos_token_id, input_ids.device)
-    pad = model.config.pad_token_id if model.config.pad_token_id is not None else ends[:1]
-    weight = model.model.embed_tokens.weight
-    batch, num_prompt = input_ids.shape
-    cache = LatentCache(model.config, batch, num_prompt + max_new_tokens, device=weight.device, dtype=weight.dtype)
-    ended_B1 = torch.zeros(batch, 1, dtype=torch.bool, device=input_ids.device)
-    tokens = new = input_ids
-    for _ in range(max_new_tokens):
-        logits_BV = model(new, attention_mask=attention_mask, cache=cache, logits_to_keep=1)[:, -1].float()
-        if do_sample:
-            new = sample(logits_BV, temperature, top_k, top_p)
-        else:
-            new = logits_BV.argmax(dim=-1, keepdim=True)
-        if len(ends):
-            new = torch.where(ended_B1, pad, new)
-            ended_B1 = ended_B1 | torch.isin(new, ends)
-        tokens = torch.cat((tokens, new), dim=1)
-        if attention_mask is not None:
-            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, 1)), dim=1)
-        if len(ends) and bool(ended_B1.all()):
+    ends = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
+    pad = pad if pad is not None else ends[0] if ends else 0
+    choice = Choice(do_sample, temperature, top_k, top_p, ends, pad) if do_sample else Choice(ends=ends, pad=pad)
+
+    step = step_of(model, len(input_ids), input_ids.shape[1] + max_new_tokens, choice)
+    look = LOOK if isinstance(step, GraphStep) else 1
+    new = [step.prefill(input_ids, attention_mask).clone()]
+    while len(new) < max_new_tokens:
+        if ends and len(new) % look == 0 and bool(step.ended_B1.all()):
             break
-    return tokens
-
-
-def sample(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """One token per row, [B, 1], drawn with torch's global generator."""
-    logits_BV = logits_BV / temperature
-    if top_k is not None:
-        smallest_B1 = logits_BV.topk(min(top_k, logits_BV.shape[1])).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
-    if top_p < 1.0:
-        sorted_BV, order_BV = logits_BV.sort(descending=True)
-        probability_BV = sorted_BV.softmax(dim=-1)
-        # A token is dropped if those before it already reach top_p; so the first one never is.
-        dropped_BV = probability_BV.cumsum(dim=-1) - probability_BV >= top_p
-        logits_BV = logits_BV.masked_fill(dropped_BV.scatter(1, order_BV, dropped_BV), -torch.inf)
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1)
-
-
-def _end_tokens(model: DeepseekV3, eos_token_id: int | Sequence[int] | None, device: torch.device) -> Tensor:
-    ids = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    ids = () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+        new.append(step().clone())
+    new_Bn = torch.cat(new, dim=1)
+    if ends and bool(step.ended_B1.all()):
+        is_end_Bn = torch.isin(new_Bn, step.ends)
+        new_Bn = new_Bn[:, : int(is_end_Bn.int().argmax(dim=1).max()) + 1]
+    return torch.cat((input_ids, new_Bn), dim=1)
 
 
 def _check(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dsv3c.config import ModelConfig
 from dsv3c.errors import ConfigError, Dsv3cError
 from dsv3c.grouped_linear import grouped_linear
+from dsv3c.paged_cache import PagedCache, Pages, positions
 
 LATENT_NORM_EPS = 1e-6
 
@@ -105,7 +106,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, cos_BTr: Tensor, sin_BTr: Tensor, mask: Tensor | None = None, past: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        cos_BTr: Tensor,
+        sin_BTr: Tensor,
+        mask: Tensor | None = None,
+        past: Tensor | Pages | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See DecoderLayer.forward."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.has_q_lora else self.q_proj(x_BTD)
@@ -115,7 +121,10 @@ class Attention(nn.Module):
 
         compressed, k_rope = self.kv_a_proj_with_mqa(x_BTD).split(self.latent_split, dim=-1)
         latent_BTL = torch.cat((self.kv_a_layernorm(compressed), rotate(k_rope, cos_BTr, sin_BTr)), dim=-1)
-        latent_BSL = latent_BTL if past is None else torch.cat((past, latent_BTL), dim=1)
+        if isinstance(past, Pages):
+            latent_BSL, mask = past.append(latent_BTL)
+        else:
+            latent_BSL = latent_BTL if past is None else torch.cat((past, latent_BTL), dim=1)
         compressed, k_rope = latent_BSL.split(self.latent_split, dim=-1)
         k_nope, v_BSHd = self.kv_b_proj(compressed).unflatten(-1, (-1, sum(self.kv_split))).split(self.kv_split, dim=-1)
         k_BSHd = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, k_nope.shape[2], -1)), dim=-1)
@@ -245,12 +254,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x_BTD: Tensor, cos_BTr: Tensor, sin_BTr: Tensor, mask: Tensor | None = None, past: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        cos_BTr: Tensor,
+        sin_BTr: Tensor,
+        mask: Tensor | None = None,
+        past: Tensor | Pages | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x [B, T, D], latent [B, T, L] to be cached).
 
         past: [B, S - T, L], latents of the tokens before. mask: bool [B, 1, T, S], True = attend; None is causal
-        without a past, and everything with one.
+        without a past, and everything with one. A past in pages is written to, and stands for its mask too.
         """
         attended_BTD, latent_BTL = self.self_attn(self.input_layernorm(x_BTD), cos_BTr, sin_BTr, mask, past)
         x_BTD = x_BTD + attended_BTD
@@ -298,9 +312,13 @@ class LatentCache:
         """What a layer attends to besides the new tokens: a view [B, length, L], or None if nothing is cached."""
         return self.latents[layer][:, : self.length] if self.length else None
 
-    def write(self, layer: int, latent_BTL: Tensor) -> None:
-        """Stores the new tokens' latents behind `length`, which the model moves on after the last layer."""
+    def write(self, layer: int, latent_BTL: Tensor, attention_mask: Tensor | None) -> None:
+        """Stores the new tokens' latents behind `length`, padding too."""
         self.latents[layer][:, self.length : self.length + latent_BTL.shape[1]] = latent_BTL.detach()
+
+    def advance(self, num_new: int, attention_mask: Tensor | None) -> None:
+        """After the last layer: the new tokens are cached now."""
+        self.length += num_new
 
 
 class Decoder(nn.Module):
@@ -359,7 +377,7 @@ class DeepseekV3(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: LatentCache | PagedCache | None = None,
         logits_to_keep: int = 0,
         return_mtp: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -371,13 +389,16 @@ class DeepseekV3(nn.Module):
         """
         (batch, num_new), cached = input_ids.shape, cache.length if cache is not None else 0
         self._check((batch, cached + num_new), attention_mask, cache, return_mtp)
+        paged = isinstance(cache, PagedCache) and cached > 0
         if position_ids is not None:
             position_ids = position_ids.expand(batch, -1)
+        elif paged:
+            position_ids = positions(cache.lengths_B, num_new)
         elif attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, cached:]
         else:
             position_ids = torch.arange(cached, cached + num_new, device=input_ids.device).expand(batch, -1)
-        mask = attend(attention_mask, position_ids, cached)
+        mask = None if paged else attend(attention_mask, position_ids, cached)
 
         embedded_BTD = x_BTD = self.model.embed_tokens(input_ids)
         cos_BTr, sin_BTr = self.model.rotary_emb(x_BTD, position_ids)
@@ -385,9 +406,9 @@ class DeepseekV3(nn.Module):
             past = cache.past(index) if cache is not None else None
             x_BTD, latent_BTL = layer(x_BTD, cos_BTr, sin_BTr, mask, past)
             if cache is not None:
-                cache.write(index, latent_BTL)
+                cache.write(index, latent_BTL, attention_mask)
         if cache is not None:
-            cache.length += num_new
+            cache.advance(num_new, attention_mask)
         x_BTD = self.model.norm(x_BTD)
         logits = self.lm_head(x_BTD[:, -logits_to_keep:])
         if not return_mtp:
@@ -396,7 +417,19 @@ class DeepseekV3(nn.Module):
         x_BTD = self.model.layers[-1](x_BTD[:, :-1], embedded_BTD[:, 1:], cos_BTr[:, :-1], sin_BTr[:, :-1], mask)
         return logits, self.lm_head(x_BTD[:, -logits_to_keep:])
 
-    def _check(self, shape: tuple[int, int], mask: Tensor | None, cache: LatentCache | None, return_mtp: bool) -> None:
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int, **settings: Any) -> Tensor:
+        """`dsv3c.generate(self, …)`."""
+        from dsv3c.generation import generate
+
+        return generate(self, input_ids, max_new_tokens=max_new_tokens, **settings)
+
+    def _check(
+        self, shape: tuple[int, int], mask: Tensor | None, cache: LatentCache | PagedCache | None, return_mtp: bool
+    ) -> None:
+        if mask is not None and isinstance(cache, PagedCache) and cache.length:
+            raise Dsv3cError(
+                "attention_mask: expected none, since a PagedCache holds no padding; try it with the prompt"
+            )
         if mask is not None and mask.shape != shape:
             raise Dsv3cError(
                 f"attention_mask: expected {list(shape)}, cached tokens included, found {list(mask.shape)}"

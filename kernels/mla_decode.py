@@ -12,9 +12,7 @@ sequence that lies in one span is finished there. Of others each program leaves 
 log-sum-exp (base 2): in slot 0 if the sequence began before the span, in slot 1 if it goes on behind it; only the ends
 of a span cut a sequence. A second kernel adds them, in the order of the groups.
 
-The first kernel is in `mla_decode_gluon.py`, since Triton alone cannot split warps by task. (H200, batch 128, replayed
-graphs: 525, 600 and 623 TFLOPS with 128 heads at 4096, 16384 and 32768 keys, where torch's products reach 120 to 133;
-3.7 to 4.0 TB/s with 16 heads. One loop of plain Triton, launches included: 253 to 280 TFLOPS, 1.9 TB/s.)
+The first kernel is in `mla_decode_gluon.py`, since Triton alone cannot split warps by task.
 """
 
 from collections.abc import Iterator
@@ -28,18 +26,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dsv3c.kernels.gemm import aligned
 from dsv3c.kernels.mla_decode_gluon import BUFFER, mla_decode_kernel
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
-from dsv3c.kernels.reference.mla_decode import LATENT, RANK
+from dsv3c.kernels.reference.mla_decode import LATENT, RANK, read_pages_ref
 from dsv3c.numerics import ceil_div, round_up
 
 ROWS = 64
 LOG2_E = 1.4426950408889634
+COMBINED = ((8, 1), (1, 16))  # rows of a program and parts at a time: of many rows; of few, which have many parts
 
 
 @triton.jit(do_not_specialize=["B", "groups"])
 def _combine_kernel(
-    partial_ptr, partial_lse_ptr, lengths_ptr, out_ptr, lse_ptr, B, R, groups, BATCH: tl.constexpr, ROWS: tl.constexpr
-):
-    """A sequence's rows from its partial results, if it has any. Spans as in `_first_segment`."""
+    partial_ptr, partial_lse_ptr, lengths_ptr, out_ptr, lse_ptr, B, R, groups, BATCH: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """A sequence's rows from its partial results, if it has any, PARTS at a time. Spans as in `_first_segment`."""
     b, batch = tl.program_id(0), tl.arange(0, BATCH)
     units = tl.maximum(tl.cdiv(tl.load(lengths_ptr + batch, mask=batch < B, other=0), 128), 1)
     units = tl.where(batch < B, units, 0)
@@ -48,26 +48,28 @@ def _combine_kernel(
     first, last = start // span, (end - 1) // span
     if first == last:
         return
-    rows, columns = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, 512)[None, :]
-    inside = rows < R
+    rows, columns = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, 512)
     acc = tl.zeros((ROWS, 512), tl.float32)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for group in range(first, last + 1):
+    for part in range(first, last + 1, PARTS):
+        group = part + tl.arange(0, PARTS)
         slot = group * 2 + (start >= group * span).to(tl.int32)
-        row = slot.to(tl.int64) * (tl.cdiv(R, 64) * 64) + rows
+        row = slot[:, None].to(tl.int64) * (tl.cdiv(R, 64) * 64) + rows[None, :]
+        inside = (group <= last)[:, None] & (rows < R)[None, :]
         lse = tl.load(partial_lse_ptr + row, mask=inside, other=float("-inf"))
-        out = tl.load(partial_ptr + row[:, None] * 512 + columns, mask=inside[:, None], other=0.0)
-        above = tl.maximum(m, lse)
+        out = tl.load(partial_ptr + row[:, :, None] * 512 + columns[None, None, :], mask=inside[:, :, None], other=0.0)
+        above = tl.maximum(m, tl.max(lse, 0))
         finite = tl.where(above == float("-inf"), 0.0, above)
-        factor, weight = tl.exp2(m - finite), tl.exp2(lse - finite)
-        acc = acc * factor[:, None] + out * weight[:, None]
-        total = total * factor + weight
+        factor, weight = tl.exp2(m - finite), tl.exp2(lse - finite[None, :])
+        acc = acc * factor[:, None] + tl.sum(out * weight[:, :, None], 0)
+        total = total * factor + tl.sum(weight, 0)
         m = above
     row = b.to(tl.int64) * R + rows
     acc /= tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out_ptr + row[:, None] * 512 + columns, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse_ptr + row, (m + tl.log2(total)) / 1.4426950408889634, mask=inside)
+    out = out_ptr + row[:, None] * 512 + columns[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rows < R)[:, None])
+    tl.store(lse_ptr + row, (m + tl.log2(total)) / 1.4426950408889634, mask=rows < R)
 
 
 def mla_decode(
@@ -90,8 +92,16 @@ def mla_decode(
         *descs, block_table, lengths, out, lse, partial, partial_lse, B, T, H, block_table.shape[1],
         softmax_scale * LOG2_E, batch, num_warps=4,
     )  # fmt: skip
-    part = 8 if B * T * H >= 4096 else 1  # rows a program; few rows have many partial results
-    _combine_kernel[(B, ceil_div(T * H, part))](partial, partial_lse, lengths, out, lse, B, T * H, groups, batch, part)
+    rows, parts = COMBINED[B * T * H < 4096]
+    _combine_kernel[(B, ceil_div(T * H, rows))](
+        partial, partial_lse, lengths, out, lse, B, T * H, groups, batch, rows, parts
+    )
+
+
+def read_pages(cache: Tensor, block_table: Tensor, lengths: Tensor, num_new: int, out: tuple[Tensor, Tensor]) -> None:
+    """Launcher of `dsv3c::read_pages`, by torch: for models whose latent the kernel above is not made for."""
+    for result, value in zip(out, read_pages_ref(cache, block_table, lengths, num_new), strict=True):
+        result.copy_(value)
 
 
 def variants() -> Iterator[Variant]:
@@ -99,4 +109,5 @@ def variants() -> Iterator[Variant]:
     described = f"tensordesc<bf16[64, 64],{BUFFER!r}>"
     operands = {"q_desc": described, "cache_desc": described, "table_ptr": I32, "scale": "fp32"} | tensors
     yield Variant(mla_decode_kernel, operands, {"BATCH": 128})
-    yield from (Variant(_combine_kernel, tensors, {"BATCH": 128, "ROWS": rows}) for rows in (1, 8))
+    for rows, parts in COMBINED:
+        yield Variant(_combine_kernel, tensors, {"BATCH": 128, "ROWS": rows, "PARTS": parts})

@@ -24,6 +24,7 @@ SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4
 OUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
 WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+LANES = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))  # 64 numbers, in each warp all of them
 ROW, OUT_ROW = gl.constexpr(gl.SliceLayout(1, SCORES)), gl.constexpr(gl.SliceLayout(1, OUT))
 
 
@@ -74,9 +75,9 @@ def _load(problem, where, buffers, bars, q_desc, cache_desc, table_ptr, max_page
     """The loading warp. Pages behind a sequence's end are its last one again."""
     lengths_ptr, T, H, _ = problem
     _, tile, unit, stop, b, start = where
-    q_left, q_right, q_rope, left, right, rope, _, _ = buffers
+    q_left, q_right, q_rope, left, right, rope, _, _, _ = buffers
     q_full, q_empty, full_left, full_right, full_rope, empty_left, empty_right, _, _ = bars
-    units = 0
+    first = unit
     segments = 0
     while unit < stop:
         length = gl.load(lengths_ptr + b)
@@ -95,7 +96,7 @@ def _load(problem, where, buffers, bars, q_desc, cache_desc, table_ptr, max_page
             page += 2
             next0 = gl.load(pages_ptr + gl.minimum(page, last)) * 64
             next1 = gl.load(pages_ptr + gl.minimum(page + 1, last)) * 64
-            free = (units & 1) ^ 1
+            free = ((unit - first) & 1) ^ 1
             mbarrier.wait(empty_left.index(0), free)
             _load_half(cache_desc, row0, 0, full_left, 0, left)
             mbarrier.wait(empty_right.index(0), free)
@@ -109,7 +110,6 @@ def _load(problem, where, buffers, bars, q_desc, cache_desc, table_ptr, max_page
             row0 = next0
             row1 = next1
             unit += 1
-            units += 1
         segments += 1
         start = end
         b += 1
@@ -127,7 +127,7 @@ def _dot_half(scores, q, k, full, tile: gl.constexpr, phase):
 @gluon.jit
 def _scores(buffers, bars, phase, zero, tile: gl.constexpr):
     """q kᵀ [64, 64] of a tile, its columns in the order in which they come."""
-    q_left, q_right, q_rope, left, right, rope, _, _ = buffers
+    q_left, q_right, q_rope, left, right, rope, _, _, _ = buffers
     _, _, full_left, full_right, full_rope, _, _, _, _ = bars
     scores = gl.zeros([64, 64], gl.float32, SCORES)
     if tile == 0:
@@ -164,6 +164,17 @@ def _zero_rows(v, first):
 
 
 @gluon.jit
+def _reference(m, top):
+    """What exponents are relative to, after a tile with maxima `top`, and the rows for which that is new.
+
+    Rescaling 256 columns takes the tensor cores' time, so a row's reference follows its maximum only when that has
+    grown by 8: probabilities are then below 2^8, and as exact as below 1.
+    """
+    higher = top > m + 8.0
+    return gl.where(higher, top, m), higher.to(gl.int32)
+
+
+@gluon.jit
 def _finite(m):
     """Rows that have seen no key yet: any number will do for their maximum, but -inf - -inf is NaN."""
     return gl.where(m == float("-inf"), 0.0, m)
@@ -175,16 +186,19 @@ def _probabilities(scores, m, scale):
 
 
 @gluon.jit
-def _hand_over(p, m, p_buffer, m_buffer, ready):
+def _hand_over(p, p_buffer, m, m_buffer, higher, changes, ready):
     p_buffer.store(p)
     m_buffer.store(m)
+    changes.store(higher)
     fence_async_shared()
     mbarrier.arrive(ready, count=1)
 
 
 @gluon.jit
-def _rescale(acc, factor):
-    return acc * gl.expand_dims(gl.convert_layout(factor, OUT_ROW), 1)
+def _rescale(acc, factor, changes):
+    if gl.max(changes.load(LANES), 0) != 0:
+        acc = acc * gl.expand_dims(gl.convert_layout(factor, OUT_ROW), 1)
+    return acc
 
 
 @gluon.jit
@@ -192,12 +206,12 @@ def _attend(problem, where, buffers, bars, results, ODD: gl.constexpr):
     """A warp group: scores of the tile of its parity, and 256 columns of the output."""
     lengths_ptr, T, H, scale = problem
     group, tile, unit, stop, b, start = where
-    _, _, _, left, right, rope, row_max, row_sum = buffers
+    _, _, _, left, right, rope, row_max, row_sum, changes = buffers
     q_full, q_empty, _, _, _, empty_left, empty_right, ready, summed = bars
     v, empty = left, empty_left
     if ODD:
         v, empty = right, empty_right
-    units = 0
+    first = unit
     segments = 0
     while unit < stop:
         length = gl.load(lengths_ptr + b)
@@ -209,7 +223,7 @@ def _attend(problem, where, buffers, bars, results, ODD: gl.constexpr):
         mbarrier.wait(q_full, segments & 1)
         last = gl.minimum(stop, end) - 1
         for u in range(unit, last + 1):
-            phase = units & 1
+            phase = (u - first) & 1
             # An index that the compiler cannot see through. Else it computes the descriptors of all operands before the
             # loop, 72 registers, and spills them.
             zero = gl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [u], dtype=gl.int32, is_pure=False, pack=1)
@@ -226,21 +240,23 @@ def _attend(problem, where, buffers, bars, results, ODD: gl.constexpr):
                 mbarrier.wait(ready.index(0), phase)
                 m0 = row_max.index(zero).load(ROW)
             else:
-                m0 = gl.maximum(m, top)
+                m0, higher = _reference(m, top)
                 p = _probabilities(scores, m0, scale)
                 p_bf16 = p.to(gl.bfloat16)
-                _hand_over(p_bf16, m0, rope.index(zero), row_max.index(zero), ready.index(0))
+                _hand_over(
+                    p_bf16, rope.index(zero), m0, row_max.index(zero), higher, changes.index(zero), ready.index(0)
+                )
             factor = gl.exp2(m - _finite(m0))
-            acc = _rescale(acc, factor)
+            acc = _rescale(acc, factor, changes.index(zero))
             total = total * factor
             if edge:
                 _zero_rows(v.index(zero), length - key)
             if ODD:
                 acc = warpgroup_mma(rope.index(zero), v.index(zero), acc, is_async=True)
-                m = gl.maximum(m0, top)
+                m, higher = _reference(m0, top)
                 p = _probabilities(scores, m, scale)
                 p_bf16 = p.to(gl.bfloat16)
-                _hand_over(p_bf16, m, rope.index(one), row_max.index(one), ready.index(1))
+                _hand_over(p_bf16, rope.index(one), m, row_max.index(one), higher, changes.index(one), ready.index(1))
             else:
                 operand = gl.convert_layout(p_bf16, gl.DotOperandLayout(0, OUT, 2))
                 acc = warpgroup_mma(operand, v.index(zero), acc, is_async=True)
@@ -252,7 +268,7 @@ def _attend(problem, where, buffers, bars, results, ODD: gl.constexpr):
                 mbarrier.wait(ready.index(1), phase)
                 m = row_max.index(one).load(ROW)
             factor = gl.exp2(m0 - _finite(m))
-            acc = _rescale(acc, factor)
+            acc = _rescale(acc, factor, changes.index(one))
             total = total * factor
             if edge:
                 _zero_rows(v.index(one), length - key - 64)
@@ -264,7 +280,6 @@ def _attend(problem, where, buffers, bars, results, ODD: gl.constexpr):
                 acc = warpgroup_mma(rope.index(one), v.index(one), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(1), count=1)
-            units += 1
         row_sum.index(ODD).store(total)
         mbarrier.arrive(summed.index(ODD), count=1)
         mbarrier.wait(summed.index(1 - ODD), segments & 1)
@@ -322,8 +337,9 @@ def mla_decode_kernel(
         gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], q_desc.layout),  # two tiles of keys, likewise
         gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], q_desc.layout),
         gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], q_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [2, 64], flat),  # maximum after each tile, sum of each group
+        gl.allocate_shared_memory(gl.float32, [2, 64], flat),  # reference after each tile, sum of each group
         gl.allocate_shared_memory(gl.float32, [2, 64], flat),
+        gl.allocate_shared_memory(gl.int32, [2, 64], flat),  # rows whose reference a tile changed
     )
     bars = (
         _barriers(1, 1).index(0), _barriers(1, 2).index(0),  # q: full, empty

@@ -1,9 +1,10 @@
-"""Absorbed attention over the latent cache, for decoding. What it means: `kernels/reference/mla_decode.py`."""
+"""Attention over the paged latent cache, for decoding: absorbed, or its operands spelt out for attention that is not.
+What they mean: `kernels/reference/mla_decode.py`."""
 
 import torch
 from torch import Tensor
 
-from dsv3c.kernels.reference.mla_decode import LATENT, RANK, mla_decode_ref
+from dsv3c.kernels.reference.mla_decode import LATENT, RANK, mla_decode_ref, read_pages_ref
 from dsv3c.operators.define import OperatorError, check_rank, define, expect
 
 PAGE = 64  # tokens
@@ -28,6 +29,14 @@ def _mla_decode(q_BTHL, cache_NPL, block_table, lengths, softmax_scale) -> tuple
     return q_BTHL.new_empty((B, T, H, RANK)), q_BTHL.new_empty((B, T, H), dtype=wide)
 
 
+def _read_pages(cache_NPL, block_table, lengths, num_new) -> tuple[Tensor, Tensor]:
+    check_rank("cache", cache_NPL, 3)
+    check_rank("block_table", block_table, 2)
+    expect("shape of lengths", tuple(lengths.shape), (block_table.shape[0],))
+    B, S = block_table.shape[0], block_table.shape[1] * cache_NPL.shape[1]
+    return cache_NPL.new_empty((B, S, cache_NPL.shape[2])), cache_NPL.new_empty((B, 1, num_new, S), dtype=torch.bool)
+
+
 def _flops(q_shape, cache_shape, table_shape, *args, out_shape=None, **kwargs) -> int:
     """For sequences that fill their rows of the block table: lengths are known to the device only."""
     B, T, H, _ = q_shape
@@ -40,4 +49,10 @@ define(
     mla_decode_ref,
     "mla_decode",
     _flops,
+)
+define(
+    "read_pages(Tensor cache, Tensor block_table, Tensor lengths, SymInt num_new) -> (Tensor, Tensor)",
+    _read_pages,
+    read_pages_ref,
+    "mla_decode",
 )

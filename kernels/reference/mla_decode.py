@@ -29,3 +29,12 @@ def mla_decode_ref(
                 lse[b, t] = scores_HS.logsumexp(-1)
                 out[b, t] = (scores_HS.softmax(-1) @ seen_SL[:, :RANK]).to(out.dtype)
     return out, lse
+
+
+def read_pages_ref(cache_NPL: Tensor, block_table: Tensor, lengths: Tensor, num_new: int) -> tuple[Tensor, Tensor]:
+    """What `mla_decode_ref` attends over, spelt out: latents [B, S, L], zero behind a sequence's end, and bool
+    [B, 1, T, S], which of them the T = num_new newest tokens see; S is what the pages of a sequence hold."""
+    latent_BSL = cache_NPL[block_table.long()].flatten(1, 2)
+    key_S, new_T = (torch.arange(size, device=lengths.device) for size in (latent_BSL.shape[1], num_new))
+    seen_BTS = key_S <= (lengths[:, None] - num_new + new_T)[..., None]
+    return torch.where((key_S < lengths[:, None])[..., None], latent_BSL, 0), seen_BTS[:, None]

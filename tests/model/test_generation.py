@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from dsv3c.config import preset
+from dsv3c.decoding import Choice
 from dsv3c.errors import Dsv3cError
-from dsv3c.generation import generate, sample
+from dsv3c.generation import generate
 from dsv3c.model import DeepseekV3
 
 CONFIG = replace(
@@ -89,14 +90,14 @@ def test_filters(top_k, top_p, left):
     torch.manual_seed(0)
     order = torch.tensor([2, 0, 3, 1])  # the tokens are not in order of probability
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[order]
-    drawn = sample(logits.expand(2000, -1), 1.0, top_k, top_p)
+    drawn = Choice(True, 1.0, top_k, top_p)(logits.expand(2000, -1))
     assert {int(order[token]) for token in drawn.flatten()} == left
 
 
 def test_temperature_sharpens():
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0]).expand(4000, -1)
-    share = [sample(logits, temperature, None, 1.0).float().mean() for temperature in (0.25, 1.0, 4.0)]
+    share = [Choice(True, temperature)(logits).float().mean() for temperature in (0.25, 1.0, 4.0)]
     assert share[0] < share[1] < share[2] < 0.5
 
 

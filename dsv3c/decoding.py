@@ -1,0 +1,214 @@
+"""One step of decoding: the next token of each sequence of a batch. Of a compiled model on a GPU, one CUDA graph.
+
+A step of V3 is some forty kernels a layer, each a few microseconds long, which the host alone could not launch that
+fast. The graph is captured once for a batch size and a way to choose tokens, over buffers that stay where they are
+(tokens, cache, lengths), and replayed for each token. It holds addresses: when a weight moved, or its FP8 copy was made
+anew, it is captured again.
+"""
+
+import warnings
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv3c.model import DeepseekV3
+from dsv3c.numerics import ceil_div
+from dsv3c.operators.mla_decode import PAGE
+from dsv3c.paged_cache import PagedCache
+from dsv3c.weights import QuantizedWeights
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a token is chosen from logits, with transformers' names and order of filters."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    ends: tuple[int, ...] = ()  # tokens that end a sequence
+    pad: int = 0  # what follows them
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        """One token per row, [B, 1]; drawn with torch's global generator, without a word to the host."""
+        if not self.do_sample:
+            return _argmax(logits_BV)
+        logits_BV = logits_BV.float() / self.temperature
+        if self.top_k is not None:
+            smallest_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[1])).values[:, -1:]
+            logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
+        if self.top_p < 1.0:
+            sorted_BV, order_BV = logits_BV.sort(descending=True)
+            probability_BV = sorted_BV.softmax(dim=-1)
+            # A token is dropped if those before it already reach top_p; so the first one never is.
+            dropped_BV = probability_BV.cumsum(dim=-1) - probability_BV >= self.top_p
+            logits_BV = logits_BV.masked_fill(dropped_BV.scatter(1, order_BV, dropped_BV), -torch.inf)
+        # As torch.multinomial draws, which asks the host whether the probabilities are sane.
+        waits_BV = torch.empty_like(logits_BV).exponential_()
+        return _argmax(logits_BV.softmax(dim=-1) / waits_BV)
+
+
+def _argmax(x_BV: Tensor) -> Tensor:
+    """[B, 1]: the place of the largest, of the first if there are several. By parts: torch gives each row to one
+    multiprocessor, which takes 35 µs for V3's vocabulary."""
+    parts = 128 if x_BV.shape[1] % 128 == 0 else 1
+    x_BPc = x_BV.unflatten(1, (parts, -1))
+    place_BP = x_BPc.argmax(dim=-1)
+    part_B1 = x_BPc.gather(-1, place_BP[..., None]).squeeze(-1).argmax(dim=-1, keepdim=True)
+    return part_B1 * x_BPc.shape[-1] + place_BP.gather(1, part_B1)
+
+
+class Step:
+    """`step()` appends the last tokens to the cache and chooses the next."""
+
+    def __init__(self, model: DeepseekV3, cache: PagedCache, choice: Choice) -> None:
+        device = cache.lengths_B.device
+        self.model, self.cache, self.choice = model, cache, choice
+        self.tokens_B1 = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
+        self.ended_B1 = torch.zeros(cache.batch_size, 1, dtype=torch.bool, device=device)
+        self.ends = torch.tensor(choice.ends, dtype=torch.int64, device=device)
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The first tokens [B, 1], after prompts [B, T]. The cache is empty before."""
+        self.ended_B1.zero_()
+        logits = self.model(input_ids, attention_mask=attention_mask, cache=self.cache, logits_to_keep=1)
+        self._choose(logits[:, -1])
+        return self.tokens_B1
+
+    def __call__(self) -> Tensor:
+        """The next tokens [B, 1], in a buffer that the next call overwrites."""
+        self._choose(self.model(self.tokens_B1, cache=self.cache, logits_to_keep=1)[:, -1])
+        return self.tokens_B1
+
+    def _choose(self, logits_BV: Tensor) -> None:
+        new_B1 = self.choice(logits_BV)
+        if self.choice.ends:
+            new_B1 = new_B1.masked_fill(self.ended_B1, self.choice.pad)
+            self.ended_B1 |= torch.isin(new_B1, self.ends)
+        self.tokens_B1.copy_(new_B1)
+
+
+class GraphStep(Step):
+    """A step that is captured at its first call, and again when the graph is stale."""
+
+    def __init__(self, model: DeepseekV3, cache: PagedCache, choice: Choice, decoder: "Decoder") -> None:
+        super().__init__(model, cache, choice)
+        self.decoder = decoder
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        super().prefill(input_ids, attention_mask)
+        self.make_fresh()
+        return self.tokens_B1
+
+    def make_fresh(self) -> None:
+        """Captures the step if it was not, or not with the weights as they are. Not for every step: it looks at each
+        weight."""
+        if self.decoder.forget_stale() or self.graph is None:
+            self.graph = self._captured()
+
+    def __call__(self) -> Tensor:
+        if self.graph is None:
+            return super().__call__()
+        self.graph.replay()
+        self.cache.length += 1
+        return self.tokens_B1
+
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        """None, with a warning, if the step cannot be captured. Leaves tokens, cache and generator as they were."""
+        buffers = self.tokens_B1, self.ended_B1, self.cache.lengths_B
+        kept, length, seed = [buffer.clone() for buffer in buffers], self.cache.length, torch.cuda.get_rng_state()
+
+        def restore() -> None:
+            for buffer, before in zip(buffers, kept, strict=True):
+                buffer.copy_(before)
+            self.cache.length = length
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            super().__call__()  # compiles, quantises weights, makes libraries allocate
+        torch.cuda.current_stream().wait_stream(side)
+        restore()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.decoder.pool()):
+                super().__call__()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"dsv3c.generate: steps are launched one by one, without CUDA graph: {reason}", stacklevel=2)
+            graph = None
+            # Torch leaves the generator as it is inside a capture; a clone is outside.
+            generator = torch.cuda.default_generators[self.tokens_B1.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+        torch.cuda.set_rng_state(seed)
+        restore()
+        self.decoder.note_weights()
+        return graph
+
+
+class Decoder:
+    """The captured steps of one compiled model, and the pages that they share; so one batch at a time."""
+
+    def __init__(self, model: DeepseekV3, weights: QuantizedWeights | None) -> None:
+        self.model, self.weights = model, weights
+        self.latents: list[Tensor] = []
+        self.steps: dict[tuple[int, int, Choice], GraphStep] = {}
+        self.addresses: list = []
+
+    def pool(self) -> tuple[int, int] | None:
+        """Where the graphs take their memory from: one for all, as only one runs at a time."""
+        return next((step.graph.pool() for step in self.steps.values() if step.graph), None)
+
+    def step(self, batch_size: int, max_tokens: int, choice: Choice) -> GraphStep:
+        """A step with an empty cache of room for max_tokens a sequence."""
+        columns = ceil_div(max_tokens, PAGE)
+        if not self.latents or len(self.latents[0]) < batch_size * columns:
+            self.steps.clear()
+            self.latents.clear()  # before new ones are made
+            config, weight = self.model.config, self.model.model.embed_tokens.weight
+            shape = (batch_size * columns, PAGE, config.latent_dim)
+            self.latents = [weight.new_empty(shape) for _ in range(config.num_hidden_layers)]
+        # A graph has its table's number of columns; empty ones cost nothing.
+        key = batch_size, 1 << (columns - 1).bit_length(), choice
+        if key not in self.steps:
+            self.steps[key] = GraphStep(self.model, PagedCache.over(self.latents, *key[:2]), choice, self)
+        self.steps[key].cache.reset(max_tokens)
+        return self.steps[key]
+
+    def forget_stale(self) -> bool:
+        """Drops all graphs if a weight is not where it was; says whether it did."""
+        now = self._weights()
+        fresh = len(now) == len(self.addresses) and all(
+            there == address and (pair is None) == (ref is None) and (ref is None or ref() is pair)
+            for (there, pair), (address, ref) in zip(now, self.addresses, strict=True)
+        )
+        if not fresh:
+            for step in self.steps.values():
+                step.graph = None
+        return not fresh
+
+    def note_weights(self) -> None:
+        self.addresses = [(there, pair if pair is None else weakref.ref(pair)) for there, pair in self._weights()]
+
+    def _weights(self) -> list[tuple[int, Tensor | None]]:
+        """Where each tensor of the model is, and its FP8 copy as it has to be now."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        copies = self.weights.copies if self.weights else ()
+        return [(t.data_ptr(), self.weights.pair(t)[0] if id(t) in copies else None) for t in tensors]
+
+
+def step_of(model: DeepseekV3, batch_size: int, max_tokens: int, choice: Choice) -> Step:
+    """For sequences of up to max_tokens tokens."""
+    weight = model.model.embed_tokens.weight
+    compilation = model.__dict__.get("_dsv3c")
+    if compilation is None or weight.device.type != "cuda":
+        cache = PagedCache(model.config, batch_size, max_tokens, device=weight.device, dtype=weight.dtype)
+        return Step(model, cache, choice)
+    if compilation.decoder is None:
+        compilation.decoder = Decoder(model, compilation.weights)
+    return compilation.decoder.step(batch_size, max_tokens, choice)
