@@ -30,12 +30,14 @@ class Call(Protocol):
 
 
 class OurLayer:
-    """DecoderLayer.forward(x_BTD, cos_BTr, sin_BTr, mask_B1TS, past_BPL) is such a call already."""
+    """DecoderLayer.forward(x_BTD, cos_BTr, sin_BTr, mask_B1TS, past_BPL) is such a call already. Its routing, which
+    training alone needs, is returned where gradients are enabled."""
 
     symbolic = ((0, 1), (0, 1), (0, 1), (0, 2, 3), (0, 1))
 
     def trace(self, call, *tensors):
-        return call(*tensors)
+        results = call(*tensors)
+        return results if torch.is_grad_enabled() else results[:2]
 
     def forward(self, layer, run):
         def forward(x_BTD, cos_BTr, sin_BTr, mask=None, past=None):
