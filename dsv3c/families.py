@@ -37,7 +37,7 @@ class OurLayer:
     symbolic = ((0, 1), (0, 1), (0, 1), (0, 2, 3), (0, 1), (0,), (0, 1), (0,))
 
     def trace(self, call, x_BTD, cos_BTr, sin_BTr, mask, past, *pages):
-        return call(x_BTD, cos_BTr, sin_BTr, mask, past if pages[0] is None else Pages(*pages))
+        return _wanted(call(x_BTD, cos_BTr, sin_BTr, mask, past if pages[0] is None else Pages(*pages)))
 
     def forward(self, layer, run):
         def forward(x_BTD, cos_BTr, sin_BTr, mask=None, past=None):
@@ -48,13 +48,18 @@ class OurLayer:
         return forward
 
 
+def _wanted(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The routing is for training."""
+    return results if torch.is_grad_enabled() else results[:2]
+
+
 class OurMTPLayer(OurLayer):
     """MTPLayer.forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask_B1TS)."""
 
     symbolic = ((0, 1), (0, 1), (0, 1), (0, 1), (0, 2, 3))
 
     def trace(self, call, *tensors):
-        return call(*tensors)
+        return _wanted(call(*tensors))
 
     def forward(self, layer, run):
         def forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask=None):

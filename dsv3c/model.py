@@ -236,11 +236,14 @@ class MoE(nn.Module):
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(out [B, T, D], and of the router logits [N, E] and topk_idx [N, K])."""
         x_ND = x_BTD.flatten(0, 1)
-        _, topk_weights, topk_idx = self.gate(x_ND)
+        logits_NE, topk_weights, topk_idx = self.gate(x_ND)
         out_BTD = self.experts(x_ND, topk_idx, topk_weights).view_as(x_BTD)
-        return out_BTD if self.shared_experts is None else out_BTD + self.shared_experts(x_BTD)
+        if self.shared_experts is not None:
+            out_BTD = out_BTD + self.shared_experts(x_BTD)
+        return out_BTD, logits_NE, topk_idx
 
 
 class DecoderLayer(nn.Module):
@@ -260,15 +263,18 @@ class DecoderLayer(nn.Module):
         sin_BTr: Tensor,
         mask: Tensor | None = None,
         past: Tensor | Pages | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(x [B, T, D], latent [B, T, L] to be cached).
+    ) -> tuple[Tensor, ...]:
+        """(x [B, T, D], latent [B, T, L] to be cached), and of a MoE layer the router's logits [N, E] and topk_idx
+        [N, K].
 
         past: [B, S - T, L], latents of the tokens before. mask: bool [B, 1, T, S], True = attend; None is causal
         without a past, and everything with one. A past in pages is written to, and stands for its mask too.
         """
         attended_BTD, latent_BTL = self.self_attn(self.input_layernorm(x_BTD), cos_BTr, sin_BTr, mask, past)
         x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), latent_BTL
+        out = self.mlp(self.post_attention_layernorm(x_BTD))
+        out_BTD, *routing = out if isinstance(out, tuple) else (out,)
+        return x_BTD + out_BTD, latent_BTL, *routing
 
 
 class MTPLayer(DecoderLayer):
@@ -284,12 +290,12 @@ class MTPLayer(DecoderLayer):
 
     def forward(  # type: ignore[override]
         self, x_BTD: Tensor, next_BTD: Tensor, cos_BTr: Tensor, sin_BTr: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """x: the main model's output, after its final norm; next: embeddings of the tokens one later. Returns what the
-        head takes. The embedding comes first in eh_proj (the report writes it second)."""
+        head takes, and then what a layer does. The embedding comes first in eh_proj (the report writes it second)."""
         x_BTD = self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(x_BTD)), dim=-1))
-        x_BTD, _ = super().forward(x_BTD, cos_BTr, sin_BTr, mask)
-        return self.shared_head["norm"](x_BTD)
+        x_BTD, *others = super().forward(x_BTD, cos_BTr, sin_BTr, mask)
+        return self.shared_head["norm"](x_BTD), *others
 
 
 class LatentCache:
@@ -380,8 +386,10 @@ class DeepseekV3(nn.Module):
         cache: LatentCache | PagedCache | None = None,
         logits_to_keep: int = 0,
         return_mtp: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, T, V] in the model's dtype, or (logits, mtp_logits [B, T - 1, V]) with return_mtp.
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Any, ...]:
+        """Logits [B, T, V] in the model's dtype; with return_mtp also mtp_logits [B, T - 1, V]; with return_routing, for
+        training, also a list of (router logits [N, E] float32, topk_idx [N, K]), one a MoE layer, MTP's last.
 
         input_ids: int64 [B, T]. attention_mask: [B, S], nonzero = a real token, S counts the cached ones; position_ids:
         [B, T], by default each real token's index in its sequence. The cache is updated in place. logits_to_keep: only
@@ -402,20 +410,27 @@ class DeepseekV3(nn.Module):
 
         embedded_BTD = x_BTD = self.model.embed_tokens(input_ids)
         cos_BTr, sin_BTr = self.model.rotary_emb(x_BTD, position_ids)
+        routing = []
         for index, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
             past = cache.past(index) if cache is not None else None
-            x_BTD, latent_BTL = layer(x_BTD, cos_BTr, sin_BTr, mask, past)
+            x_BTD, latent_BTL, *routed = layer(x_BTD, cos_BTr, sin_BTr, mask, past)
+            routing += [tuple(routed)] if routed else []
             if cache is not None:
                 cache.write(index, latent_BTL, attention_mask)
         if cache is not None:
             cache.advance(num_new, attention_mask)
         x_BTD = self.model.norm(x_BTD)
-        logits = self.lm_head(x_BTD[:, -logits_to_keep:])
-        if not return_mtp:
-            return logits
-        mask = mask[:, :, :-1, :-1] if mask is not None else None
-        x_BTD = self.model.layers[-1](x_BTD[:, :-1], embedded_BTD[:, 1:], cos_BTr[:, :-1], sin_BTr[:, :-1], mask)
-        return logits, self.lm_head(x_BTD[:, -logits_to_keep:])
+        results: list[Any] = [self.lm_head(x_BTD[:, -logits_to_keep:])]
+        if return_mtp:
+            mask = mask[:, :, :-1, :-1] if mask is not None else None
+            x_BTD, _, *routed = self.model.layers[-1](
+                x_BTD[:, :-1], embedded_BTD[:, 1:], cos_BTr[:, :-1], sin_BTr[:, :-1], mask
+            )
+            routing += [tuple(routed)] if routed else []
+            results.append(self.lm_head(x_BTD[:, -logits_to_keep:]))
+        if return_routing:
+            results.append(routing)
+        return tuple(results) if len(results) > 1 else results[0]
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int, **settings: Any) -> Tensor:
         """`dsv3c.generate(self, …)`."""

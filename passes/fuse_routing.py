@@ -192,7 +192,7 @@ def _gate_gradient(idx: fx.Node, scores: fx.Node, factor: float) -> tuple[fx.Nod
     entry = next((n for n in _ancestors(spread, forward) if is_call(n, aten.mul.Tensor) and n.args[1] == factor), None)
     if entry is None:
         return None
-    inner = _reached({entry}, lambda node: node.target not in (aten.mm.default, aten.permute.default))
+    inner = _reached({entry}, _is_of_the_gate)
     known = inner | forward | _reached(forward, is_backward) | {entry}
     read = {argument for node in inner for argument in node.all_input_nodes}
     if any(isinstance(value(node), torch.Tensor) for node in read - known):
@@ -200,6 +200,12 @@ def _gate_gradient(idx: fx.Node, scores: fx.Node, factor: float) -> tuple[fx.Nod
         return None
     exits = [node for node in inner if any(user not in inner for user in node.users)]
     return (entry.args[0], exits[0]) if len(exits) == 1 else None
+
+
+def _is_of_the_gate(node: fx.Node) -> bool:
+    """Not the gate's product, nor where a gradient of the logits from elsewhere (a balance loss) is added."""
+    adds = is_call(node, aten.add.Tensor) and any(term.op == "placeholder" for term in node.all_input_nodes)
+    return not adds and node.target not in (aten.mm.default, aten.permute.default)
 
 
 def _reached(start: set[fx.Node], keep) -> set[fx.Node]:

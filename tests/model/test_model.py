@@ -359,7 +359,7 @@ def test_layer_traces_with_its_gradient():
         results = []
         for function in (layer, compiled):
             leaf = x.clone().requires_grad_()
-            out, latent = function(leaf, cos, sin, mask, past)
+            out, latent, *_ = function(leaf, cos, sin, mask, past)
             layer.zero_grad()
             (out.float().square().sum() + latent.float().sum()).backward()
             results.append([out, latent, leaf.grad, *(parameter.grad for parameter in layer.parameters())])

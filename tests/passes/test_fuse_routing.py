@@ -33,7 +33,8 @@ class Layer(nn.Module):
         self.moe = moe
 
     def forward(self, x):
-        return x + self.moe(x)
+        out = self.moe(x)
+        return x + (out[0] if isinstance(out, tuple) else out)
 
 
 def ours(**changes):
@@ -142,6 +143,30 @@ def test_leaves_other_gates_alone(change):
     for changed, sites in ((change, 0), (None, 1)):
         gm = traced(gate, x, changed)
         assert sum(record.sites for record in run(gm, PASSES)) == sites, changed
+
+
+def test_a_gradient_of_the_logits_from_outside(rewritten):
+    """A balance loss on logits that the layer returns: it is added to what the gate's operator computes."""
+
+    class Routed(Layer):
+        def forward(self, x):
+            out, logits, _ = self.moe(x)
+            return x + out, logits
+
+    def both(layer, x):
+        layer.zero_grad()
+        x = x.detach().requires_grad_()
+        out, logits = layer(x)
+        (out.sin().sum() + logits.sigmoid().square().sum()).backward()
+        return x.grad, *(p.grad.clone() for p in layer.parameters())
+
+    layer = Routed(make("ours").moe)
+    x, found = torch.randn(2, 20, 64), Counter()
+    expected = both(rewritten(layer, []), x)
+    results = both(rewritten(layer, PASSES, found), x)
+    assert found == TRAINING
+    for result, reference in zip(results, expected, strict=True):
+        assert distance(result, reference)[1] <= reordered_bound(1, 64, torch.float32)
 
 
 def test_leaves_another_gradient_of_the_scores_alone(rewritten, step):
