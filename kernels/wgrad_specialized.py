@@ -40,16 +40,19 @@ class Config(NamedTuple):
 
     columns: int  # of a tile of 128 rows: a half of 128, and another beside it
     num_stages: int  # blocks of the contraction in flight
+    buffers: int  # halves of each consumer that are on their way out
     band: int  # rows of tiles that are walked together
+    peel: bool
 
 
-SPACE = {"columns": (128, 256), "num_stages": (3, 4, 5, 6), "band": (4, 8, 16)}
-KNOWN = ({"columns": 256, "num_stages": 3, "band": 16},)
+SPACE = {"columns": (128, 256), "num_stages": (2, 3, 4, 5, 6), "buffers": (1, 2), "band": (1, 4, 8, 16), "peel": (False, True)}
+KNOWN = ({"columns": 256, "num_stages": 3, "buffers": 1, "band": 16, "peel": False},)
 
 
 def valid(config: dict[str, Any]) -> bool:
     """Operands, and a half of each consumer in float32, fit into shared memory."""
-    return (128 + config["columns"]) * TILE * config["num_stages"] + 2 * 64 * 128 * 4 <= 220 << 10
+    stages = (128 + config["columns"]) * (TILE + 4) * config["num_stages"]
+    return stages + 2 * 64 * 128 * 4 * config["buffers"] <= 226 << 10
 
 
 def takes(problem: Problem) -> bool:
@@ -104,12 +107,35 @@ def _produce(sizes, descs, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl
 
 
 @gluon.jit
+def _fetch(dw, row, column, sent, BUFFERS: gl.constexpr):
+    """Copies 64×128 of the gradient to where the result will leave from."""
+    dw_desc, dw_buf, dw_ready = dw
+    ready = dw_ready.index(sent % BUFFERS)
+    mbarrier.expect(ready, 64 * 128 * 4)
+    tma.async_copy_global_to_shared(dw_desc, [row, column], ready, dw_buf.index(sent % BUFFERS))
+
+
+@gluon.jit
+def _store(dw, acc, row, column, sent, BUFFERS: gl.constexpr, ACCUMULATE: gl.constexpr):
+    """Half number `sent` of a consumer's, added to what was fetched if ACCUMULATE."""
+    dw_desc, dw_buf, dw_ready = dw
+    buf = dw_buf.index(sent % BUFFERS)
+    if ACCUMULATE:
+        mbarrier.wait(dw_ready.index(sent % BUFFERS), sent // BUFFERS % 2)
+        acc += buf.load(acc.type.layout)
+    else:
+        tma.store_wait(BUFFERS - 1)
+    buf.store(acc.to(dw_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dw_desc, [row, column], buf)
+
+
+@gluon.jit
 def _consume(
-    sizes, dw, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
-    ACCUMULATE: gl.constexpr, MINE: gl.constexpr,
+    sizes, dw, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    BAND: gl.constexpr, ACCUMULATE: gl.constexpr, PEEL: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
     """Rows MINE to MINE + 64 of each tile."""
-    dw_desc, dw_buf, dw_ready = dw
     _first_ptr, N, K, E = sizes
     dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf = operands
     full, empty = barriers
@@ -118,63 +144,58 @@ def _consume(
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     product = gl.zeros((64, 128), gl.float32, LAYOUT)
     count = 0
-    arrived = 0
+    sent = 0
     for tile in range(gl.program_id(0), E * gl.cdiv(N, 128) * gl.cdiv(K, COLUMNS), gl.num_programs(0)):
         e, row, column, first, last = _locate(tile, sizes, COLUMNS, BAND)
         out_row = e * N + row + MINE
         if ACCUMULATE:
             tma.store_wait(0)
-            mbarrier.expect(dw_ready, 64 * 128 * 4)
-            tma.async_copy_global_to_shared(dw_desc, [out_row, column], dw_ready, dw_buf)
+            _fetch(dw, out_row, column, sent, BUFFERS)
+            if COLUMNS == 256 and BUFFERS == 2:
+                _fetch(dw, out_row, column + 128, sent + 1, BUFFERS)
         acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
         acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
-        for _ in range(first, last):
-            stage = count % STAGES
-            mbarrier.wait(full.index(stage), count // STAGES % 2)
-            dyt = dyt_buf.index(stage).slice(MINE, 64)
-            row_scale = row_buf.index(stage).slice(MINE, 64).load(ROW)
-            product = warpgroup_mma(dyt, xt0_buf.index(stage).permute((1, 0)), product, use_acc=False, is_async=True)
-            column_scale = column0_buf.index(stage).load(COLUMN)
-            product = warpgroup_mma_wait(0, deps=[product])
-            if COLUMNS == 256:
-                acc0 = _promote(product, row_scale, column_scale, acc0)
-                xt1 = xt1_buf.index(stage).permute((1, 0))
-                product = warpgroup_mma(dyt, xt1, product, use_acc=False, is_async=True)
-                column_scale = column1_buf.index(stage).load(COLUMN)
+        if PEEL and first == last:
+            _store(dw, acc0, out_row, column, sent, BUFFERS, ACCUMULATE)
+        for LAST in gl.static_range(2 if PEEL else 1):
+            for _ in range(first if not PEEL else gl.maximum(first, last - 1) if LAST else first + 1, last):
+                stage = count % STAGES
+                mbarrier.wait(full.index(stage), count // STAGES % 2)
+                dyt = dyt_buf.index(stage).slice(MINE, 64)
+                row_scale = row_buf.index(stage).slice(MINE, 64).load(ROW)
+                product = warpgroup_mma(dyt, xt0_buf.index(stage).permute((1, 0)), product, use_acc=False, is_async=True)
+                column_scale = column0_buf.index(stage).load(COLUMN)
                 product = warpgroup_mma_wait(0, deps=[product])
-                mbarrier.arrive(empty.index(stage), count=1)
-                acc1 = _promote(product, row_scale, column_scale, acc1)
-            else:
-                mbarrier.arrive(empty.index(stage), count=1)
+                if COLUMNS == 128:
+                    mbarrier.arrive(empty.index(stage), count=1)
                 acc0 = _promote(product, row_scale, column_scale, acc0)
-            count += 1
-        if ACCUMULATE:
-            mbarrier.wait(dw_ready, arrived % 2)
-            arrived += 1
-            acc0 += dw_buf.load(LAYOUT)
-        else:
-            tma.store_wait(0)
-        dw_buf.store(acc0.to(dw_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dw_desc, [out_row, column], dw_buf)
+                if COLUMNS == 256:
+                    xt1 = xt1_buf.index(stage).permute((1, 0))
+                    product = warpgroup_mma(dyt, xt1, product, use_acc=False, is_async=True)
+                    column_scale = column1_buf.index(stage).load(COLUMN)
+                if PEEL and LAST:
+                    _store(dw, acc0, out_row, column, sent, BUFFERS, ACCUMULATE)
+                if COLUMNS == 256:
+                    product = warpgroup_mma_wait(0, deps=[product])
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    acc1 = _promote(product, row_scale, column_scale, acc1)
+                count += 1
+        if not PEEL:
+            _store(dw, acc0, out_row, column, sent, BUFFERS, ACCUMULATE)
+        sent += 1
         if COLUMNS == 256:
-            tma.store_wait(0)
-            if ACCUMULATE:
-                mbarrier.expect(dw_ready, 64 * 128 * 4)
-                tma.async_copy_global_to_shared(dw_desc, [out_row, column + 128], dw_ready, dw_buf)
-                mbarrier.wait(dw_ready, arrived % 2)
-                arrived += 1
-                acc1 += dw_buf.load(LAYOUT)
-            dw_buf.store(acc1.to(dw_desc.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dw_desc, [out_row, column + 128], dw_buf)
+            if ACCUMULATE and BUFFERS == 1:
+                tma.store_wait(0)
+                _fetch(dw, out_row, column + 128, sent, BUFFERS)
+            _store(dw, acc1, out_row, column + 128, sent, BUFFERS, ACCUMULATE)
+            sent += 1
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["E"])
 def _wgrad_specialized_kernel(
     dyt_desc, xt_desc, row_desc, column_desc, dw_desc, first_ptr, N, K, E, COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, BAND: gl.constexpr, ACCUMULATE: gl.constexpr,
+    STAGES: gl.constexpr, BUFFERS: gl.constexpr, BAND: gl.constexpr, ACCUMULATE: gl.constexpr, PEEL: gl.constexpr,
 ):  # fmt: skip
     dyt_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), dyt_desc.layout)
     xt0_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), xt_desc.layout)
@@ -184,23 +205,25 @@ def _wgrad_specialized_kernel(
     if COLUMNS == 256:
         xt1_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), xt_desc.layout)
         column1_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
-    above_buf = gl.allocate_shared_memory(dw_desc.dtype, (64, 128), dw_desc.layout)
-    below_buf = gl.allocate_shared_memory(dw_desc.dtype, (64, 128), dw_desc.layout)
+    above_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
+    below_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
-    dw_ready = gl.allocate_shared_memory(gl.int64, (2, 1), mbarrier.MBarrierLayout())
+    above_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
+    below_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(dw_ready.index(i), count=1)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(above_ready.index(i), count=1)
+        mbarrier.init(below_ready.index(i), count=1)
     sizes, barriers = (first_ptr, N, K, E), (full, empty)
     operands = (dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf)
-    above, below = (dw_desc, above_buf, dw_ready.index(0)), (dw_desc, below_buf, dw_ready.index(1))
+    above, below = (dw_desc, above_buf, above_ready), (dw_desc, below_buf, below_ready)
     gl.warp_specialize(
         [
-            (_consume, (sizes, above, operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 0)),
-            (_consume, (sizes, below, operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 64)),
+            (_consume, (sizes, above, operands, barriers, COLUMNS, STAGES, BUFFERS, BAND, ACCUMULATE, PEEL, 0)),
+            (_consume, (sizes, below, operands, barriers, COLUMNS, STAGES, BUFFERS, BAND, ACCUMULATE, PEEL, 64)),
             (_produce, (sizes, (dyt_desc, xt_desc, row_desc, column_desc), operands, barriers, COLUMNS, STAGES, BAND)),
         ],
         [4, 1],
@@ -225,7 +248,7 @@ def launch(
         describe(aligned(dyt_fp8), [TILE, TILE], FP8_TILES), describe(aligned(xt_fp8), [TILE, TILE], FP8_TILES),
         *(describe(s.clone() if s.data_ptr() % 16 else s, [TILE], FLOATS) for s in scales),
         describe(out.view(E * N, K), [64, TILE], tiles_of(out.dtype)), first, N, K, E,
-        config.columns, config.num_stages, config.band, accumulate, num_warps=4,
+        config.columns, config.num_stages, config.buffers, config.band, accumulate, config.peel, num_warps=4,
     )  # fmt: skip
 
 
@@ -235,7 +258,8 @@ def variant(config: dict[str, Any], dw: str = BF16, accumulate: bool = False) ->
     operand, scale = f"tensordesc<fp8e4nv[{TILE}, {TILE}],{FP8_TILES!r}>", f"tensordesc<fp32[{TILE}],{FLOATS!r}>"
     arguments = {"dyt_desc": operand, "xt_desc": operand, "row_desc": scale, "column_desc": scale}
     arguments |= {"dw_desc": f"tensordesc<{dw.lstrip('*')}[64, {TILE}],{layout!r}>", "first_ptr": I32}
-    constants = {"COLUMNS": c.columns, "STAGES": c.num_stages, "BAND": c.band, "ACCUMULATE": accumulate}
+    constants = {"COLUMNS": c.columns, "STAGES": c.num_stages, "BUFFERS": c.buffers, "BAND": c.band}
+    constants |= {"ACCUMULATE": accumulate, "PEEL": c.peel}
     return Variant(_wgrad_specialized_kernel, arguments, constants, num_stages=c.num_stages)
 
 
