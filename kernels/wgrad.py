@@ -293,8 +293,8 @@ def _implementations(plain_or_grouped: Callable[..., None]) -> tuple[Implementat
             "triton", SPACE, partial(plain_or_grouped, launch=launch), valid=valid, variant=variant, known=KNOWN
         ),
         Implementation(
-            "warp_specialized", wgrad_specialized.SPACE, specialized, wgrad_specialized.takes, wgrad_specialized.valid,
-            partial(wgrad_specialized.variant, dw=F32), wgrad_specialized.KNOWN,
+            "warp_specialized", wgrad_specialized.SPACE, specialized, wgrad_specialized.takes,
+            variant=partial(wgrad_specialized.variant, dw=F32), known=wgrad_specialized.KNOWN,
         ),
     )  # fmt: skip
 
