@@ -13,7 +13,7 @@ against it. Recorded sweeps lie in benchmarks/results/tuning/; a replayed study 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,9 @@ HELD_BACK = (
     *(Problem("gemm", M, N, K) for N, K in ((4096, 7168), (7168, 2048)) for M in (48, 100, 3712, 4000)),
     Problem("grouped_gemm", 8 * 3900, 4096, 7168, 8),
     Problem("grouped_gemm", 256 * 100, 7168, 2048, 256),
+    Problem("gemm_wgrad", 3712, 4096, 7168),
+    Problem("grouped_gemm_wgrad", 8 * 3900, 7168, 2048, 8),
+    Problem("grouped_gemm_wgrad", 256 * 100, 7168, 2048, 256),
 )
 
 
@@ -100,12 +103,12 @@ def write(path: Path, problem: Problem, rows: list[tuple[str, dict, Timing]]) ->
     path.write_text(json.dumps(head)[:-1] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
 
 
-def compile_all(out: Path, operators: Iterable[str] = FILES) -> dict[Of, list[Verdict]]:
-    """Verdicts on everything; kept in OUT/fits.json, since `sweep` and `held-back` need them too."""
+def compile_all(out: Path, sample: int | None) -> dict[Of, list[Verdict]]:
+    """Verdicts on everything, or on a sample; kept in OUT/fits.json, since `sweep` and `held-back` need them too."""
     kept = out / "fits.json"
     if not kept.exists():
         start = time.monotonic()
-        found = prefilter(everything(operators), targets.load("h200"))
+        found = prefilter(everything(FILES, sample), targets.load("h200"))
         kept.write_text(json.dumps([[*of, list(map(asdict, verdicts))] for of, verdicts in found.items()]))
         print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
     return {
@@ -114,10 +117,10 @@ def compile_all(out: Path, operators: Iterable[str] = FILES) -> dict[Of, list[Ve
     }
 
 
-def sweep(out: Path) -> None:
+def sweep(out: Path, sample: int | None) -> None:
     from dsv3c.tuning.measure import verified
 
-    verdicts = compile_all(out)
+    verdicts = compile_all(out, sample)
     for problem in SWEPT:
         start = time.monotonic()
         calls: dict[str, Callable[[], None]] = {}
@@ -136,11 +139,11 @@ def sweep(out: Path) -> None:
         print(f"{problem}: {len(rows)} right, best {best}, {time.monotonic() - start:.0f} s", flush=True)
 
 
-def held_back(out: Path) -> None:
+def held_back(out: Path, sample: int | None) -> None:
     """What the table chooses, beside what a study of that very size finds, in one run."""
     from dsv3c.tuning.measure import measure
 
-    target, verdicts, rows = targets.load("h200"), compile_all(out), []
+    target, verdicts, rows = targets.load("h200"), compile_all(out, sample), []
     for problem in HELD_BACK:
         implementation, config = choose(problem)
         own = tuner.tune(problem, target, verdicts, partial(measure, problem), trials=30).row
@@ -179,13 +182,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("compile", "sweep", "held-back", "replay"))
     parser.add_argument("out", type=Path, nargs="?", default=Path("out"))
+    parser.add_argument("--sample", type=int, help="so many configurations of an implementation at most")
     arguments = parser.parse_args()
     if arguments.what == "replay":
         print(json.dumps(replay()))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    what: dict[str, Callable[[Path], object]] = {"compile": compile_all, "sweep": sweep, "held-back": held_back}
-    what[arguments.what](arguments.out)
+    what: dict[str, Callable[[Path, int | None], object]] = {
+        "compile": compile_all, "sweep": sweep, "held-back": held_back,
+    }  # fmt: skip
+    what[arguments.what](arguments.out, arguments.sample)
 
 
 if __name__ == "__main__":

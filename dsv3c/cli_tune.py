@@ -42,6 +42,10 @@ def tune(
     plots: Annotated[
         Path | None, Option(metavar="DIR", help="Draw each study's history and parameter importance there, as PNG.")
     ] = None,
+    sample: Annotated[
+        int | None,
+        Option(min=1, help="Compile and try so many configurations of an implementation at most.", show_default="all"),
+    ] = None,
     prefilter_only: Annotated[bool, Option("--prefilter-only", help="Compile for the target and stop.")] = False,
     as_json: Annotated[bool, Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -61,7 +65,7 @@ def tune(
         operators = sorted({p.operator for p in problems})
     else:
         problems = [p for p in model_problems(model_config(model), rows or [64, 128, 4096]) if p.operator in operators]
-    report = _Tuning(target, output, storage, prefilter_only).run(operators, problems, trials, plots)
+    report = _Tuning(target, output, storage, prefilter_only).run(operators, problems, sample, trials, plots)
     echo(json.dumps(report) if as_json else _text(report))
 
 
@@ -112,9 +116,11 @@ class _Tuning:
         self.storage = storage or self.output.with_name("studies.db")
         self.rows = tables.read(self.output, self.target.name) if self.output.exists() else []
 
-    def run(self, operators: list[str], problems: list[Problem], trials: int, plots: Path | None) -> dict[str, Any]:
+    def run(
+        self, operators: list[str], problems: list[Problem], sample: int | None, trials: int, plots: Path | None
+    ) -> dict[str, Any]:
         with _progress() as progress:
-            verdicts = self._prefilter(operators, progress)
+            verdicts = self._prefilter(operators, sample, progress)
             tuned = [] if self.why_not else self._measure(problems, verdicts, trials, plots, progress)
         return {
             "target": self.target.name,
@@ -130,7 +136,7 @@ class _Tuning:
             "storage": None if self.why_not else str(self.storage),
         }
 
-    def _prefilter(self, operators: list[str], progress: Any) -> dict[tuple[str, str], list]:
+    def _prefilter(self, operators: list[str], sample: int | None, progress: Any) -> dict[tuple[str, str], list]:
         from dsv3c.tuning.prefilter import everything, prefilter
 
         task = progress.add_task(f"compile for {self.target.name}", total=None)
@@ -138,7 +144,7 @@ class _Tuning:
         def advance(done: int, kernels: int) -> None:
             progress.update(task, completed=done, total=kernels)
 
-        return prefilter(everything(operators), self.target, advance)
+        return prefilter(everything(operators, sample), self.target, advance)
 
     def _measure(self, problems, verdicts, trials: int, plots: Path | None, progress: Any) -> list[dict[str, Any]]:
         from dsv3c.tuning import study as studies

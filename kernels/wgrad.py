@@ -235,7 +235,8 @@ def default(problem: Problem) -> tuple[str, dict[str, Any]]:
 
 def launch_plain(dyt_fp8: Tensor, *operands: Tensor, launch, **knobs: int) -> None:
     """The other implementations' `launch` on a single group."""
-    first = torch.arange(2, dtype=torch.int32, device=dyt_fp8.device) * (dyt_fp8.shape[1] // TILE)
+    blocks = dyt_fp8.shape[1] // TILE
+    first = torch.arange(0, blocks + 1, blocks, dtype=torch.int32, device=dyt_fp8.device)
     *scales_and_xt, out = operands
     launch(dyt_fp8, *scales_and_xt, first, out[None], **knobs)
 
@@ -292,8 +293,8 @@ def _implementations(plain_or_grouped: Callable[..., None]) -> tuple[Implementat
             "triton", SPACE, partial(plain_or_grouped, launch=launch), valid=valid, variant=variant, known=KNOWN
         ),
         Implementation(
-            "warp_specialized", wgrad_specialized.SPACE, specialized, wgrad_specialized.takes, wgrad_specialized.valid,
-            partial(wgrad_specialized.variant, dw=F32), wgrad_specialized.KNOWN,
+            "warp_specialized", wgrad_specialized.SPACE, specialized, wgrad_specialized.takes,
+            variant=partial(wgrad_specialized.variant, dw=F32), known=wgrad_specialized.KNOWN,
         ),
     )  # fmt: skip
 

@@ -38,18 +38,12 @@ FLOATS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 class Config(NamedTuple):
     """Changes the speed and never the numbers."""
 
-    columns: int  # of a tile of 128 rows: a half of 128, and another beside it
     num_stages: int  # blocks of the contraction in flight
     band: int  # rows of tiles that are walked together
 
 
-SPACE = {"columns": (128, 256), "num_stages": (3, 4, 5, 6), "band": (4, 8, 16)}
-KNOWN = ({"columns": 256, "num_stages": 3, "band": 16},)
-
-
-def valid(config: dict[str, Any]) -> bool:
-    """Operands, and a half of each consumer in float32, fit into shared memory."""
-    return (128 + config["columns"]) * TILE * config["num_stages"] + 2 * 64 * 128 * 4 <= 220 << 10
+SPACE = {"num_stages": (2, 3), "band": (1, 4, 8, 16)}
+KNOWN = ({"num_stages": 3, "band": 16}, {"num_stages": 3, "band": 1})
 
 
 def takes(problem: Problem) -> bool:
@@ -68,49 +62,92 @@ def _promote(product, row_scale, column_scale, acc):
 
 
 @gluon.jit
-def _locate(tile, sizes, COLUMNS: gl.constexpr, BAND: gl.constexpr):
-    """A tile's group, first row and first column, and which blocks of the contraction are its."""
-    first_ptr, N, K, _E = sizes
-    num_m, num_n = gl.cdiv(N, 128), gl.cdiv(K, COLUMNS)
-    e = tile // (num_m * num_n)
-    m, n = swizzle(tile % (num_m * num_n), num_m, num_n, BAND)
-    return e, m * 128, n * COLUMNS, gl.load(first_ptr + e), gl.load(first_ptr + e + 1)
+def _walk(sizes, HALVED: gl.constexpr):
+    """A program's tiles as first and end: whole ones, and then halves, if those of the last wave are few."""
+    _first_ptr, N, K, E = sizes
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    tiles = E * gl.cdiv(N, 128) * gl.cdiv(K, 256)
+    rest = tiles % programs
+    halved = gl.where(2 * rest <= programs, rest, 0)
+    first, end = program, tiles - halved
+    if HALVED:
+        first, end = 2 * end + program, 2 * tiles
+    return first, end
 
 
 @gluon.jit
-def _produce(sizes, descs, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr):
-    _first_ptr, N, K, E = sizes
+def _locate(tile, sizes, BAND: gl.constexpr, HALVED: gl.constexpr):
+    """A tile's group, first row and first column, and which blocks of the contraction are its."""
+    first_ptr, N, K, _E = sizes
+    num_m, num_n = gl.cdiv(N, 128), gl.cdiv(K, 256)
+    part = 0
+    if HALVED:
+        part = tile % 2
+        tile = tile // 2
+    e = tile // (num_m * num_n)
+    m, n = swizzle(tile % (num_m * num_n), num_m, num_n, BAND)
+    return e, m * 128, n * 256 + part * 128, gl.load(first_ptr + e), gl.load(first_ptr + e + 1)
+
+
+@gluon.jit
+def _produce(sizes, descs, operands, barriers, STAGES: gl.constexpr, BAND: gl.constexpr):
+    _first_ptr, N, K, _E = sizes
     dyt_desc, xt_desc, row_desc, column_desc = descs
     dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf = operands
     full, empty = barriers
     count = 0
-    for tile in range(gl.program_id(0), E * gl.cdiv(N, 128) * gl.cdiv(K, COLUMNS), gl.num_programs(0)):
-        _e, row, column, first, last = _locate(tile, sizes, COLUMNS, BAND)
-        for block in range(first, last):
-            stage = count % STAGES
-            ready = full.index(stage)
-            mbarrier.wait(empty.index(stage), count // STAGES % 2 ^ 1)
-            mbarrier.expect(ready, (128 + COLUMNS) * (128 + 4))
-            tma.async_copy_global_to_shared(dyt_desc, [row, block * 128], ready, dyt_buf.index(stage))
-            tma.async_copy_global_to_shared(row_desc, [block * N + row], ready, row_buf.index(stage))
-            tma.async_copy_global_to_shared(xt_desc, [column, block * 128], ready, xt0_buf.index(stage))
-            tma.async_copy_global_to_shared(column_desc, [block * K + column], ready, column0_buf.index(stage))
-            if COLUMNS == 256:
-                tma.async_copy_global_to_shared(xt_desc, [column + 128, block * 128], ready, xt1_buf.index(stage))
-                tma.async_copy_global_to_shared(
-                    column_desc, [block * K + column + 128], ready, column1_buf.index(stage)
-                )
-            count += 1
+    for HALVED in gl.static_range(2):
+        first_tile, end = _walk(sizes, HALVED)
+        for tile in range(first_tile, end, gl.num_programs(0)):
+            _e, row, column, first, last = _locate(tile, sizes, BAND, HALVED)
+            for block in range(first, last):
+                stage = count % STAGES
+                ready = full.index(stage)
+                mbarrier.wait(empty.index(stage), count // STAGES % 2 ^ 1)
+                mbarrier.expect(ready, (256 if HALVED else 384) * (128 + 4))
+                tma.async_copy_global_to_shared(dyt_desc, [row, block * 128], ready, dyt_buf.index(stage))
+                tma.async_copy_global_to_shared(row_desc, [block * N + row], ready, row_buf.index(stage))
+                tma.async_copy_global_to_shared(xt_desc, [column, block * 128], ready, xt0_buf.index(stage))
+                tma.async_copy_global_to_shared(column_desc, [block * K + column], ready, column0_buf.index(stage))
+                if not HALVED:
+                    column1 = column + 128
+                    tma.async_copy_global_to_shared(xt_desc, [column1, block * 128], ready, xt1_buf.index(stage))
+                    tma.async_copy_global_to_shared(column_desc, [block * K + column1], ready, column1_buf.index(stage))
+                count += 1
+
+
+@gluon.jit
+def _fetch(dw, row, column, sent, BUFFERS: gl.constexpr):
+    """Copies 64×128 of the gradient to where the result will leave from."""
+    dw_desc, dw_buf, dw_ready = dw
+    ready = dw_ready.index(sent % BUFFERS)
+    tma.store_wait(0)
+    mbarrier.expect(ready, 64 * 128 * 4)
+    tma.async_copy_global_to_shared(dw_desc, [row, column], ready, dw_buf.index(sent % BUFFERS))
+
+
+@gluon.jit
+def _store(dw, acc, row, column, sent, BUFFERS: gl.constexpr, ACCUMULATE: gl.constexpr):
+    """A consumer's half number `sent`, added to what was fetched if ACCUMULATE."""
+    dw_desc, dw_buf, dw_ready = dw
+    buf = dw_buf.index(sent % BUFFERS)
+    if ACCUMULATE:
+        mbarrier.wait(dw_ready.index(sent % BUFFERS), sent // BUFFERS % 2)
+        acc += buf.load(acc.type.layout)
+    else:
+        tma.store_wait(BUFFERS - 1)
+    buf.store(acc.to(dw_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dw_desc, [row, column], buf)
 
 
 @gluon.jit
 def _consume(
-    sizes, dw, operands, barriers, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    sizes, dw, operands, barriers, STAGES: gl.constexpr, BUFFERS: gl.constexpr, BAND: gl.constexpr,
     ACCUMULATE: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
     """Rows MINE to MINE + 64 of each tile."""
-    dw_desc, dw_buf, dw_ready = dw
-    _first_ptr, N, K, E = sizes
+    _first_ptr, N, _K, _E = sizes
     dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf = operands
     full, empty = barriers
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
@@ -118,90 +155,79 @@ def _consume(
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     product = gl.zeros((64, 128), gl.float32, LAYOUT)
     count = 0
-    arrived = 0
-    for tile in range(gl.program_id(0), E * gl.cdiv(N, 128) * gl.cdiv(K, COLUMNS), gl.num_programs(0)):
-        e, row, column, first, last = _locate(tile, sizes, COLUMNS, BAND)
-        out_row = e * N + row + MINE
-        if ACCUMULATE:
-            tma.store_wait(0)
-            mbarrier.expect(dw_ready, 64 * 128 * 4)
-            tma.async_copy_global_to_shared(dw_desc, [out_row, column], dw_ready, dw_buf)
-        acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
-        acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
-        for _ in range(first, last):
-            stage = count % STAGES
-            mbarrier.wait(full.index(stage), count // STAGES % 2)
-            dyt = dyt_buf.index(stage).slice(MINE, 64)
-            row_scale = row_buf.index(stage).slice(MINE, 64).load(ROW)
-            product = warpgroup_mma(dyt, xt0_buf.index(stage).permute((1, 0)), product, use_acc=False, is_async=True)
-            column_scale = column0_buf.index(stage).load(COLUMN)
-            product = warpgroup_mma_wait(0, deps=[product])
-            if COLUMNS == 256:
-                acc0 = _promote(product, row_scale, column_scale, acc0)
-                xt1 = xt1_buf.index(stage).permute((1, 0))
-                product = warpgroup_mma(dyt, xt1, product, use_acc=False, is_async=True)
-                column_scale = column1_buf.index(stage).load(COLUMN)
-                product = warpgroup_mma_wait(0, deps=[product])
-                mbarrier.arrive(empty.index(stage), count=1)
-                acc1 = _promote(product, row_scale, column_scale, acc1)
-            else:
-                mbarrier.arrive(empty.index(stage), count=1)
-                acc0 = _promote(product, row_scale, column_scale, acc0)
-            count += 1
-        if ACCUMULATE:
-            mbarrier.wait(dw_ready, arrived % 2)
-            arrived += 1
-            acc0 += dw_buf.load(LAYOUT)
-        else:
-            tma.store_wait(0)
-        dw_buf.store(acc0.to(dw_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dw_desc, [out_row, column], dw_buf)
-        if COLUMNS == 256:
-            tma.store_wait(0)
+    sent = 0
+    for HALVED in gl.static_range(2):
+        first_tile, end = _walk(sizes, HALVED)
+        for tile in range(first_tile, end, gl.num_programs(0)):
+            e, row, column, first, last = _locate(tile, sizes, BAND, HALVED)
+            row += e * N + MINE
             if ACCUMULATE:
-                mbarrier.expect(dw_ready, 64 * 128 * 4)
-                tma.async_copy_global_to_shared(dw_desc, [out_row, column + 128], dw_ready, dw_buf)
-                mbarrier.wait(dw_ready, arrived % 2)
-                arrived += 1
-                acc1 += dw_buf.load(LAYOUT)
-            dw_buf.store(acc1.to(dw_desc.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dw_desc, [out_row, column + 128], dw_buf)
+                _fetch(dw, row, column, sent, BUFFERS)
+            acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
+            acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
+            for _ in range(first, last):
+                stage = count % STAGES
+                mbarrier.wait(full.index(stage), count // STAGES % 2)
+                dyt = dyt_buf.index(stage).slice(MINE, 64)
+                row_scale = row_buf.index(stage).slice(MINE, 64).load(ROW)
+                xt0 = xt0_buf.index(stage).permute((1, 0))
+                product = warpgroup_mma(dyt, xt0, product, use_acc=False, is_async=True)
+                column_scale = column0_buf.index(stage).load(COLUMN)
+                product = warpgroup_mma_wait(0, deps=[product])
+                if not HALVED:
+                    acc0 = _promote(product, row_scale, column_scale, acc0)
+                    xt1 = xt1_buf.index(stage).permute((1, 0))
+                    product = warpgroup_mma(dyt, xt1, product, use_acc=False, is_async=True)
+                    column_scale = column1_buf.index(stage).load(COLUMN)
+                    product = warpgroup_mma_wait(0, deps=[product])
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    acc1 = _promote(product, row_scale, column_scale, acc1)
+                else:
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    acc0 = _promote(product, row_scale, column_scale, acc0)
+                count += 1
+            _store(dw, acc0, row, column, sent, BUFFERS, ACCUMULATE)
+            sent += 1
+            if not HALVED:
+                if ACCUMULATE:
+                    _fetch(dw, row, column + 128, sent, BUFFERS)
+                _store(dw, acc1, row, column + 128, sent, BUFFERS, ACCUMULATE)
+                sent += 1
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["E"])
 def _wgrad_specialized_kernel(
-    dyt_desc, xt_desc, row_desc, column_desc, dw_desc, first_ptr, N, K, E, COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, BAND: gl.constexpr, ACCUMULATE: gl.constexpr,
+    dyt_desc, xt_desc, row_desc, column_desc, dw_desc, first_ptr, N, K, E, STAGES: gl.constexpr, BAND: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
+    BUFFERS: gl.constexpr = 32 // dw_desc.dtype.primitive_bitwidth
     dyt_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), dyt_desc.layout)
     xt0_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), xt_desc.layout)
+    xt1_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), xt_desc.layout)
     row_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
     column0_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
-    xt1_buf, column1_buf = xt0_buf, column0_buf
-    if COLUMNS == 256:
-        xt1_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), xt_desc.layout)
-        column1_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
-    above_buf = gl.allocate_shared_memory(dw_desc.dtype, (64, 128), dw_desc.layout)
-    below_buf = gl.allocate_shared_memory(dw_desc.dtype, (64, 128), dw_desc.layout)
+    column1_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
+    above_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
+    below_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
-    dw_ready = gl.allocate_shared_memory(gl.int64, (2, 1), mbarrier.MBarrierLayout())
+    above_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
+    below_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(dw_ready.index(i), count=1)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(above_ready.index(i), count=1)
+        mbarrier.init(below_ready.index(i), count=1)
     sizes, barriers = (first_ptr, N, K, E), (full, empty)
     operands = (dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf)
-    above, below = (dw_desc, above_buf, dw_ready.index(0)), (dw_desc, below_buf, dw_ready.index(1))
+    above, below = (dw_desc, above_buf, above_ready), (dw_desc, below_buf, below_ready)
     gl.warp_specialize(
         [
-            (_consume, (sizes, above, operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 0)),
-            (_consume, (sizes, below, operands, barriers, COLUMNS, STAGES, BAND, ACCUMULATE, 64)),
-            (_produce, (sizes, (dyt_desc, xt_desc, row_desc, column_desc), operands, barriers, COLUMNS, STAGES, BAND)),
+            (_consume, (sizes, above, operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 0)),
+            (_consume, (sizes, below, operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 64)),
+            (_produce, (sizes, (dyt_desc, xt_desc, row_desc, column_desc), operands, barriers, STAGES, BAND)),
         ],
         [4, 1],
         [240, 24],
@@ -220,12 +246,12 @@ def launch(
     config, (E, N, K) = Config(**knobs), out.shape
     describe = TensorDescriptor.from_tensor
     scales = (column_major(s).t().reshape(-1) for s in (dyt_scale_inv, xt_scale_inv))
-    grid = (min(E * ceil_div(N, TILE) * ceil_div(K, config.columns), multiprocessors()),)
+    grid = (min(2 * E * ceil_div(N, TILE) * ceil_div(K, 2 * TILE), multiprocessors()),)
     _wgrad_specialized_kernel[grid](
         describe(aligned(dyt_fp8), [TILE, TILE], FP8_TILES), describe(aligned(xt_fp8), [TILE, TILE], FP8_TILES),
         *(describe(s.clone() if s.data_ptr() % 16 else s, [TILE], FLOATS) for s in scales),
         describe(out.view(E * N, K), [64, TILE], tiles_of(out.dtype)), first, N, K, E,
-        config.columns, config.num_stages, config.band, accumulate, num_warps=4,
+        config.num_stages, config.band, accumulate, num_warps=4,
     )  # fmt: skip
 
 
@@ -235,7 +261,7 @@ def variant(config: dict[str, Any], dw: str = BF16, accumulate: bool = False) ->
     operand, scale = f"tensordesc<fp8e4nv[{TILE}, {TILE}],{FP8_TILES!r}>", f"tensordesc<fp32[{TILE}],{FLOATS!r}>"
     arguments = {"dyt_desc": operand, "xt_desc": operand, "row_desc": scale, "column_desc": scale}
     arguments |= {"dw_desc": f"tensordesc<{dw.lstrip('*')}[64, {TILE}],{layout!r}>", "first_ptr": I32}
-    constants = {"COLUMNS": c.columns, "STAGES": c.num_stages, "BAND": c.band, "ACCUMULATE": accumulate}
+    constants = {"STAGES": c.num_stages, "BAND": c.band, "ACCUMULATE": accumulate}
     return Variant(_wgrad_specialized_kernel, arguments, constants, num_stages=c.num_stages)
 
 

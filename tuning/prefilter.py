@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from random import Random
 from typing import Any
 
-from dsv3c.kernels.implementations import implementations
+from dsv3c.kernels.implementations import Implementation, implementations
 from dsv3c.kernels.offline import Resources, resources
 from dsv3c.tuning.targets import Target
 
@@ -29,13 +30,20 @@ class Verdict:
     reason: str | None
 
 
-def everything(operators: Iterable[str]) -> dict[Of, list[dict[str, Any]]]:
-    """Every valid configuration of the operators' implementations."""
+def everything(operators: Iterable[str], most: int | None = None) -> dict[Of, list[dict[str, Any]]]:
+    """Every valid configuration of the operators' implementations, or `most` of each: those that are known to be good,
+    and others at random, the same each time and for implementations that share a kernel."""
     return {
-        (operator, name): list(found.configs())
+        (operator, name): list(found.configs()) if most is None else _some(found, most)
         for operator in operators
         for name, found in implementations(operator).items()
     }
+
+
+def _some(implementation: Implementation, most: int) -> list[dict[str, Any]]:
+    known = [dict(config) for config in implementation.known[:most]]
+    others = [config for config in implementation.configs() if config not in known]
+    return known + Random(0).sample(others, min(most - len(known), len(others)))
 
 
 def prefilter(

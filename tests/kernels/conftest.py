@@ -10,6 +10,19 @@ from dsv3c import numerics
 from dsv3c.kernels.reference import casts as reference
 
 
+def pytest_addoption(parser):
+    parser.addoption("--one-case", action="store_true", help="one case of each test, for compute-sanitizer")
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that -m and -k left
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("one_case", default=False):  # there is no such option unless this folder was asked for
+        cases: dict[str, list] = {}
+        for item in items:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        items[:] = [found[len(found) // 2] for found in cases.values()]
+
+
 @pytest.fixture(autouse=True)
 def _seed(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))

@@ -58,6 +58,7 @@ def test_without_a_gpu_it_compiles_and_says_that_nothing_was_measured(run, tmp_p
     assert "gemm triton: 792 of 990 configurations fit; dropped: spills 198" in out
     assert "nothing was measured and no table written: there is no GPU here" in out
     assert not (tmp_path / "mine").exists()
+    assert "gemm triton: 7 of 7 configurations fit" in run("--kernel", "gemm", "--sample", "7")[1]
     code, out, _ = run("--kernel", "gemm", "--target", "h800", "--json", "--prefilter-only")
     report = json.loads(out)
     assert (report["target"], report["measured"], report["why_not"]) == ("h800", False, "--prefilter-only")

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from dsv3c.kernels.implementations import implementations
 from dsv3c.tuning import targets
 from dsv3c.tuning.prefilter import everything, prefilter
 
@@ -34,3 +35,16 @@ def test_everything_is_all_there_is():
     found = everything(["gemm", "gemm_wgrad"])
     assert len(found[TRITON]) >= 200
     assert found["gemm_wgrad", "cublaslt"] == [{}]
+
+
+def test_a_sample_holds_what_is_known_and_is_the_same_each_time():
+    of, shared = ("gemm", "split_2"), ("gemm", "split_3")
+    sample, again, few = everything(["gemm"], 20), everything(["gemm"], 20), everything(["gemm"], 2)
+    assert sample == again
+    known = list(implementations("gemm")["split_2"].known)
+    assert sample[of][: len(known)] == known
+    assert sample[of] == sample[shared]
+    assert len(sample[of]) == len({tuple(config.items()) for config in sample[of]}) == 20
+    assert all(implementations("gemm")["split_2"].holds(config) for config in sample[of])
+    assert few[of] == known[:2]
+    assert sample["gemm", "cublaslt"] == [{}]
