@@ -19,6 +19,8 @@ import typer
 from dsv3c.errors import Dsv3cError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from dsv3c.benchmarks.workloads import Model, Workload
@@ -37,6 +39,9 @@ def bench(
         str, typer.Argument(metavar="CHECKPOINT|PRESET", help="A checkpoint's folder or a preset's name.")
     ],
     layers: Annotated[int | None, typer.Option(help="Of a preset: so many layers, dense ones first.")] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Of a preset: so many, in one group; 8 of v3-671b are a GPU's share at EP32.")
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(help="Of a sequence; in decode, cached ones.", show_default="4096, or 128 on a CPU"),
@@ -53,6 +58,7 @@ def bench(
     document = measure(
         source,
         layers=layers,
+        experts=experts,
         tokens=tokens,
         batch=batch,
         modes=_choices("mode", mode, MODES),
@@ -76,6 +82,7 @@ def measure(
     source: str,
     *,
     layers: int | None = None,
+    experts: int | None = None,
     tokens: int | None = None,
     batch: int = 1,
     modes: tuple[str, ...] = ("forward",),
@@ -94,7 +101,7 @@ def measure(
     for name, number in (("tokens", tokens), ("batch", batch)):
         if number < 1:
             raise Dsv3cError(f"--{name}: expected at least 1, found {number}")
-    model = build(source, layers, family, dtype, device)
+    model = build(source, layers, experts, family, dtype, device)
     rows = []
     for mode in modes:
         torch._dynamo.reset()
@@ -106,11 +113,13 @@ def measure(
         "source": Path(source).name,
         "family": family,
         "layers": model.config.num_hidden_layers,
+        "experts": model.config.n_routed_experts,
         "tokens": tokens,
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
         "command": " ".join(
-            ["dsv3c bench", Path(source).name, *([f"--layers {layers}"] if layers else []), f"--tokens {tokens}",
+            ["dsv3c bench", Path(source).name, *([f"--layers {layers}"] if layers else []),
+             *([f"--experts {experts}"] if experts else []), f"--tokens {tokens}",
              f"--batch {batch} --mode {','.join(modes)} --model {family} --precision {','.join(precisions)}"]
         ),
         "notes": [RATIOS_ONLY] * (not on_gpu)
@@ -144,6 +153,7 @@ def _measure_mode(
             calls.warm(contender)  # makes the FP8 copies again, which the checks freed
         _progress(f"{workload.mode}: timing")
         times = timing.interleaved({name: partial(calls.run, contender) for name, contender in models.items()})
+        saved = {name: _saved_bytes(calls.loss, contender, device) for name, contender in models.items()}
     for name, found in times.items():
         worst = max(checks.get(name.removeprefix("dsv3c "), ()), key=lambda c: c.error / (c.bound or 1), default=None)
         row["contenders"].append(
@@ -153,6 +163,7 @@ def _measure_mode(
                 "speedup_over_eager": times["eager"].median_us / found.median_us,
                 "speedup_over_torch_compile": times["torch.compile"].median_us / found.median_us,
                 "first_call_s": first_call_s[name],
+                "saved_bytes": saved[name],
                 "worst_check": asdict(worst) if worst else None,
             }
         )
@@ -192,6 +203,19 @@ def _first_call_s(call: partial, device: "torch.device") -> float:
     return seconds
 
 
+def _saved_bytes(loss: "Callable[[Model], torch.Tensor] | None", model: "Model", device: "torch.device") -> int | None:
+    """What forward allocated and keeps for backward."""
+    import torch
+
+    if loss is None or device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated()
+    kept = loss(model)
+    saved = torch.cuda.memory_allocated() - before
+    del kept
+    return saved
+
+
 def report(document: dict[str, Any]) -> str:
     """The document as tables for people."""
     from tabulate import tabulate
@@ -200,8 +224,8 @@ def report(document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "dsv3c"))
     power = f", {where['power_limit_w']:.0f} W" if where.get("power_limit_w") else ""
     parts = [
-        f"{document['source']} ({document['family']}), {document['layers']} layers, {document['batch']} x "
-        f"{document['tokens']} tokens, {document['dtype']}; {where['machine']}{power}; {versions}"
+        f"{document['source']} ({document['family']}), {document['layers']} layers, {document['experts']} experts, "
+        f"{document['batch']} x {document['tokens']} tokens, {document['dtype']}; {where['machine']}{power}; {versions}"
     ]
     for row in document["modes"]:
         if row["passed"]:
@@ -223,6 +247,8 @@ def _line(mode: str, contender: dict[str, Any], notes: list[str]) -> dict[str, s
             "memory GB": f"{contender['peak_bytes'] / 1e9:.2f}",
             "first call s": f"{contender['first_call_s']:.0f}",
         }
+        if contender["saved_bytes"] is not None:
+            line["saved GB"] = f"{contender['saved_bytes'] / 1e9:.2f}"
     for baseline in ("eager", "torch.compile"):
         ratio = contender[f"speedup_over_{baseline.replace('.', '_')}"]
         line[f"x {baseline}"] = "emulated" if emulated else f"{ratio:.2f}"

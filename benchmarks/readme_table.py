@@ -9,7 +9,8 @@ from dsv3c.benchmarks.record import read
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin: made by benchmarks/readme_table.py -->\n", "<!-- end -->"
-KIND = ("source", "family", "layers", "tokens", "batch", "mode")
+KIND = ("source", "family", "layers", "experts", "tokens", "batch", "mode")
+ALL_EXPERTS = {"v3-671b": 256}  # of rows that do not say
 
 
 def updated(readme: str) -> str:
@@ -26,11 +27,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     rows = [row for row in rows if row.get("benchmark") == "model"]
     if not rows:
         return "Nothing recorded yet."
+    rows = [{"experts": ALL_EXPERTS.get(row["source"])} | row for row in rows]
     newest = {(row["environment"]["machine"], *(row[key] for key in KIND)): row for row in rows}
     lines = []
     for row in newest.values():
         where = row["environment"]
-        what = f"{row['source']} ({row['family']}), {row['layers']} layers, {row['mode']}, "
+        what = f"{row['source']} ({row['family']}), {row['layers']} layers, {row['experts']} experts, {row['mode']}, "
         what += f"{row['batch']} x {row['tokens']}"
         taken = f"{where['machine']}, {where.get('power_limit_w') or 0:.0f} W, torch {where['torch']}, "
         taken += f"{where['date'][:10]}, " + (f"commit {c}" if (c := where["commit"]) else f"source {where['source']}")

@@ -27,17 +27,20 @@ from dsv3c.source import model_config
 Model = Any  # dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM
 
 
-def build(source: str, layers: int | None, family: str, dtype: torch.dtype, device: torch.device) -> Model:
+def build(
+    source: str, layers: int | None, experts: int | None, family: str, dtype: torch.dtype, device: torch.device
+) -> Model:
     """The eager model; a preset's weights are normal, std = its initializer_range.
 
     Raises:
         Dsv3cError: bad input, or less memory than the weights take, before any is taken.
     """
     config = model_config(source)
-    if layers is not None:
-        if source not in PRESETS:
-            raise Dsv3cError(f"--layers: expected a preset, found the checkpoint {source}; try {', '.join(PRESETS)}")
-        config = config.with_layers(layers)
+    for option, number in (("layers", layers), ("experts", experts)):
+        if number is not None and source not in PRESETS:
+            raise Dsv3cError(f"--{option}: expected a preset, found the checkpoint {source}; try {', '.join(PRESETS)}")
+    config = config if layers is None else config.with_layers(layers)
+    config = config if experts is None else config.with_experts(experts)
     with torch.device("meta"):
         model = DeepseekV3(config).to(dtype)
     _check_memory(source, model.num_parameters() * dtype.itemsize, device)
@@ -81,11 +84,12 @@ def _transformers(model: DeepseekV3, device: torch.device) -> Model:
 @dataclass(frozen=True)
 class Prepared:
     """Calls of a model: `run` is timed, `warm` is what comes before it the first time, and again after weights_changed;
-    `checked` shows the gate what layers are called with."""
+    `checked` shows the gate what layers are called with; `loss` is where backward begins."""
 
     run: Callable[[Model], object]
     warm: Callable[[Model], object]
     checked: Callable[[Model], object]
+    loss: Callable[[Model], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class Workload:
             if self.mode == "decode" and self.family == "ours":
                 yield self._steps(model, call)
             else:
-                yield Prepared(call, call, call)
+                loss = partial(_loss, ids=ids, arguments=arguments) if self.mode == "backward" else None
+                yield Prepared(call, call, call, loss)
         finally:
             model.lm_head = head
 
@@ -158,8 +163,12 @@ class Workload:
         return Prepared(run, warm, checked)
 
 
+def _loss(model: Model, ids: Tensor, arguments: dict[str, Any]) -> Tensor:
+    return _output(model(ids, **arguments)).float().square().mean()
+
+
 def _train(model: Model, ids: Tensor, arguments: dict[str, Any], reset: Callable[[], None]) -> None:
-    _output(model(ids, **arguments)).float().square().mean().backward()
+    _loss(model, ids, arguments).backward()
     model.zero_grad(set_to_none=True)  # here, so that gradients count as memory of the call
 
 

@@ -195,6 +195,13 @@ class ModelConfig:
         dense = max(dense, min(1, self.first_k_dense_replace))
         return replace(self, num_hidden_layers=num_layers, first_k_dense_replace=dense)
 
+    def with_experts(self, num_experts: int) -> "ModelConfig":
+        """The same model with fewer (or more) routed experts, all in one group: 8 are a GPU's share of V3's when 32
+        hold a copy, where each of its tokens' 8 experts stands for one of another GPU's."""
+        _expect(type(num_experts) is int and num_experts >= 1, "n_routed_experts", "at least 1", num_experts)
+        top_k = min(self.num_experts_per_tok, num_experts)
+        return replace(self, n_routed_experts=num_experts, num_experts_per_tok=top_k, n_group=1, topk_group=1)
+
     def to_dict(self) -> dict[str, Any]:
         """config.json in DeepSeek's dialect, as transformers and DeepSeek's own code read it (no torch_dtype)."""
         out = {key: value for key, value in asdict(self).items() if value is not None or key == "q_lora_rank"}
