@@ -388,8 +388,8 @@ class DeepseekV3(nn.Module):
         return_mtp: bool = False,
         return_routing: bool = False,
     ) -> Tensor | tuple[Any, ...]:
-        """Logits [B, T, V] in the model's dtype. With return_mtp also mtp_logits [B, T - 1, V]; with return_routing, for
-        training, also a list of (router logits [N, E] float32, topk_idx [N, K]), one a MoE layer, MTP's last.
+        """Logits [B, T, V] in the model's dtype. With return_mtp also mtp_logits [B, T - 1, V]; with return_routing,
+        for training, also a list of (router logits [N, E] float32, topk_idx [N, K]), one a MoE layer, MTP's last.
 
         input_ids: int64 [B, T]. attention_mask: [B, S], nonzero = a real token, S counts the cached ones; position_ids:
         [B, T], by default each real token's index in its sequence. The cache is updated in place. logits_to_keep: only
