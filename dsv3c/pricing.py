@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from dsv3c.numerics import E4M3
-from dsv3c.passes.contract import operator_name
+from dsv3c.passes.contract import operator_name, operator_of
 from dsv3c.passes.regions import Region, region_of
 from dsv3c.tuning.targets import Target
 
@@ -61,10 +61,11 @@ def _computes(node: fx.Node) -> bool:
 
 
 def _has_kernel(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
+    operator = operator_of(node)
+    if not isinstance(operator, torch._ops.OpOverload):
         return False
-    packet = node.target.overloadpacket
-    own = node.target.namespace not in ("aten", "prims")
+    packet = operator.overloadpacket
+    own = operator.namespace not in ("aten", "prims")
     return own or packet in flop_registry or packet is _GROUPED_MM or packet in _UNFUSED
 
 
@@ -194,7 +195,7 @@ def _size(size):
 
 
 def _flops(node: fx.Node) -> int:
-    packet = node.target.overloadpacket
+    packet = operator_of(node).overloadpacket
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: hinted(argument.meta["val"]))
     if packet is _GROUPED_MM:
         return 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]

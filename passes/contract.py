@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from dsv3c.errors import Dsv3cError
 from dsv3c.passes.regions import region_of
@@ -153,13 +154,19 @@ def _operators(gm: fx.GraphModule) -> Counter[str]:
     return Counter(operator_name(node) for node in gm.graph.nodes if node.op in ("call_function", "call_method"))
 
 
+def operator_of(node: fx.Node):
+    """The target; of the form that stands for an operator that writes to a copy of its argument: the operator."""
+    return node.args[0] if node.target is auto_functionalized else node.target
+
+
 def operator_name(node: fx.Node) -> str:
     """`aten.mm.default`, `dsv3c.gemm.default`, `getitem`, …"""
-    if isinstance(node.target, str):
-        return node.target
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target)
-    return getattr(node.target, "__name__", str(node.target))
+    operator = operator_of(node)
+    if isinstance(operator, str):
+        return operator
+    if isinstance(operator, torch._ops.OpOverload):
+        return str(operator)
+    return getattr(operator, "__name__", str(operator))
 
 
 def text(gm: fx.GraphModule) -> str:
@@ -200,7 +207,7 @@ def _typed(value, symbols: dict[str, str]) -> str:
         dense = value.is_contiguous() if not any(isinstance(s, torch.SymInt) for s in value.shape) else True
         return f" : {str(value.dtype).removeprefix('torch.')}[{sizes}]{'' if dense else f' strides [{strides}]'}"
     if isinstance(value, (list, tuple)):
-        return " :" + ",".join(_typed(item, symbols).removeprefix(" :") for item in value)
+        return " :" + ",".join(filter(None, (_typed(item, symbols).removeprefix(" :") for item in value)))
     if isinstance(value, torch.SymInt):
         return f" : {_size(value, symbols)}"
     return ""

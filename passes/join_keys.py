@@ -17,11 +17,12 @@ class JoinKeys:
     tokens before heads, as kv_b's linear wrote the first one.
 
     Functionalized, the copies become five more of all keys in training; and the gradients of keys and values lie in
-    memory with tokens first, so that one copy put them together. Leaves alone: other slices, and keys that are read
-    before both copies are there.
+    memory with tokens first, so that one copy puts them together. Keys are the same bits; NUMERIC because the gradient
+    of what the heads share is summed in another order. Leaves alone: other slices, and keys that are read before both
+    copies are there.
     """
 
-    tier: ClassVar[Tier] = Tier.EXACT
+    tier: ClassVar[Tier] = Tier.NUMERIC
     level: ClassVar[Level] = Level.CAPTURED
 
     def __call__(self, gm: fx.GraphModule) -> int:

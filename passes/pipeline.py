@@ -29,7 +29,7 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
     """The passes of a precision, `"exact"` or `"fp8"`. Each knows its level: the captured graph (L0), or the joint
     graph of forward and backward, in inference the forward graph (L1)."""
     if precision == "exact":
-        return (RaiseAttention(), JoinKeys(), RaiseGroupedLinear())
+        return (RaiseAttention(), RaiseGroupedLinear())
     return (
         RaiseAttention(),
         JoinKeys(),
