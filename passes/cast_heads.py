@@ -21,8 +21,8 @@ class CastHeads:
     """Before: in backward, the casts along rows and columns of `rotate_heads(dq)`, and of `cat((dk[..nope], dv))`.
     After: `rotate_quantize_both` and `join_quantize_both`, one reading of what attention's gradient wrote.
 
-    Leaves alone: head sizes that are no multiples of 64, rotary parts of other than 64 features, and gradients that are
-    read in BF16 too.
+    Leaves alone: head sizes that are no multiples of 64, rotary parts of other than 64 features, gradients in another
+    dtype than BF16, and those that are read in BF16 too.
     """
 
     tier: ClassVar[Tier] = Tier.EXACT
@@ -40,7 +40,7 @@ def _cast(x: fx.Node) -> int:
         return 0
     if len(kinds) < 2 and ops.quantize_tile_both.default not in kinds:
         return 0
-    source = _source(x)
+    source = _source(x) if value(x).dtype == torch.bfloat16 else None
     call = source and (_rotated(casts[0], source, *settings) or _joined(casts[0], source, *settings))
     if call is None:
         return 0
