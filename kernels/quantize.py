@@ -26,6 +26,7 @@ from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.offline import BF16, F32, FP8, I32, Variant
+from dsv3c.kernels.tiles import BAND, band_grid
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS = 32  # of a program of `quantize_tile`
@@ -153,7 +154,7 @@ def _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words
 def _retile_kernel(
     x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, tiles_ptr, first_ptr, R, K,
     x_stride, scale_stride, P_words, E, bound, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr,
-    ROWWISE: gl.constexpr, GROUPED: gl.constexpr,
+    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of one group × 128 columns, cast along the rows, transposed (t), and as they are (q).
 
@@ -165,7 +166,9 @@ def _retile_kernel(
     COLUMNS: gl.constexpr = gl.BlockedLayout([128 // WARPS, 4], [1, 32], [WARPS, 1], [1, 0])
     STORE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
     UNSWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    column_tile, tile = gl.program_id(0), gl.program_id(1)
+    tile, column_tile = gl.program_id(2) * BAND + gl.program_id(0), gl.program_id(1)
+    if tile * 32 >= P_words:
+        return
     start = tile * 128
     end = R
     row_end = R
@@ -185,9 +188,7 @@ def _retile_kernel(
         if start >= row_end:
             nothing = gl.full([128], 0.0, gl.float32, gl.SliceLayout(0, COLUMNS))
             nothing = _scale_inv(nothing, amax_floor, POW2)
-            _store_transposed(
-                gl.full([128, 32], 0, gl.int32, STORE), nothing, t_ptr, t_scale_inv_ptr, columns, P_words
-            )
+            _store_transposed(gl.full([128, 32], 0, gl.int32, STORE), nothing, t_ptr, t_scale_inv_ptr, columns, P_words)
             return
     row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
     column = gl.arange(0, 128, gl.SliceLayout(0, LOAD))
@@ -302,10 +303,10 @@ def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> N
     tiles, first = (None, None) if offs is None else tile_map(offs, R, TILE)
     E, bound = (0, 0) if offs is None else (len(offs), tiles.shape[1])
     scale_stride = 0 if x_scale_inv is None else x_scale_inv.stride(1)
-    _retile_kernel[(ceil_div(K, TILE), P // TILE)](
+    _retile_kernel[band_grid(P, K)](
         x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, tiles, first, R, K,
         x_RK.stride(0), scale_stride, P // 4, E, bound, amax_floor, pow2, x_scale_inv is not None,
-        rowwise is not None, offs is not None, **RETILE,
+        rowwise is not None, offs is not None, BAND, **RETILE,
     )  # fmt: skip
 
 
@@ -346,7 +347,7 @@ def variants() -> Iterator[Variant]:
             pointers |= {"x_scale_inv_ptr": F32} if dequantize else {}
             pointers |= {"q_ptr": FP8, "scale_inv_ptr": F32} if rowwise else {}
             pointers |= {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32} if grouped else {}
-            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped}
+            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped, "BAND": BAND}
             absent = {n: None for n in _retile_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
             yield Variant(
                 _retile_kernel,
