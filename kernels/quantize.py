@@ -184,12 +184,10 @@ def _retile_kernel(
     columns = K - column_tile * 128
     t_ptr += column_tile.to(gl.int64) * 128 * P_words + tile * 32
     t_scale_inv_ptr += tile.to(gl.int64) * K + column_tile * 128
-    if GROUPED:
-        if start >= row_end:
-            nothing = gl.full([128], 0.0, gl.float32, gl.SliceLayout(0, COLUMNS))
-            nothing = _scale_inv(nothing, amax_floor, POW2)
-            _store_transposed(gl.full([128, 32], 0, gl.int32, STORE), nothing, t_ptr, t_scale_inv_ptr, columns, P_words)
-            return
+    if start >= row_end:
+        nothing = _scale_inv(gl.full([128], 0.0, gl.float32, gl.SliceLayout(0, COLUMNS)), amax_floor, POW2)
+        _store_transposed(gl.full([128, 32], 0, gl.int32, STORE), nothing, t_ptr, t_scale_inv_ptr, columns, P_words)
+        return
     row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
     column = gl.arange(0, 128, gl.SliceLayout(0, LOAD))
     inside = (row < row_end - start)[:, None] & (column < columns)[None, :]
