@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, plus, store_tiles, times
@@ -34,35 +36,36 @@ def scaled(words, factor):
     return pack(low(words) * factor, high(words) * factor)
 
 
-@triton.jit(do_not_specialize=["R"])
+@gluon.jit(do_not_specialize=["R"])
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, q_ptr, scale_inv_ptr, rstd_ptr, R, x_stride, eps, amax_floor,
-    POW2: tl.constexpr, ADD: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
+    POW2: gl.constexpr, ADD: gl.constexpr, K: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """One program a row, in chunks of TILES tiles, all of them in registers."""
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, TILES)
-    column = tile[:, None] * 64 + tl.arange(0, 64)[None, :]  # in words: half of the columns
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
+    row = gl.program_id(0).to(gl.int64)
+    tile = gl.arange(0, TILES, gl.SliceLayout(1, LAYOUT))
+    column = tile[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :]  # in words: half of the columns
     x_ptr += row * x_stride + column
     at = row * (K // 2) + column
-    chunks, sums = (), tl.zeros((TILES, 64), tl.float32)
-    for chunk in tl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
+    chunks, sums = (), gl.full([TILES, 64], 0.0, gl.float32, LAYOUT)
+    for chunk in gl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
         inside = column < K // 2 - chunk * 64 * TILES
-        x = tl.load(x_ptr + chunk * 64 * TILES, mask=inside, other=0)
+        x = gl.load(x_ptr + chunk * 64 * TILES, mask=inside, other=0)
         if ADD:
-            x = plus(x, tl.load(residual_ptr + at + chunk * 64 * TILES, mask=inside, other=0))
-            tl.store(sum_ptr + at + chunk * 64 * TILES, x, mask=inside)
+            x = plus(x, gl.load(residual_ptr + at + chunk * 64 * TILES, mask=inside, other=0))
+            gl.store(sum_ptr + at + chunk * 64 * TILES, x, mask=inside)
         sums += squares(x)
         chunks += (x,)
-    rstd = tl.rsqrt(tl.sum(sums) / K + eps)
-    tl.store(rstd_ptr + row, rstd)
-    for chunk in tl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
+    rstd = gl.rsqrt(gl.sum(gl.sum(sums, 1), 0) / K + eps)
+    gl.store(rstd_ptr + row, rstd)
+    for chunk in gl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
         inside = column < K // 2 - chunk * 64 * TILES
-        weight = tl.load(weight_ptr + column + chunk * 64 * TILES, mask=inside, other=0)
+        weight = gl.load(weight_ptr + column + chunk * 64 * TILES, mask=inside, other=0)
         y = times(scaled(chunks[chunk], rstd), weight)
         if ADD:
-            tl.store(y_ptr + at + chunk * 64 * TILES, y, mask=inside)
-        scale_at = scale_inv_ptr + (chunk * TILES + tile).to(tl.int64) * R + row
+            gl.store(y_ptr + at + chunk * 64 * TILES, y, mask=inside)
+        scale_at = scale_inv_ptr + (chunk * TILES + tile).to(gl.int64) * R + row
         inside_tile = tile < K // 128 - chunk * TILES
         store_tiles(y, q_ptr + at + chunk * 64 * TILES, scale_at, inside_tile, amax_floor, POW2)
 

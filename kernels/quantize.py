@@ -26,6 +26,7 @@ from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.offline import BF16, F32, FP8, I32, Variant
+from dsv3c.kernels.tiles import BAND, band_grid
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS = 32  # of a program of `quantize_tile`
@@ -127,11 +128,33 @@ def _quarters(x):
     return x0, x1, x2, x3
 
 
+@gluon.jit
+def _maximum_of_columns(x):
+    """max|x| of each column of x [128, C], whose rows warps share and lanes do not. Through shared memory, row by row:
+    `gl.reduce` alone puts a column's maxima side by side there, which all lanes then want from one bank."""
+    WARPS: gl.constexpr = gl.num_warps()
+    C: gl.constexpr = x.shape[1]
+    of_warps = gl.reduce(gl.reshape(gl.abs(x), (WARPS, 128 // WARPS, C)), 1, _maximum)
+    ALL: gl.constexpr = gl.BlockedLayout([WARPS, 4], [1, 32], [1, WARPS], [1, 0])
+    UNSWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    shared = gl.allocate_shared_memory(gl.float32, (WARPS, C), UNSWIZZLED, of_warps)
+    return gl.convert_layout(gl.reduce(shared.load(ALL), 0, _maximum), gl.SliceLayout(0, x.type.layout))
+
+
+@gluon.jit
+def _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words):
+    column = gl.arange(0, 128, gl.SliceLayout(1, words.type.layout))[:, None]
+    word = gl.arange(0, 32, gl.SliceLayout(0, words.type.layout))[None, :]
+    gl.store(t_ptr + (column * P_words + word), words, mask=column < columns)
+    column = gl.arange(0, 128, scale_inv.type.layout)
+    gl.store(t_scale_inv_ptr + column, scale_inv, mask=column < columns)
+
+
 @gluon.jit(do_not_specialize=["R", "scale_stride", "E", "bound"])
 def _retile_kernel(
     x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, tiles_ptr, first_ptr, R, K,
     x_stride, scale_stride, P_words, E, bound, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr,
-    ROWWISE: gl.constexpr, GROUPED: gl.constexpr,
+    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of one group × 128 columns, cast along the rows, transposed (t), and as they are (q).
 
@@ -143,7 +166,9 @@ def _retile_kernel(
     COLUMNS: gl.constexpr = gl.BlockedLayout([128 // WARPS, 4], [1, 32], [WARPS, 1], [1, 0])
     STORE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
     UNSWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    column_tile, tile = gl.program_id(0), gl.program_id(1)
+    tile, column_tile = gl.program_id(2) * BAND + gl.program_id(0), gl.program_id(1)
+    if tile * 32 >= P_words:
+        return
     start = tile * 128
     end = R
     row_end = R
@@ -156,9 +181,16 @@ def _retile_kernel(
         if ROWWISE:
             start = gl.where(mine, start, gl.load(offs_ptr + E - 1) + others * 128)
             row_end = gl.where(mine, end, R)
+    columns = K - column_tile * 128
+    t_ptr += column_tile.to(gl.int64) * 128 * P_words + tile * 32
+    t_scale_inv_ptr += tile.to(gl.int64) * K + column_tile * 128
+    if start >= row_end:
+        nothing = _scale_inv(gl.full([128], 0.0, gl.float32, gl.SliceLayout(0, COLUMNS)), amax_floor, POW2)
+        _store_transposed(gl.full([128, 32], 0, gl.int32, STORE), nothing, t_ptr, t_scale_inv_ptr, columns, P_words)
+        return
     row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
     column = gl.arange(0, 128, gl.SliceLayout(0, LOAD))
-    inside = (row < row_end - start)[:, None] & (column < K - column_tile * 128)[None, :]
+    inside = (row < row_end - start)[:, None] & (column < columns)[None, :]
     x_ptr += start.to(gl.int64) * x_stride + column_tile * 128
     x = gl.load(x_ptr + (row[:, None] * x_stride + column[None, :]), mask=inside, other=0.0)
     shared = gl.allocate_shared_memory(x.dtype, (128, 128), UNSWIZZLED, x)
@@ -176,7 +208,7 @@ def _retile_kernel(
         x_scale_inv_ptr += column_tile.to(gl.int64) * scale_stride + start
         row_scale_inv = gl.load(x_scale_inv_ptr + row, mask=row < end - start, other=0.0)
         x *= gl.convert_layout(row_scale_inv, gl.SliceLayout(1, COLUMNS))[:, None]
-    amax = gl.reduce(gl.abs(x), 0, _maximum)
+    amax = _maximum_of_columns(x)
     if ROWWISE and GROUPED:
         amax = gl.where(mine, amax, 0.0)
     scale_inv = _scale_inv(amax, amax_floor, POW2)
@@ -186,13 +218,7 @@ def _retile_kernel(
     if ROWWISE and GROUPED:
         words = gl.where(mine, words, 0)
     words = gl.convert_layout(gl.permute(words, (1, 0)), STORE)
-    columns = gl.arange(0, 128, gl.SliceLayout(1, STORE))[:, None]
-    word = gl.arange(0, 32, gl.SliceLayout(0, STORE))[None, :]
-    t_ptr += column_tile.to(gl.int64) * 128 * P_words + tile * 32
-    gl.store(t_ptr + (columns.to(gl.int64) * P_words + word), words, mask=columns < K - column_tile * 128)
-    t_scale_inv_ptr += tile.to(gl.int64) * K + column_tile * 128
-    column = gl.arange(0, 128, gl.SliceLayout(0, COLUMNS))
-    gl.store(t_scale_inv_ptr + column, scale_inv, mask=column < K - column_tile * 128)
+    _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words)
 
 
 @triton.jit
@@ -282,10 +308,10 @@ def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> N
     tiles, first = (None, None) if offs is None else tile_map(offs, R, TILE)
     E, bound = (0, 0) if offs is None else (len(offs), tiles.shape[1])
     scale_stride = 0 if x_scale_inv is None else x_scale_inv.stride(1)
-    _retile_kernel[(ceil_div(K, TILE), P // TILE)](
+    _retile_kernel[band_grid(P, K)](
         x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, tiles, first, R, K,
         x_RK.stride(0), scale_stride, P // 4, E, bound, amax_floor, pow2, x_scale_inv is not None,
-        rowwise is not None, offs is not None, **RETILE,
+        rowwise is not None, offs is not None, BAND, **RETILE,
     )  # fmt: skip
 
 
@@ -338,7 +364,7 @@ def variants() -> Iterator[Variant]:
             pointers |= {"x_scale_inv_ptr": F32} if dequantize else {}
             pointers |= {"q_ptr": FP8, "scale_inv_ptr": F32} if rowwise else {}
             pointers |= {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32} if grouped else {}
-            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped}
+            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped, "BAND": BAND}
             absent = {n: None for n in _retile_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
             yield Variant(
                 _retile_kernel,
