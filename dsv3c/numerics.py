@@ -112,10 +112,10 @@ def wide_mm_bounds(reference: Tensor, norm: Tensor, dtype: torch.dtype, contract
 
     A product of two BF16 values has 16 bits: exact in float32. An instruction of a tensor core adds 16 and the
     accumulator after cutting all 17 at 2^-23 of the largest (see `accumulate_rms`), and cuts the sum. That goes towards
-    zero, 2^-24 of the accumulator on average, which keeps its sign for long: this adds up as it stands. Instruction i of
-    n finds an accumulator of sqrt(i/n)·norm, which sums up to 2n/3. Ordinary cores round by half a cut, a product each.
-    A factor of 24 bits as three of eight is no other number: their sum is exact, `norm` is theirs but for 2^-13 of it,
-    and where the three products are added up afterwards, that rounds twice more.
+    zero, by 2^-24 of the accumulator on average, whose sign lasts: these add up as they stand. Instruction i of n finds
+    an accumulator of sqrt(i/n)·norm, in sum 2n/3. Ordinary cores round by half a cut, once a product. A factor of 24
+    bits as three of eight is no other number: their sum is exact, `norm` is theirs but for 2^-13 of it, and where the
+    three products are added up afterwards, that rounds twice more.
     """
     u, n = unit_roundoff(dtype), ceil_div(contraction, 16)
     cut, rounding = 2.0**-23, unit_roundoff(torch.float32)
