@@ -58,6 +58,7 @@ class QuantizedWeights:
             if copy is None or len(copy.tensors) < size or not copy.is_fresh(stack)
         ]
         if stale:
+            del found  # their memory first
             self._make(stale, training)
             found = [self.copies[key] for key in keys]
         return [tensor for copy in found for tensor in copy.tensors[:size]]
@@ -65,7 +66,7 @@ class QuantizedWeights:
     def _make(self, stale: list[tuple[tuple[int, ...], Sequence[Tensor]]], training: bool) -> None:
         copies = self.copies
         for key, _ in stale:
-            copies.pop(key, None)  # its memory first
+            copies.pop(key, None)
         made = iter(self.quantize([stack for _, stack in stale], training=training))
         for key, stack in stale:
             sources = [
