@@ -183,10 +183,10 @@ def unit_of(config: ModelConfig, kind: str, mode: Mode) -> Unit:
 
 
 def kernels_of(files: dict[str, bytes]) -> list[str]:
-    """Names of the kernels that the graphs among `files` need; the weights, their inputs, are quantised by two more."""
+    """Names of the kernels that the graphs among `files` need; the weights, their inputs, are quantised by one too."""
     graphs = [content.decode() for name, content in files.items() if name.startswith("graphs/")]
     operators = {operator for graph in graphs for operator in _OPERATOR.findall(graph)}
-    return cross_compile.kernels_of({*operators, "dsv3c.quantize_block.default", "dsv3c.quantize_block_both.default"})
+    return cross_compile.kernels_of({*operators, "dsv3c.quantize_weights.default"})
 
 
 def _texts(lowered: Lowered) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -97,18 +96,15 @@ class Backend:
         compiled = self.lower(gm, example_inputs)
         if not stacks:
             return compiled
-        training = self.unit.variant.gradients
 
-        # Runs in each call of each layer, ahead of the GPU.
         def with_weights(*inputs):
-            copies = (self.copy([inputs[i] for i in stack], training=training) for stack in stacks)
-            return compiled(*inputs, *chain.from_iterable(copies))
+            return compiled(*inputs, *self.copies_of([[inputs[i] for i in stack] for stack in stacks]))
 
         return with_weights
 
-    def copy(self, weights: list[Tensor], *, training: bool) -> tuple[Tensor, ...]:
+    def copies_of(self, stacks: list[list[Tensor]]) -> list[Tensor]:
         assert self.weights is not None
-        return self.weights.copy(weights, training=training)
+        return self.weights.copies_of(stacks, training=self.unit.variant.gradients)
 
     def prepare(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> tuple[list[Stack], list[Tensor]]:
         """Runs the L0 passes, adds the quantised weights' inputs, and binds the joint passes to them.
@@ -125,7 +121,7 @@ class Backend:
             weights = [inputs[i] for i in stack]  # real ones, unlike other inputs: Dynamo passes parameters as they are
             with fake_mode:
                 fakes = [torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for weight in weights]
-                copy = self.weights.quantize(fakes, training=self.unit.variant.gradients)
+                copy = self.weights.quantize([fakes], training=self.unit.variant.gradients)
             added = range(len(inputs), len(inputs) + len(copy))
             bound.append(passes.WeightInput(stack, (added[0], added[1]), (added[-2], added[-1])))
             for tensor in copy:
@@ -191,9 +187,9 @@ class Lowered:
 class Recorder(Backend):
     """Goes as far as the partitioned graphs and generates no code."""
 
-    def copy(self, weights: list[Tensor], *, training: bool) -> tuple[Tensor, ...]:
+    def copies_of(self, stacks: list[list[Tensor]]) -> list[Tensor]:
         assert self.weights is not None
-        return self.weights.quantize(weights, training=training)
+        return self.weights.quantize(stacks, training=self.unit.variant.gradients)
 
     def lower(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
         self.halves: tuple[fx.GraphModule, ...] = ()

@@ -111,13 +111,15 @@ def wide_mm_bounds(reference: Tensor, norm: Tensor, dtype: torch.dtype, contract
     """How far a product of BF16 matrices added in float32 may be from `reference`, its float64 value; as `gemm_bounds`.
 
     A product of two BF16 values has 16 bits: exact in float32. An instruction of a tensor core adds 16 and the
-    accumulator after cutting all 17 at 2^-23 of the largest (see `accumulate_rms`); the additions of an ordinary core
-    round by half of that, at most one a product. A factor of 24 bits as three of eight is no other number: their sum is
-    exact, three times as many products as it has make up `norm` but for 2^-13 of it, and where the three are added up
-    afterwards, two roundings more.
+    accumulator after cutting all 17 at 2^-23 of the largest (see `accumulate_rms`), and cuts the sum. That goes towards
+    zero, by 2^-24 of the accumulator on average, whose sign lasts: these add up as they stand. Instruction i of n finds
+    an accumulator of sqrt(i/n)·norm, in sum 2n/3. Ordinary cores round by half a cut, once a product. A factor of 24
+    bits as three of eight is no other number: their sum is exact, `norm` is theirs but for 2^-13 of it, and where the
+    three products are added up afterwards, that rounds twice more.
     """
-    u = unit_roundoff(dtype)
-    accumulated = 2.0**-23 / sqrt(3) * sqrt(2 * 17 * ceil_div(contraction, 16)) + 2 * unit_roundoff(torch.float32)
+    u, n = unit_roundoff(dtype), ceil_div(contraction, 16)
+    cut, rounding = 2.0**-23, unit_roundoff(torch.float32)
+    accumulated = cut * (sqrt(2 * 17 * n / 3) + n / 3) + 2 * rounding
     reached = norm > 0
     ratio = (reference[reached] / norm[reached]).square().mean() if reached.any() else reference.new_zeros(())
     element = u * reference.abs() + 8 * accumulated * norm * (1 + u)

@@ -222,9 +222,7 @@ def _retile_kernel(
 
 
 @triton.jit
-def _quantize_block_kernel(
-    w_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, N, K, amax_floor, POW2: tl.constexpr, TRANSPOSED: tl.constexpr
-):
+def _quantize_block_kernel(w_ptr, q_ptr, scale_inv_ptr, N, K, amax_floor, POW2: tl.constexpr):
     batch = tl.program_id(2)
     rows = tl.program_id(1) * 128 + tl.arange(0, 128)
     columns = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -236,11 +234,6 @@ def _quantize_block_kernel(
     tl.store(q_ptr + offsets, q, mask=inside)
     block = (batch * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(scale_inv_ptr + block, scale_inv)
-    if TRANSPOSED:
-        inside = (columns[:, None] < K) & (rows[None, :] < N)
-        tl.store(t_ptr + (batch.to(tl.int64) * K + columns[:, None]) * N + rows[None, :], tl.trans(q), mask=inside)
-        block = (batch * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(t_scale_inv_ptr + block, scale_inv)
 
 
 @triton.jit
@@ -319,16 +312,7 @@ def quantize_block(w_NK: Tensor, amax_floor: float, pow2: bool, out: tuple[Tenso
     """Launcher of `dsv3c::quantize_block`."""
     w_NK = _readable(w_NK).contiguous()
     if w_NK.numel():
-        _quantize_block_kernel[_blocks(w_NK)](w_NK, *out, None, None, *w_NK.shape[-2:], amax_floor, pow2, False)
-
-
-def quantize_block_both(
-    w_NK: Tensor, amax_floor: float, pow2: bool, out: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> None:
-    """Launcher of `dsv3c::quantize_block_both`."""
-    w_NK = _readable(w_NK).contiguous()
-    if w_NK.numel():
-        _quantize_block_kernel[_blocks(w_NK)](w_NK, *out, *w_NK.shape[-2:], amax_floor, pow2, True)
+        _quantize_block_kernel[_blocks(w_NK)](w_NK, *out, *w_NK.shape[-2:], amax_floor, pow2)
 
 
 def dequantize_block(w_fp8_NK: Tensor, w_scale_inv: Tensor, dtype: torch.dtype, out: Tensor) -> None:
@@ -352,10 +336,7 @@ def variants() -> Iterator[Variant]:
     quantized = {"q_ptr": FP8, "scale_inv_ptr": F32, "amax_floor": "fp32"}
     for x in (BF16, F32):
         yield Variant(_quantize_tile_kernel, {"x_ptr": x} | quantized, {"POW2": False, "ROWS": ROWS})
-        absent = {"t_ptr": None, "t_scale_inv_ptr": None}
-        yield Variant(_quantize_block_kernel, {"w_ptr": x} | quantized, {"POW2": False, "TRANSPOSED": False} | absent)
-        both = quantized | {"t_ptr": FP8, "t_scale_inv_ptr": F32}
-        yield Variant(_quantize_block_kernel, {"w_ptr": x} | both, {"POW2": False, "TRANSPOSED": True})
+        yield Variant(_quantize_block_kernel, {"w_ptr": x} | quantized, {"POW2": False})
         block = {"q_ptr": FP8, "scale_inv_ptr": F32, "w_ptr": x}
         yield Variant(_dequantize_block_kernel, block, {}, num_warps=8)
     for x, dequantize, rowwise in ((BF16, False, False), (F32, False, False), (FP8, True, False), (BF16, False, True)):

@@ -1,5 +1,7 @@
 """Casts to FP8 and back. What each means: `kernels/reference/casts.py`."""
 
+from itertools import islice, pairwise
+
 import torch
 
 from dsv3c.kernels.reference import casts
@@ -45,8 +47,22 @@ def _quantize_block(w_NK, amax_floor, pow2):
     return w_NK.new_empty(w_NK.shape, dtype=E4M3), scale_inv
 
 
-def _quantize_block_both(w_NK, amax_floor, pow2):
-    return *_quantize_block(w_NK, amax_floor, pow2), *_quantize_block(w_NK.mT, amax_floor, pow2)
+def _quantize_weights(weights, stacks, amax_floor, pow2, transposed):
+    check_floor(amax_floor)
+    expect("number of weights", len(weights), sum(stacks))
+    copies, rest = [], iter(weights)
+    for count in stacks:
+        stack = list(islice(rest, count))
+        *batch, N, K = stack[0].shape
+        for above, w in pairwise(stack):
+            expect("shape of a stacked weight, rows apart", (above.dim(), *w.shape[:-2], w.shape[-1]), (2, K))
+            expect("rows beyond a multiple of 128 of a weight above another", above.shape[-2] % TILE, 0)
+            N += w.shape[-2]
+        shapes = ((*batch, N, K), E4M3), ((*batch, ceil_div(N, TILE), ceil_div(K, TILE)), torch.float32)
+        copies += [stack[0].new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+        if transposed:
+            copies += [casts.empty_transposed(stack[0], shape, dtype) for shape, dtype in shapes]
+    return copies
 
 
 def _dequantize_block(w_fp8_NK, w_scale_inv, dtype):
@@ -91,10 +107,10 @@ define(
 )
 define(f"quantize_block(Tensor w, {_CAST}", _quantize_block, casts.quantize_block_ref, "quantize")
 define(
-    f"quantize_block_both(Tensor w, {_CAST.replace('Tensor)', 'Tensor, Tensor, Tensor)')}",
-    _quantize_block_both,
-    casts.quantize_block_both_ref,
-    "quantize",
+    "quantize_weights(Tensor[] weights, int[] stacks, float amax_floor, bool pow2, bool transposed) -> Tensor[]",
+    _quantize_weights,
+    casts.quantize_weights_ref,
+    "quantize_weights",
 )
 define(
     "dequantize_block(Tensor w_fp8, Tensor w_scale_inv, ScalarType dtype) -> Tensor",

@@ -1,5 +1,7 @@
 """Casts to FP8 and back."""
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -95,12 +97,27 @@ def quantize_block_ref(w_NK: Tensor, amax_floor: float, pow2: bool) -> tuple[Ten
     return w_fp8.clone(memory_format=torch.contiguous_format), scale_inv
 
 
-def quantize_block_both_ref(w_NK: Tensor, amax_floor: float, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_block`, and the same pair transposed, contiguous [.., K, N] and [.., ⌈K/128⌉, ⌈N/128⌉]: what training
-    needs of a weight, for y and for dx. (A square block is its own transpose.)"""
-    w_fp8, scale_inv = quantize_block_ref(w_NK, amax_floor, pow2)
-    t_fp8 = w_fp8.view(torch.uint8).mT.clone(memory_format=torch.contiguous_format).view(E4M3)
-    return w_fp8, scale_inv, t_fp8, scale_inv.mT.clone(memory_format=torch.contiguous_format)
+def quantize_weights_ref(
+    weights: list[Tensor], stacks: list[int], amax_floor: float, pow2: bool, transposed: bool
+) -> list[Tensor]:
+    """`quantize_block` of each stack, the next `stacks[i]` of `weights` one below the other: w_fp8, scale_inv, and, if
+    transposed, both again with the strides of a transposed tensor. (A square block is its own transpose.)
+
+    Weights are [N, K], or [E, N, K] alone. All of a stack but the last have a multiple of 128 rows.
+    """
+    copies, rest = [], iter(weights)
+    for count in stacks:
+        w_fp8, scale_inv = quantize_block_ref(torch.cat(list(islice(rest, count)), -2), amax_floor, pow2)
+        copies += [w_fp8, scale_inv]
+        if transposed:
+            copies += [empty_transposed(x, x.shape, x.dtype).copy_(x) for x in (w_fp8, scale_inv)]
+    return copies
+
+
+def empty_transposed(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """[.., N, K] with the strides of a contiguous [.., K, N]; no view of one, which autograd would take apart."""
+    *batch, N, K = shape
+    return like.new_empty_strided(shape, ((N * K, 1, N) if batch else (1, N)), dtype=dtype)
 
 
 def dequantize_block_ref(w_fp8_NK: Tensor, w_scale_inv: Tensor, dtype: torch.dtype) -> Tensor:

@@ -85,7 +85,7 @@ def test_reported_flops_are_those_of_the_configs_linears(v3):
                 expected[path] = 2 * mode.tokens * V3.num_experts_per_tok * values * times
         if mode.cached:
             expected.pop("self_attn.kv_b_proj", None)  # absorbed
-        linears = {path: count for path, count in flops.items() if path.endswith(("proj", "experts", "head"))}
+        linears = {path: count for path, count in flops.items() if path and path.endswith(("proj", "experts", "head"))}
         assert {path: count for path, count in linears.items() if count} == expected, name
 
 

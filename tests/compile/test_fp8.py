@@ -56,7 +56,7 @@ class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.sources: dict[int, torch.Tensor] = {}
-        self.kept: list = []  # so that no id is used twice
+        self.kept: list = []  # so that no address is used twice
         self.errors: list[tuple[str, float, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -70,15 +70,15 @@ class Watch(TorchDispatchMode):
             self.source(out[0], args[0])
             self.source(out[2], padded(args[0], args[1]).t())
         elif name == "requantize_t":
-            self.source(out[0], padded(self.sources[id(args[0])], args[2]).t())
-        elif name == "aten::index.Tensor" and id(args[0]) in self.sources and args[1][0] is not None:
-            self.source(out, self.sources[id(args[0])][args[1][0]])
+            self.source(out[0], padded(self.sources[args[0].data_ptr()], args[2]).t())
+        elif name == "aten::index.Tensor" and args[0].data_ptr() in self.sources and args[1][0] is not None:
+            self.source(out, self.sources[args[0].data_ptr()][args[1][0]])
         elif "gemm" in name:
-            self.check(name, out, self.sources[id(args[0])], self.sources[id(args[2])], args[4])
+            self.check(name, out, self.sources[args[0].data_ptr()], self.sources[args[2].data_ptr()], args[4])
         return out
 
     def source(self, quantized, source):
-        self.sources[id(quantized)] = source.detach().double()
+        self.sources[quantized.data_ptr()] = source.detach().double()
         self.kept.append(quantized)
 
     def check(self, name, out, left, right, offs):
@@ -132,11 +132,11 @@ def test_every_gemm_is_right_about_what_it_was_given(which, dtype, request, comp
     model, watch = compiled(make(dtype), "fp8", skip=fused), Watch()
     quantize = QuantizedWeights.quantize
 
-    def quantize_and_tell(self, weights, *, training):
-        copy = quantize(self, weights, training=training)
-        for w_fp8 in copy[::2]:
-            watch.source(w_fp8, torch.cat(weights))
-        return copy
+    def quantize_and_tell(self, stacks, *, training):
+        copies = quantize(self, stacks, training=training)
+        for i, w_fp8 in enumerate(copies[::2]):
+            watch.source(w_fp8, torch.cat(stacks[i // 2]))
+        return copies
 
     def run_watched(forward):
         def watched(*inputs):

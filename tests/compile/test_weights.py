@@ -25,11 +25,11 @@ def same_bits(a, b) -> bool:
 
 
 def copy_of(weights, *stack):
-    return weights.copy(stack, training=False)
+    return weights.copies_of([stack], training=False)
 
 
 def is_fresh(weights, *stack) -> bool:
-    return same_bits(copy_of(weights, *stack), weights.quantize(stack, training=False))
+    return same_bits(copy_of(weights, *stack), weights.quantize([stack], training=False))
 
 
 def test_made_once(weights, weight):
@@ -39,7 +39,7 @@ def test_made_once(weights, weight):
 
 def test_training_adds_a_transposed_copy_which_inference_does_not_make(weights, weight):
     pair = copy_of(weights, weight)
-    both = weights.copy([weight], training=True)
+    both = weights.copies_of([[weight]], training=True)
     assert same_bits(both[:2], pair)
     assert same_bits(both[2:], pair)
     assert all(t.is_contiguous() for t in both[:2])
@@ -51,12 +51,12 @@ def test_training_adds_a_transposed_copy_which_inference_does_not_make(weights, 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_stack_is_quantised_as_one_and_held_once(weights, weight, training):
     stack = weight, torch.nn.Parameter(100 * torch.randn(200, 256))
-    copy = weights.copy(stack, training=training)
-    assert same_bits(copy, weights.quantize([torch.cat(stack)], training=training))
+    copy = weights.copies_of([stack], training=training)
+    assert same_bits(copy, weights.quantize([[torch.cat(stack)]], training=training))
     assert weights.bytes() == sum(t.nbytes for t in copy)
     for changed in stack:
         in_place(changed)
-        assert same_bits(weights.copy(stack, training=training), weights.quantize(stack, training=training))
+        assert same_bits(weights.copies_of([stack], training=training), weights.quantize([stack], training=training))
     weights.forget(stack[1:])
     assert weights.bytes() == 0
 

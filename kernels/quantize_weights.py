@@ -1,0 +1,114 @@
+"""A layer's weights to FP8 in one launch, in 128×128 blocks: once an optimizer step.
+
+A program has a block. Which weight it is of, and where the results go, stands in a table that is copied to the GPU
+ahead of the launch: a weight's results may be rows of a stack's. Training wants each copy transposed too: the block is
+in registers, so that costs the writing alone. Bits equal `quantize_block`'s.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv3c.kernels.offline import BF16, F32, Variant
+from dsv3c.kernels.quantize import _divide, _maximum, _readable, _reciprocal, _scale_inv
+from dsv3c.numerics import TILE, ceil_div
+
+# Of a weight in the table: five addresses; rows, columns, first block; rows of its stack.
+FIELDS = tl.constexpr(9)
+
+
+@triton.jit
+def _address(weight_ptr, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    return tl.multiple_of(tl.load(weight_ptr + FIELD).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+
+
+@triton.jit
+def _size(weight_ptr, FIELD: tl.constexpr, ALIGNMENT: tl.constexpr):
+    return tl.multiple_of(tl.load(weight_ptr + FIELD).to(tl.int32), ALIGNMENT)
+
+
+@triton.jit(do_not_specialize=["num_weights"])
+def _quantize_weights_kernel(
+    table_ptr, like_ptr, num_weights, amax_floor, POW2: tl.constexpr, TRANSPOSED: tl.constexpr, MOST: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """At most MOST weights, of like's dtype, whose sizes and addresses are multiples of ALIGNMENT."""
+    weights = tl.arange(0, MOST)
+    first = tl.load(table_ptr + weights * FIELDS + 7, mask=weights < num_weights, other=1 << 31)
+    weight_ptr = table_ptr + (tl.sum((first <= tl.program_id(0)).to(tl.int32), 0) - 1) * FIELDS
+    N, K = _size(weight_ptr, 5, ALIGNMENT), _size(weight_ptr, 6, ALIGNMENT)
+    down, across = tl.cdiv(N, 128), tl.cdiv(K, 128)
+    block = tl.program_id(0) - _size(weight_ptr, 7, 1)
+    batch = (block // (down * across)).to(tl.int64)
+    n, k = block // across % down, block % across
+    rows, columns = n * 128 + tl.arange(0, 128), k * 128 + tl.arange(0, 128)
+
+    inside = (rows[:, None] < N) & (columns[None, :] < K)
+    offsets = (batch * N + rows[:, None]) * K + columns[None, :]
+    w_ptr = _address(weight_ptr, 0, like_ptr.dtype.element_ty, ALIGNMENT)
+    w = tl.load(w_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    scale_inv = _scale_inv(tl.reduce(tl.reduce(tl.abs(w), 1, _maximum), 0, _maximum), amax_floor, POW2)
+    q = _divide(w, scale_inv, _reciprocal(scale_inv)).to(tl.float8e4nv)
+    tl.store(_address(weight_ptr, 1, tl.float8e4nv, ALIGNMENT) + offsets, q, mask=inside)
+    tl.store(_address(weight_ptr, 2, tl.float32, 4) + (batch * down + n) * across + k, scale_inv)
+    if TRANSPOSED:
+        stack_N = _size(weight_ptr, 8, ALIGNMENT)
+        inside = (columns[:, None] < K) & (rows[None, :] < N)
+        offsets = (batch * K + columns[:, None]) * stack_N + rows[None, :]
+        tl.store(_address(weight_ptr, 3, tl.float8e4nv, ALIGNMENT) + offsets, tl.trans(q), mask=inside)
+        offset = (batch * across + k) * tl.cdiv(stack_N, 128) + n
+        tl.store(_address(weight_ptr, 4, tl.float32, 4) + offset, scale_inv)
+
+
+def quantize_weights(
+    weights: list[Tensor], stacks: list[int], amax_floor: float, pow2: bool, transposed: bool, out: list[Tensor]
+) -> None:
+    """Launcher of `dsv3c::quantize_weights`."""
+    weights = [_readable(w).contiguous() for w in weights]
+    places = list(_places(weights, stacks, 4 if transposed else 2, out))
+    for dtype in {w.dtype for w in weights if w.numel()}:
+        table, blocks, aligned = [], 0, True
+        same = [(w, place) for w, place in zip(weights, places, strict=True) if w.dtype == dtype and w.numel()]
+        for w, (stack_N, *addresses) in same:
+            *_, N, K = w.shape
+            table.append([w.data_ptr(), *addresses, N, K, blocks, stack_N])
+            aligned &= all(value % 16 == 0 for value in (w.data_ptr(), addresses[0], addresses[2], N, K, stack_N))
+            blocks += w.numel() // (N * K) * ceil_div(N, TILE) * ceil_div(K, TILE)
+        host = torch.tensor(table, dtype=torch.int64, pin_memory=True)
+        _quantize_weights_kernel[(blocks,)](
+            host.to(w.device, non_blocking=True), w, len(table), amax_floor, pow2, transposed,
+            triton.next_power_of_2(len(table)), 16 if aligned else 1, num_warps=_warps(dtype),
+        )  # fmt: skip
+
+
+def _warps(dtype: torch.dtype) -> int:
+    """A block of float32 takes twice the registers on its way."""
+    return 8 if dtype == torch.float32 else 4
+
+
+def _places(weights: list[Tensor], stacks: list[int], size: int, out: list[Tensor]) -> Iterator[list[int]]:
+    """For each weight the rows of its stack, and the addresses of its rows in the stack's results (0 for those that are
+    not wanted)."""
+    rest, results = iter(weights), iter(out)
+    for count in stacks:
+        copy, start = list(islice(results, size)), 0
+        for w in islice(rest, count):
+            rows = (start, start // TILE, start, start // TILE)
+            places = [t.data_ptr() + row * t.stride(-2) * t.element_size() for t, row in zip(copy, rows, strict=False)]
+            yield [copy[0].shape[-2], *places, *[0] * (4 - size)]
+            start += w.shape[-2]
+
+
+def variants() -> Iterator[Variant]:
+    for like, dtype in ((BF16, torch.bfloat16), (F32, torch.float32)):
+        for transposed in (False, True):
+            yield Variant(
+                _quantize_weights_kernel,
+                {"table_ptr": "*i64", "like_ptr": like, "amax_floor": "fp32"},
+                {"POW2": False, "TRANSPOSED": transposed, "MOST": 8, "ALIGNMENT": 16},
+                num_warps=_warps(dtype),
+            )
