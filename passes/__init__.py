@@ -1,12 +1,14 @@
 """Graph rewrites: the contract and runner, the literal pipelines, one pass a file."""
 
 from dsv3c.passes.absorb_attention import AbsorbAttention
+from dsv3c.passes.choose_saved import ChooseSaved
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
+from dsv3c.passes.fuse_swiglu_backward import FuseSwiGLUBackward
 from dsv3c.passes.pipeline import Pipeline, default
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_both import QuantizeBoth
@@ -14,14 +16,18 @@ from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, 
 from dsv3c.passes.raise_attention import RaiseAttention
 from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
 from dsv3c.passes.share_equal import ShareEqual
+from dsv3c.passes.transpose_saved import TransposeSaved
+from dsv3c.passes.weigh_activations import WeighActivations
 
 __all__ = [
     "AbsorbAttention",
+    "ChooseSaved",
     "FoldLinear",
     "FuseNormBackward",
     "FusePermute",
     "FuseQuantize",
     "FuseRouting",
+    "FuseSwiGLUBackward",
     "Pass",
     "PassError",
     "Pipeline",
@@ -35,6 +41,8 @@ __all__ = [
     "ShareEqual",
     "Skipped",
     "Tier",
+    "TransposeSaved",
+    "WeighActivations",
     "WeightInput",
     "default",
     "run",

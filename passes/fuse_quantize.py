@@ -46,7 +46,7 @@ def _fuse_norm(cast: fx.Node) -> int:
     norm = norm_of(y)
     if norm is None or value(cast.args[0]).shape[1] % TILE:
         return 0
-    if all(reader is cast or is_backward(reader) for reader in _readers(y)):
+    if all(reader is cast or is_backward(reader) for reader in readers(y)):
         x_RK = as_rows(cast, norm.x)
         call = insert(cast, ops.rms_norm_quantize.default, x_RK, norm.weight, norm.eps, *cast.args[1:])
         _replace_rstd(norm, insert(cast, operator.getitem, call, 2))
@@ -67,11 +67,12 @@ def _fuse_norm(cast: fx.Node) -> int:
 
 
 def _fuse_swiglu(cast: fx.Node) -> int:
-    a = cast.args[0]
+    a = _under_view(cast.args[0])
     h = _stacked(a)
-    if h is None or value(a).shape[1] % TILE or any(reader is not cast for reader in _readers(a)):
+    if h is None or value(a).shape[-1] % TILE or any(reader is not cast for reader in readers(a)):
         return 0
-    replace_results(cast, insert(cast, ops.swiglu_quantize.default, h, None, *cast.args[1:]), first=0)
+    h_RK = as_rows(cast, h)
+    replace_results(cast, insert(cast, ops.swiglu_quantize.default, h_RK, None, *cast.args[1:]), first=0)
     return 1
 
 
@@ -96,7 +97,7 @@ def norm_of(y: fx.Node) -> Norm | None:
 
 
 def _stacked(a: fx.Node) -> fx.Node | None:
-    """h of `silu(gate) · up`, where gate and up are the halves of h [R, 2I] in BF16."""
+    """h of `silu(gate) · up`, where gate and up are the halves of h [.., 2I] in BF16."""
     silu, up = _operands(a, aten.mul.Tensor, lambda node: _casts(node, torch.bfloat16))
     if up is None or up.target is not operator.getitem or up.args[1] != 1 or silu.args[0].target is not aten.div.Tensor:
         return None
@@ -110,7 +111,8 @@ def _stacked(a: fx.Node) -> fx.Node | None:
     if not is_half or exp.args[0].args[0] is not gate32 or halves.target is not aten.split.Tensor:
         return None
     h, width = halves.args[0], value(up).shape[-1]
-    return h if value(h).dim() == 2 and value(h).shape[1] == 2 * width else None
+    last = halves.args[2] % value(h).dim() == value(h).dim() - 1 if len(halves.args) > 2 else value(h).dim() == 1
+    return h if last and value(h).shape[-1] == 2 * width else None
 
 
 def _operands(node: fx.Node, target, is_first) -> tuple[fx.Node, fx.Node] | tuple[None, None]:
@@ -134,11 +136,11 @@ def _under_view(node: fx.Node) -> fx.Node:
     return node
 
 
-def _readers(node: fx.Node):
+def readers(node: fx.Node):
     """What reads the values, be it through views."""
     for user in node.users:
         if user.target is aten.view.default:
-            yield from _readers(user)
+            yield from readers(user)
         else:
             yield user
 
