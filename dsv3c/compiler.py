@@ -17,6 +17,7 @@ from dsv3c.debug import debug_config
 from dsv3c.errors import CompileError
 from dsv3c.fp8_weights import recipe_of
 from dsv3c.passes import Pass, Pipeline, default
+from dsv3c.passes.choose_saved import Memory
 from dsv3c.tuning.targets import Target, resolve
 from dsv3c.weights import QuantizedWeights
 
@@ -47,6 +48,7 @@ def compile(  # the name users type
     *,
     target: str = "auto",
     precision: str = "auto",
+    memory: Memory = "default",
     skip: Collection[str] = (),
     passes: Sequence[Pass] | None = None,
 ) -> Model:
@@ -61,17 +63,20 @@ def compile(  # the name users type
         target: "auto" (this machine), or a name in tuning/targets; decides what the report predicts.
         precision: "exact" (the model's own dtype, nothing quantised), "fp8" (DeepSeek-V3's recipe; on a CPU emulated),
             or "auto": fp8 on compute capability 9.0 and up, else exact.
+        memory: what is saved for backward: "default" (FP8 copies; norms, permuted tokens and keys are computed again),
+            "low" (queries, keys and values too), "none" (what torch's partitioner chooses). See `ChooseSaved`.
         skip: names of passes to leave out.
         passes: replaces the default list of passes.
 
     Raises:
         CompileError: an unknown model, target or precision, or a model set up so that it cannot be captured whole.
-        PassError: an unknown name in `skip`.
+        PassError: an unknown name in `skip`, or an unknown memory.
     """
     families.check(model)
     resolved, notes = _precision(precision, model)
     recipe = recipe_of(model.config)
-    pipeline = Pipeline.of(default(resolved, recipe) if passes is None else passes, (*skip, *debug_config().skip))
+    chosen = default(resolved, recipe, memory) if passes is None else passes
+    pipeline = Pipeline.of(chosen, (*skip, *debug_config().skip))
     weights = QuantizedWeights(recipe) if pipeline.quantizes else None
     dump = debug_config().dump
     backends: dict[Unit, Backend] = {}
@@ -87,7 +92,7 @@ def compile(  # the name users type
     compiled._dsv3c = Compilation(resolved, resolve(target), pipeline, weights, units, backends, notes)
     compiled.weights_changed = weights.forget if weights else lambda: None
     # A copied module would go on calling its unit with this one's parameters, so a deep copy is compiled anew.
-    again = partial(compile, target=target, precision=precision, skip=skip, passes=passes)
+    again = partial(compile, target=target, precision=precision, memory=memory, skip=skip, passes=passes)
     compiled.__deepcopy__ = lambda memo: again(copy.deepcopy(model, memo))
     return compiled
 

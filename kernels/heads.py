@@ -26,7 +26,7 @@ from dsv3c.kernels.tiles import (
     high,
     larger,
     low,
-    magnitudes,
+    magnitude,
     pack,
     reciprocal,
     scale_inv,
@@ -86,8 +86,7 @@ def _load_half(
 def _cast_rows(left, right, q_ptr, scale_inv_ptr, first_row, tile, R, K_words, amax_floor, POW2: tl.constexpr):
     """A quarter of the rows, both halves of a tile, along the rows."""
     row = first_row + 4 * tl.arange(0, 32)
-    amax = tl.reduce(larger(magnitudes(left), magnitudes(right)), 1, larger)
-    scale = scale_inv(low(tl.maximum(amax & 0xFFFF, amax >> 16)), amax_floor, POW2)
+    scale = scale_inv(magnitude(tl.reduce(larger(left, right), 1, larger)), amax_floor, POW2)
     first, second = reciprocal(scale)
     at = q_ptr + row[:, None].to(tl.int64) * K_words + tile * 64 + tl.arange(0, 32)[None, :]  # two FP8 values each
     tl.store(at, to_fp8(left, first[:, None], second[:, None]), mask=row[:, None] < R)
@@ -99,9 +98,8 @@ def _cast_rows(left, right, q_ptr, scale_inv_ptr, first_row, tile, R, K_words, a
 @triton.jit
 def _cast_columns(x0, x1, x2, x3, t_ptr, scale_inv_ptr, half, block, K, P_words, amax_floor, POW2: tl.constexpr):
     """64 columns of 128 rows, transposed."""
-    amax = larger(larger(magnitudes(x0), magnitudes(x1)), larger(magnitudes(x2), magnitudes(x3)))
-    amax = tl.reduce(amax, 0, larger)[None, :]
-    even, odd = scale_inv(low(amax), amax_floor, POW2), scale_inv(high(amax), amax_floor, POW2)
+    amax = tl.reduce(larger(larger(x0, x1), larger(x2, x3)), 0, larger)[None, :]
+    even, odd = (scale_inv(tl.abs(low(amax)), amax_floor, POW2), scale_inv(tl.abs(high(amax)), amax_floor, POW2))
     first, second = reciprocal(even)
     evens = pack_rows(
         divide(low(x0), first, second), divide(low(x1), first, second),

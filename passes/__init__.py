@@ -2,12 +2,14 @@
 
 from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.cast_heads import CastHeads
+from dsv3c.passes.choose_saved import ChooseSaved
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
+from dsv3c.passes.fuse_swiglu_backward import FuseSwiGLUBackward
 from dsv3c.passes.join_keys import JoinKeys
 from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
@@ -20,15 +22,19 @@ from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
 from dsv3c.passes.raise_rotary import RaiseRotary
 from dsv3c.passes.rotate_in_place import RotateInPlace
 from dsv3c.passes.share_equal import ShareEqual
+from dsv3c.passes.transpose_saved import TransposeSaved
+from dsv3c.passes.weigh_activations import WeighActivations
 
 __all__ = [
     "AbsorbAttention",
     "CastHeads",
+    "ChooseSaved",
     "FoldLinear",
     "FuseNormBackward",
     "FusePermute",
     "FuseQuantize",
     "FuseRouting",
+    "FuseSwiGLUBackward",
     "JoinKeys",
     "MergeLinear",
     "NarrowProduct",
@@ -47,6 +53,8 @@ __all__ = [
     "ShareEqual",
     "Skipped",
     "Tier",
+    "TransposeSaved",
+    "WeighActivations",
     "WeightInput",
     "default",
     "run",

@@ -188,12 +188,13 @@ def text(gm: fx.GraphModule) -> str:
 
     lines = []
     for node in gm.graph.nodes:
+        again = " (computed again in backward)" if "recompute" in node.meta else ""
         arguments = ", ".join(filter(None, [", ".join(map(written, node.args)), written(node.kwargs)]))
         name = node.op if node.op in ("placeholder", "output") else operator_name(node)
         region = region_of(node)
         lines.append(
             f"{number[node]} = {name}({arguments if node.op != 'placeholder' else ''})"
-            f"{_typed(node.meta.get('val', node.meta.get('example_value')), symbols)}"
+            f"{_typed(node.meta.get('val', node.meta.get('example_value')), symbols)}{again}"
             f"{f'  # {region.path} ({region.kind})' if region else ''}\n"
         )
     return "".join(lines)

@@ -46,7 +46,7 @@ def _tokens(node) -> fx.Node | None:
     return sort if sort is not None and node.args[1] == value(sort.args[0]).shape[1] else None
 
 
-def _getitem(sort: fx.Node, index: int) -> fx.Node:
+def result_node(sort: fx.Node, index: int) -> fx.Node:
     found = (user for user in sort.users if user.args[1] == index)
     return next(found, None) or insert(sort.next, operator.getitem, sort, index)
 
@@ -65,7 +65,7 @@ def _fuse_permute(gather: fx.Node) -> int:
             continue
         scale_inv, rows = columns.args[0].args[0], next(iter(columns.users))
         if is_call(x, operator.getitem) and is_call(scale_inv, operator.getitem) and scale_inv.args[0] is x.args[0]:
-            orders = _getitem(sort, 2), _getitem(sort, 3)
+            orders = result_node(sort, 2), result_node(sort, 3)
             fp8, gathered = insert_pair(gather, ops.permute.default, x, scale_inv, *orders)
             replace(gather, fp8)
             replace(rows, gathered)
@@ -80,7 +80,7 @@ def _fuse_permute_backward(scatter: fx.Node) -> int:
     sort = _tokens(scatter.args[1][0])
     if sort is None or value(scatter).dim() != 2 or not is_call(scatter.args[0], aten.full.default):
         return 0
-    inverse = _getitem(sort, 3)
+    inverse = result_node(sort, 3)
     replace(scatter, insert(scatter, ops.unpermute.default, scatter.args[2], inverse, None, None, None))
     return 1
 
@@ -102,7 +102,7 @@ def _weights_of(node, sort: fx.Node) -> fx.Node | None:
     node = bare(node)
     if is_call(node, aten.index.Tensor) and _order(node.args[1][0], 2) is sort:
         node = bare(node.args[0])
-    same = isinstance(node, fx.Node) and value(node).shape == value(_getitem(sort, 3)).shape
+    same = isinstance(node, fx.Node) and value(node).shape == value(result_node(sort, 3)).shape
     return node if same and value(node).dtype == torch.float32 else None
 
 
@@ -145,7 +145,7 @@ def _fuse_unpermute(total: fx.Node) -> int:
         return 0
     flat = [insert(last, aten.view.default, term, [-1, value(y).shape[1]]) for term in terms]
     added, residual = (*flat, None, None)[:2]
-    out = insert(last, ops.unpermute.default, y, _getitem(sort, 3), weights, added, residual)
+    out = insert(last, ops.unpermute.default, y, result_node(sort, 3), weights, added, residual)
     replace(last, out if shape is None else insert(last, aten.view.default, out, shape))
     return 1
 
@@ -181,7 +181,7 @@ def _fuse_unpermute_backward(scatter: fx.Node) -> int:
             continue
         first = min((scatter, sums[0]), key=list(scatter.graph.nodes).index)
         dout = insert(first, aten.view.default, dout, [-1, value(dy).shape[1]])
-        arguments = (dout, rows[0], _getitem(sort, 3), weights)
+        arguments = (dout, rows[0], result_node(sort, 3), weights)
         dy_new, dweights_new = insert_pair(first, ops.unpermute_backward.default, *arguments)
         replace(dweights, dweights_new)
         replace(dy, dy_new)
@@ -195,6 +195,6 @@ def _by_token(total: fx.Node, sort: fx.Node) -> fx.Node | None:
         if node is not total and _order(node.args[1][0], 2) is not sort:
             continue
         for user in node.users:
-            if user.target in VIEWS and value(user).shape == value(_getitem(sort, 3)).shape:
+            if user.target in VIEWS and value(user).shape == value(result_node(sort, 3)).shape:
                 return user
     return None

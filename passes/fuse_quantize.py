@@ -46,7 +46,7 @@ def _fuse_norm(cast: fx.Node) -> int:
     norm = norm_of(y)
     if norm is None or value(cast.args[0]).shape[1] % TILE:
         return 0
-    if all(reader is cast or is_backward(reader) for reader in _readers(y)):
+    if all(reader is cast or is_backward(reader) for reader in readers(y)):
         x_RK = as_rows(cast, norm.x)
         call = insert(cast, ops.rms_norm_quantize.default, x_RK, norm.weight, norm.eps, *cast.args[1:])
         _replace_rstd(norm, insert(cast, operator.getitem, call, 2))
@@ -69,7 +69,7 @@ def _fuse_norm(cast: fx.Node) -> int:
 def _fuse_swiglu(cast: fx.Node) -> int:
     a = _under_view(cast.args[0])
     h = _stacked(a)
-    if h is None or value(a).shape[-1] % TILE or any(reader is not cast for reader in _readers(a)):
+    if h is None or value(a).shape[-1] % TILE or any(reader is not cast for reader in readers(a)):
         return 0
     h_RK = as_rows(cast, h)
     replace_results(cast, insert(cast, ops.swiglu_quantize.default, h_RK, None, *cast.args[1:]), first=0)
@@ -136,17 +136,21 @@ def _under_view(node: fx.Node) -> fx.Node:
     return node
 
 
-def _readers(node: fx.Node):
+def readers(node: fx.Node):
     """What reads the values, be it through views."""
     for user in node.users:
         if user.target is aten.view.default:
-            yield from _readers(user)
+            yield from readers(user)
         else:
             yield user
 
 
 def as_rows(at: fx.Node, x: fx.Node) -> fx.Node:
-    return x if value(x).dim() == 2 else insert(at, aten.view.default, x, [-1, value(x).shape[-1]])
+    if value(x).dim() == 2:
+        return x
+    if not value(x).is_contiguous():  # some of a sequence's tokens, as MTP takes them
+        x = insert(at, aten.clone.default, x, memory_format=torch.contiguous_format)
+    return insert(at, aten.view.default, x, [-1, value(x).shape[-1]])
 
 
 def _shaped(at: fx.Node, rows: fx.Node, like: fx.Node) -> fx.Node:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from dsv3c.numerics import Recipe
 from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.cast_heads import CastHeads
+from dsv3c.passes.choose_saved import ChooseSaved, Memory
 from dsv3c.passes.contract import Level, Pass, select
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
+from dsv3c.passes.fuse_swiglu_backward import FuseSwiGLUBackward
 from dsv3c.passes.join_keys import JoinKeys
 from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
@@ -23,13 +25,15 @@ from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
 from dsv3c.passes.raise_rotary import RaiseRotary
 from dsv3c.passes.rotate_in_place import RotateInPlace
 from dsv3c.passes.share_equal import ShareEqual
+from dsv3c.passes.transpose_saved import TransposeSaved
+from dsv3c.passes.weigh_activations import WeighActivations
 
 
-def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
+def default(precision: str, recipe: Recipe = Recipe(), memory: Memory = "default") -> tuple[Pass, ...]:
     """The passes of a precision, `"exact"` or `"fp8"`. Each knows its level: the captured graph (L0), or the joint
     graph of forward and backward, in inference the forward graph (L1)."""
     if precision == "exact":
-        return (RaiseAttention(), RaiseGroupedLinear())
+        return (RaiseAttention(), RaiseGroupedLinear(), ChooseSaved(memory))
     return (
         RaiseAttention(),
         JoinKeys(),
@@ -46,10 +50,14 @@ def default(precision: str, recipe: Recipe = Recipe()) -> tuple[Pass, ...]:
         FusePermute(),
         FuseNormBackward(),
         FuseQuantize(),
+        FuseSwiGLUBackward(),
+        WeighActivations(),
+        TransposeSaved(),
         NarrowProduct(),
         QuantizeBoth(),
         CastHeads(),
         RotateInPlace(),
+        ChooseSaved(memory),
     )
 
 

@@ -8,7 +8,7 @@ from torch import fx
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.passes.contract import Level, Tier
-from dsv3c.passes.rewrite import insert, replace_results
+from dsv3c.passes.rewrite import insert, is_backward, replace_results
 
 ops = torch.ops.dsv3c
 
@@ -18,7 +18,8 @@ class QuantizeBoth:
     """Before: `quantize_tile(x)` for the input's gradient and `quantize_tile_t(x)` for the weight's. After:
     `quantize_tile_both(x)`.
 
-    The same bits; x, in BF16 the most of what a cast moves, is read once. Leaves alone: casts in other recipes.
+    The same bits; x, in BF16 the most of what a cast moves, is read once. Leaves alone: casts in other recipes, and one
+    in forward beside one in backward, for which the latter would have to be saved.
     """
 
     tier: ClassVar[Tier] = Tier.EXACT
@@ -27,13 +28,13 @@ class QuantizeBoth:
     def __call__(self, gm: fx.GraphModule) -> int:
         order = {node: number for number, node in enumerate(gm.graph.nodes)}
         along_rows = {
-            (cast.args[0], *cast.args[1:]): cast
+            (*cast.args, is_backward(cast)): cast
             for cast in gm.graph.find_nodes(op="call_function", target=ops.quantize_tile.default)
         }
         sites = 0
         for cast_t in gm.graph.find_nodes(op="call_function", target=ops.quantize_tile_t.default):
             x, offs, *recipe = cast_t.args
-            cast = along_rows.pop((x, *recipe), None)
+            cast = along_rows.pop((x, *recipe, is_backward(cast_t)), None)
             if cast is None:
                 continue
             first = min(cast, cast_t, key=order.__getitem__)

@@ -1,0 +1,83 @@
+"""What backward gets from forward, and what it computes again: a policy, for torch's partitioner to carry out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+import dsv3c.attention
+import dsv3c.operators  # noqa: F401
+from dsv3c.passes.contract import Level, PassError, Tier
+from dsv3c.passes.fuse_routing import VIEWS, bare
+from dsv3c.passes.rewrite import aten, is_backward, value
+
+Memory = Literal["default", "low", "none"]
+
+prims, ops = torch.ops.prims, torch.ops.dsv3c
+_CHEAP = (ops.rms_norm_quantize.default, ops.add_rms_norm_quantize.default, ops.permute.default)
+_PRODUCTS = (ops.gemm.default, aten.mm.default, aten.bmm.default)
+_LAYOUT = (*VIEWS, aten.permute.default)
+
+
+@dataclass(frozen=True)
+class ChooseSaved:
+    """Before: the partitioner saves what our operators return, since it knows nothing of their cost. After: it is told
+    what to compute again, by `recompute` in the nodes' metadata, which `text` shows.
+
+    "default": what is cheap to compute: norms with their cast (33 us for 29 MB of FP8, 69 with the BF16 result for 88;
+    H200, 4096 tokens of V3), tokens permuted to their experts (73 us for 242 MB), casts to a wider dtype, and the keys,
+    of which two thirds are in kv_b's output, which is saved for the values (84 us for 201 MB). "low": also queries,
+    keys and values, kv_b's and q_b's products included (0.8 ms a layer for 470 MB).
+    "none": what the partitioner likes.
+
+    Source: DeepSeek-V3 report, section 3.2.3 ("recomputation of RMSNorm and MLA up-projection").
+    """
+
+    memory: Memory = "default"
+    tier: ClassVar[Tier] = Tier.EXACT
+    level: ClassVar[Level] = Level.JOINT
+
+    def __post_init__(self) -> None:
+        if self.memory not in get_args(Memory):
+            raise PassError(f"memory: expected one of {', '.join(get_args(Memory))}, found {self.memory!r}")
+
+    def __call__(self, gm: fx.GraphModule) -> int:
+        if self.memory == "none" or not any(map(is_backward, gm.graph.nodes)):
+            return 0
+        marked = 0
+        for node in gm.graph.nodes:
+            for again in self._computed_again(node):
+                marked += again.meta.get("recompute") is None
+                again.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        return marked
+
+    def _computed_again(self, node: fx.Node) -> Iterator[fx.Node]:
+        if not is_backward(node) and (node.target in _CHEAP or _widens(node)):
+            yield node
+        if node.target is ops.attention.default:
+            keys = bare(node.args[1], _LAYOUT)
+            if keys.op == "call_function" and keys.target not in _PRODUCTS:
+                yield keys
+            if self.memory == "low":
+                yield from _up_to_products(node.args[:3])
+
+
+def _widens(node: fx.Node) -> bool:
+    is_cast = node.target is prims.convert_element_type.default
+    return is_cast and value(node.args[0]).dtype.itemsize < value(node).dtype.itemsize
+
+
+def _up_to_products(nodes: tuple[fx.Node, ...]) -> Iterator[fx.Node]:
+    """What `nodes` are made of, back to the last products, those included."""
+    seen, frontier = set(), list(nodes)
+    while frontier:
+        node = frontier.pop()
+        if node in seen or node.op != "call_function" or isinstance(value(node), torch.SymInt):
+            continue
+        seen.add(node)
+        yield node
+        if node.target not in _PRODUCTS:
+            frontier += node.all_input_nodes

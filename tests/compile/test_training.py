@@ -1,0 +1,73 @@
+"""The training step of a compiled layer: which operators it is made of, what it saves, and that neither choice changes
+the numbers by more than it may."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+from dsv3c.compiler import compilation_of
+from dsv3c.errors import Dsv3cError
+from dsv3c.numerics import distance, quantized_layer_rms
+
+MODELS = ["make_model", "make_their_model"]
+FUSED = ("FuseNormBackward", "FuseSwiGLUBackward", "WeighActivations", "TransposeSaved", "QuantizeBoth")
+VARIANTS = {
+    "plain": {"skip": FUSED, "memory": "none"},
+    "none": {"memory": "none"},
+    "default": {},
+    "low": {"memory": "low"},
+}
+
+
+def step(model, logits):
+    """(gradients, bytes that autograd holds between forward and backward beyond the parameters)."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss = logits(model, torch.randint(0, 256, (2, 20))).float().square().mean()
+    held, frontier = {}, [loss.grad_fn]
+    while frontier:
+        node = frontier.pop()
+        for tensor in getattr(node, "saved_tensors", ()):
+            if tensor is not None:
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        frontier += [parent for parent, _ in node.next_functions if parent is not None]
+    for parameter in model.parameters():
+        held.pop(parameter.untyped_storage().data_ptr(), None)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sum(held.values())
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_step_in_each_variant(make, request, compiled, logits, without_codegen):
+    """One MoE layer. In one test, since compiling takes seconds."""
+    model = request.getfixturevalue(make)(torch.bfloat16, num_hidden_layers=1, first_k_dense_replace=0)
+    gradients, held = {}, {}
+    for name, options in VARIANTS.items():
+        chosen = compiled(model, "fp8", **options)
+        gradients[name], held[name] = step(chosen, logits)
+        (joint,) = (b.joint for unit, b in compilation_of(chosen).backends.items() if unit.kind.name == "moe_layer")
+        operators = Counter(re.findall(r"= dsv3c\.(\w+)", joint.text))
+        expected = {"unpermute_backward": 1} if name == "plain" else {
+            "rms_norm_backward": 4, "swiglu_quantize_save": 1, "swiglu_quantize_backward": 1, "permute": 2,
+            "unpermute_backward": 0, "quantize_tile_both": 8,
+        }  # fmt: skip
+        assert {operator: operators[operator] for operator in expected} == expected, name
+        again = set(re.findall(r"= (\S+)\.default\(.*computed again", joint.text))
+        assert ("dsv3c.rms_norm_quantize" in again, "dsv3c.gemm" in again) == (
+            name in ("default", "low"),
+            name == "low",
+        )
+
+    assert held["low"] < held["default"] < held["none"] < held["plain"]
+    for name, gradient in gradients["none"].items():
+        assert torch.equal(gradients["default"][name], gradient), name
+        assert torch.equal(gradients["low"][name], gradient), name
+        if gradient.any():
+            assert distance(gradient, gradients["plain"][name])[0] <= quantized_layer_rms(gradient=True), name
+
+
+def test_an_unknown_memory_is_refused(make_model, compiled):
+    with pytest.raises(Dsv3cError, match="memory: expected one of default, low, none, found 'high'"):
+        compiled(make_model(), memory="high")
