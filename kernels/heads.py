@@ -24,9 +24,7 @@ from dsv3c.kernels.tiles import (
     as_words,
     divide,
     high,
-    larger,
     low,
-    magnitude,
     pack,
     reciprocal,
     scale_inv,
@@ -35,41 +33,52 @@ from dsv3c.kernels.tiles import (
 from dsv3c.numerics import TILE, ceil_div
 
 HALF, WARPS = 64, 8
+BAND = 8  # tiles of rows that neighbouring programs take: a few pages of memory to read, and few to write transposed
 
 
 @triton.jit
-def _loaded(x_ptr, stride, row, R):
+def _larger(a, b):
+    """The larger of the magnitudes of two pairs, each half for itself; NaN if one is. Signs mean nothing."""
+    return tl.inline_asm_elementwise(
+        "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _loaded(x_ptr, stride, row, rows):
     """Words [32, 32] of every fourth row."""
     word = tl.arange(0, 32)[None, :]
-    return tl.load(x_ptr + row * stride + word, mask=row < R, other=0)
+    return tl.load(x_ptr + (row * stride + word), mask=row < rows, other=0)
 
 
 @triton.jit
-def _turned(x_ptr, stride, cos_ptr, sin_ptr, row, R):
+def _turned(x_ptr, stride, cos_ptr, sin_ptr, row, rows):
     """The same of a rotary half, rotated back: it holds the first halves of 32 pairs, then the second ones."""
     pair = tl.arange(0, 32)[None, :]
-    at = x_ptr.to(tl.pointer_type(tl.bfloat16)) + row * stride * 2 + pair
-    first = tl.load(at, mask=row < R, other=0.0).to(tl.float32)
-    second = tl.load(at + 32, mask=row < R, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + row * 32 + pair, mask=row < R, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row * 32 + pair, mask=row < R, other=0.0).to(tl.float32)
+    at = x_ptr.to(tl.pointer_type(tl.bfloat16)) + (row * stride * 2 + pair)
+    first = tl.load(at, mask=row < rows, other=0.0).to(tl.float32)
+    second = tl.load(at + 32, mask=row < rows, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + (row * 32 + pair), mask=row < rows, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + (row * 32 + pair), mask=row < rows, other=0.0).to(tl.float32)
     even, odd = turn(first, second, cos, -sin)
     return pack(even, odd)
 
 
 @triton.jit
 def _load_half(
-    x_ptr, y_ptr, cos_ptr, sin_ptr, half, start, R, K, x_row, x_head, y_row, y_head, NOPE: tl.constexpr,
+    x_ptr, y_ptr, cos_ptr, sin_ptr, half, start, rows, K_words, x_row, x_head, y_row, y_head, NOPE: tl.constexpr,
     REST: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """64 features of 128 rows as four tensors [32, 32] of words: rows 4i, 4i + 1, 4i + 2, 4i + 3."""
-    row = start + 4 * tl.arange(0, 32)[:, None].to(tl.int64)
-    head, part = half // (NOPE + REST), half % (NOPE + REST)
-    rows = tl.where(half * 64 < K, R, 0)
-    at, stride = x_ptr + head * x_head + part * 32, x_row
+    row = 4 * tl.arange(0, 32)[:, None]
+    head, part = (half // (NOPE + REST)).to(tl.int64), half % (NOPE + REST)
+    rows = tl.where(half * 32 < K_words, rows, 0)
+    at, stride = x_ptr + start * x_row + (head * x_head + part * 32), x_row
     if not ROTATE and part >= NOPE:
-        at, stride = y_ptr + head * y_head + (part - NOPE) * 32, y_row
+        at, stride = y_ptr + start * y_row + (head * y_head + (part - NOPE) * 32), y_row
     if ROTATE and part == NOPE:
+        cos_ptr += start * 32
+        sin_ptr += start * 32
         x0 = _turned(at, stride, cos_ptr, sin_ptr, row, rows)
         x1 = _turned(at, stride, cos_ptr, sin_ptr, row + 1, rows)
         x2 = _turned(at, stride, cos_ptr, sin_ptr, row + 2, rows)
@@ -83,23 +92,24 @@ def _load_half(
 
 
 @triton.jit
-def _cast_rows(left, right, q_ptr, scale_inv_ptr, first_row, tile, R, K_words, amax_floor, POW2: tl.constexpr):
-    """A quarter of the rows, both halves of a tile, along the rows."""
+def _cast_rows(left, right, first_row, q_ptr, scale_inv_ptr, rows, halves, K_words, amax_floor, POW2: tl.constexpr):
+    """A quarter of the rows of a tile, of both halves, along the rows."""
     row = first_row + 4 * tl.arange(0, 32)
-    scale = scale_inv(magnitude(tl.reduce(larger(left, right), 1, larger)), amax_floor, POW2)
+    amax = tl.reduce(_larger(left, right), 1, _larger)
+    amax = tl.maximum(tl.abs(low(amax)), tl.abs(high(amax)), propagate_nan=tl.PropagateNan.ALL)
+    scale = scale_inv(amax, amax_floor, POW2)
     first, second = reciprocal(scale)
-    at = q_ptr + row[:, None].to(tl.int64) * K_words + tile * 64 + tl.arange(0, 32)[None, :]  # two FP8 values each
-    tl.store(at, to_fp8(left, first[:, None], second[:, None]), mask=row[:, None] < R)
-    rows = tl.where(tile * 64 + 32 < K_words, R, 0)
-    tl.store(at + 32, to_fp8(right, first[:, None], second[:, None]), mask=row[:, None] < rows)
-    tl.store(scale_inv_ptr + tile.to(tl.int64) * R + row, scale, mask=row < R)
+    at = q_ptr + (row[:, None] * K_words + tl.arange(0, 32)[None, :])  # two FP8 values each
+    tl.store(at, to_fp8(left, first[:, None], second[:, None]), mask=row[:, None] < rows)
+    tl.store(at + 32, to_fp8(right, first[:, None], second[:, None]), mask=row[:, None] < tl.where(halves > 1, rows, 0))
+    tl.store(scale_inv_ptr + row, scale, mask=row < rows)
 
 
 @triton.jit
-def _cast_columns(x0, x1, x2, x3, t_ptr, scale_inv_ptr, half, block, K, P_words, amax_floor, POW2: tl.constexpr):
+def _cast_columns(x0, x1, x2, x3, t_ptr, scale_inv_ptr, halves, P_words, amax_floor, POW2: tl.constexpr):
     """64 columns of 128 rows, transposed."""
-    amax = tl.reduce(larger(larger(x0, x1), larger(x2, x3)), 0, larger)[None, :]
-    even, odd = (scale_inv(tl.abs(low(amax)), amax_floor, POW2), scale_inv(tl.abs(high(amax)), amax_floor, POW2))
+    amax = tl.reduce(_larger(_larger(x0, x1), _larger(x2, x3)), 0, _larger)[None, :]
+    even, odd = scale_inv(tl.abs(low(amax)), amax_floor, POW2), scale_inv(tl.abs(high(amax)), amax_floor, POW2)
     first, second = reciprocal(even)
     evens = pack_rows(
         divide(low(x0), first, second), divide(low(x1), first, second),
@@ -111,33 +121,44 @@ def _cast_columns(x0, x1, x2, x3, t_ptr, scale_inv_ptr, half, block, K, P_words,
         divide(high(x2), first, second), divide(high(x3), first, second),
     )  # fmt: skip
     words = tl.trans(tl.reshape(tl.join(evens, odds), (32, 64)))
-    column = half * 64 + tl.arange(0, 64)
-    at = t_ptr + column[:, None].to(tl.int64) * P_words + block * 32 + tl.arange(0, 32)[None, :]
-    tl.store(at, words, mask=column[:, None] < K)
-    scales = tl.reshape(tl.join(even, odd), (64,))
-    tl.store(scale_inv_ptr + block.to(tl.int64) * K + column, scales, mask=column < K)
+    column = tl.arange(0, 64)
+    columns = tl.where(halves > 0, 64, 0)
+    at = t_ptr + (column[:, None] * P_words + tl.arange(0, 32)[None, :])
+    tl.store(at, words, mask=column[:, None] < columns)
+    tl.store(scale_inv_ptr + column, tl.reshape(tl.join(even, odd), (64,)), mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _cast_heads_kernel(
-    x_ptr, y_ptr, cos_ptr, sin_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, R, K, x_row, x_head, y_row, y_head,
-    K_words, P_words, amax_floor, NOPE: tl.constexpr, REST: tl.constexpr, ROTATE: tl.constexpr, POW2: tl.constexpr,
+    x_ptr, y_ptr, cos_ptr, sin_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, R, K_words, x_row, x_head, y_row,
+    y_head, P_words, amax_floor, NOPE: tl.constexpr, REST: tl.constexpr, ROTATE: tl.constexpr, POW2: tl.constexpr,
+    BAND: tl.constexpr,
 ):  # fmt: skip
     """Heads of NOPE halves from x and REST more: of y, or x's own, rotated back. Strides in words."""
-    tile, block = tl.program_id(0), tl.program_id(1)
-    start = block * 128
+    block, tile = tl.program_id(2) * BAND + tl.program_id(0), tl.program_id(1)
+    if block * 32 >= P_words:
+        return
+    start = block.to(tl.int64) * 128
+    rows = R - block * 128
+    halves = tl.cdiv(K_words, 32) - 2 * tile
     a0, a1, a2, a3 = _load_half(
-        x_ptr, y_ptr, cos_ptr, sin_ptr, 2 * tile, start, R, K, x_row, x_head, y_row, y_head, NOPE, REST, ROTATE
+        x_ptr, y_ptr, cos_ptr, sin_ptr, 2 * tile, start, rows, K_words, x_row, x_head, y_row, y_head, NOPE, REST, ROTATE
     )
     b0, b1, b2, b3 = _load_half(
-        x_ptr, y_ptr, cos_ptr, sin_ptr, 2 * tile + 1, start, R, K, x_row, x_head, y_row, y_head, NOPE, REST, ROTATE
-    )
-    _cast_rows(a0, b0, q_ptr, scale_inv_ptr, start, tile, R, K_words, amax_floor, POW2)
-    _cast_rows(a1, b1, q_ptr, scale_inv_ptr, start + 1, tile, R, K_words, amax_floor, POW2)
-    _cast_rows(a2, b2, q_ptr, scale_inv_ptr, start + 2, tile, R, K_words, amax_floor, POW2)
-    _cast_rows(a3, b3, q_ptr, scale_inv_ptr, start + 3, tile, R, K_words, amax_floor, POW2)
-    _cast_columns(a0, a1, a2, a3, t_ptr, t_scale_inv_ptr, 2 * tile, block, K, P_words, amax_floor, POW2)
-    _cast_columns(b0, b1, b2, b3, t_ptr, t_scale_inv_ptr, 2 * tile + 1, block, K, P_words, amax_floor, POW2)
+        x_ptr, y_ptr, cos_ptr, sin_ptr, 2 * tile + 1, start, rows, K_words, x_row, x_head, y_row, y_head, NOPE, REST,
+        ROTATE,
+    )  # fmt: skip
+    q_ptr += start * K_words + tile * 64
+    scale_inv_ptr += tile.to(tl.int64) * R + start
+    _cast_rows(a0, b0, 0, q_ptr, scale_inv_ptr, rows, halves, K_words, amax_floor, POW2)
+    _cast_rows(a1, b1, 1, q_ptr, scale_inv_ptr, rows, halves, K_words, amax_floor, POW2)
+    _cast_rows(a2, b2, 2, q_ptr, scale_inv_ptr, rows, halves, K_words, amax_floor, POW2)
+    _cast_rows(a3, b3, 3, q_ptr, scale_inv_ptr, rows, halves, K_words, amax_floor, POW2)
+    t_ptr += tile.to(tl.int64) * 128 * P_words + block * 32
+    t_scale_inv_ptr += block.to(tl.int64) * K_words * 2 + tile * 128
+    _cast_columns(a0, a1, a2, a3, t_ptr, t_scale_inv_ptr, halves, P_words, amax_floor, POW2)
+    t_ptr += 64 * P_words.to(tl.int64)
+    _cast_columns(b0, b1, b2, b3, t_ptr, t_scale_inv_ptr + 64, halves - 1, P_words, amax_floor, POW2)
 
 
 def rotate_heads(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: bool, out: Tensor) -> None:
@@ -166,10 +187,10 @@ def _cast_heads(x, y, angles, nope, rest, amax_floor, pow2, out) -> None:
     (R, K), P = q.shape, t.shape[1]
     if q.numel() == 0:
         return
-    _cast_heads_kernel[(ceil_div(K, TILE), P // TILE)](
-        x, y, *(angles or (None, None)), q.view(torch.int16), scale, t.view(torch.int32), t_scale, R, K, x.stride(0),
-        x.stride(1), y.stride(0), y.stride(1), K // 2, P // 4, amax_floor, nope, rest, angles is not None, pow2,
-        num_warps=WARPS,
+    _cast_heads_kernel[(BAND, ceil_div(K, TILE), ceil_div(P, BAND * TILE))](
+        x, y, *(angles or (None, None)), q.view(torch.int16), scale, t.view(torch.int32), t_scale, R, K // 2,
+        x.stride(0), x.stride(1), y.stride(0), y.stride(1), P // 4, amax_floor, nope, rest, angles is not None, pow2,
+        BAND, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -179,12 +200,7 @@ def variants() -> Iterator[Variant]:
         "amax_floor": "fp32",
     }  # fmt: skip
     angles = {"cos_ptr": F32, "sin_ptr": F32}
-    yield Variant(
-        _cast_heads_kernel, arguments | angles, {"NOPE": 2, "REST": 1, "ROTATE": True, "POW2": False}, num_warps=WARPS
-    )
-    yield Variant(
-        _cast_heads_kernel,
-        arguments,
-        {"cos_ptr": None, "sin_ptr": None, "NOPE": 2, "REST": 2, "ROTATE": False, "POW2": False},
-        num_warps=WARPS,
-    )
+    constants = {"NOPE": 2, "POW2": False, "BAND": BAND}
+    queries, keys = {"REST": 1, "ROTATE": True}, {"REST": 2, "ROTATE": False, "cos_ptr": None, "sin_ptr": None}
+    yield Variant(_cast_heads_kernel, arguments | angles, constants | queries, num_warps=WARPS)
+    yield Variant(_cast_heads_kernel, arguments, constants | keys, num_warps=WARPS)

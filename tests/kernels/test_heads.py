@@ -170,8 +170,8 @@ def pack(low, high):
     return (low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF | high.to(tl.int32, bitcast=True) & -65536
 
 @triton.jit
-def larger(a, b):
-    return tl.maximum((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF) << 16 | tl.maximum(a & 0xFFFF, b & 0xFFFF)
+def _larger(a, b):
+    return tl.maximum((a >> 16) & 0x7FFF, (b >> 16) & 0x7FFF) << 16 | tl.maximum(a & 0x7FFF, b & 0x7FFF)
 
 @triton.jit
 def reciprocal(x):
@@ -190,7 +190,7 @@ def pack_rows(x0, x1, x2, x3):
     return quarter(x0) | quarter(x1) << 8 | quarter(x2) << 16 | quarter(x3) << 24
 
 for module in (tiles, heads):
-    for function in (pack, larger, reciprocal, to_fp8, pack_rows):
+    for function in (pack, _larger, reciprocal, to_fp8, pack_rows):
         if hasattr(module, function.__name__):
             setattr(module, function.__name__, function)
 
