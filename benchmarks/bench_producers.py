@@ -19,7 +19,7 @@ from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.timing import interleaved
-from dsv3c.kernels.reference import norm, rotary, swiglu
+from dsv3c.kernels.reference import cross_entropy, norm, rotary, swiglu
 from dsv3c.kernels.reference.casts import dequantize_tile
 from dsv3c.numerics import E4M3, Recipe, distance, quantized_gemm_rms, unit_roundoff
 
@@ -109,6 +109,19 @@ def rotaries() -> Iterator[Case]:
         )
 
 
+def cross_entropies() -> Iterator[Case]:
+    R, V = 4096, 129280
+    logits, labels, scale = normal(R, V), torch.randint(V, (R,)), torch.ones(1)
+    gradient = logits.clone()
+    loss = cross_entropy.cross_entropy_ref(gradient, labels, scale)
+    yield Case(
+        f"cross_entropy_ {R}x{V}",
+        lambda: (ops.cross_entropy_(logits, labels, scale), logits),
+        lambda: (loss, gradient),
+        4 * R * V,
+    )
+
+
 def case(title: str, name: str, arguments: tuple, definition: Callable, moved: int) -> Case:
     return Case(title, lambda: getattr(ops, name)(*arguments), lambda: definition(*arguments), moved)
 
@@ -121,7 +134,12 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {"swiglu": swiglus, "norm": norms, "rotary": rotaries}
+SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
+    "swiglu": swiglus,
+    "norm": norms,
+    "rotary": rotaries,
+    "cross_entropy": cross_entropies,
+}
 
 
 def main() -> int:

@@ -293,6 +293,13 @@ def cross_entropy_bound(logits: Tensor) -> float:
     return unit_roundoff(logits.dtype) * (size + 2 + 4 * largest + 2 * log(size))
 
 
+def cross_entropy_gradient_bound(logits: Tensor, probability: Tensor, scale: Tensor) -> Tensor:
+    """Largest error of scale·(softmax − onehot): a probability has the relative errors of an exponential and of their
+    sum, twice those of the loss, and 8u with exp2 and the quotient approximated; the product and the difference."""
+    u = unit_roundoff(torch.float32)
+    return scale.double() * (probability * (2 * cross_entropy_bound(logits.float()) + 8 * u) + 2 * u)
+
+
 def quantized_layer_rms(*, gradient: bool) -> float:
     """RMS distance, over the RMS, of a layer's output computed with FP8 products from its value; or of a gradient.
 

@@ -14,43 +14,60 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, plus, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
-WARPS = 2112  # of all programs of the backward kernel: 16 for each multiprocessor of an H200
+TILES, NORM_WARPS = 8, 4  # of a chunk, and of a program
+WARPS = 2048  # of all programs of the backward kernel: about 16 for each multiprocessor of an H200
 
 
 @triton.jit
-def normalized(words, K, eps):
-    """A row of K BF16 values, two in a word (and zeros), over its root mean square; and 1/that."""
-    first, second = low(words), high(words)
-    rstd = tl.rsqrt(tl.sum(first * first + second * second) / K + eps)
-    return pack(first * rstd, second * rstd), rstd
+def squares(words):
+    """The sum of both squares of each word."""
+    return low(words) * low(words) + high(words) * high(words)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit
+def scaled(words, factor):
+    return pack(low(words) * factor, high(words) * factor)
+
+
+@gluon.jit(do_not_specialize=["R"])
 def _norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, q_ptr, scale_inv_ptr, rstd_ptr, R, K, x_stride, eps, amax_floor,
-    POW2: tl.constexpr, ADD: tl.constexpr, TILES: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, q_ptr, scale_inv_ptr, rstd_ptr, R, x_stride, eps, amax_floor,
+    POW2: gl.constexpr, ADD: gl.constexpr, K: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, TILES)
-    column = tile[:, None] * 64 + tl.arange(0, 64)[None, :]  # in words: half of the columns
-    inside = column < K // 2
+    """One program a row, in chunks of TILES tiles, all of them in registers."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
+    row = gl.program_id(0).to(gl.int64)
+    tile = gl.arange(0, TILES, gl.SliceLayout(1, LAYOUT))
+    column = tile[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :]  # in words: half of the columns
+    x_ptr += row * x_stride + column
     at = row * (K // 2) + column
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0)
-    if ADD:
-        x = plus(x, tl.load(residual_ptr + at, mask=inside, other=0))
-        tl.store(sum_ptr + at, x, mask=inside)
-    normed, rstd = normalized(x, K, eps)
-    y = times(normed, weight)
-    if ADD:
-        tl.store(y_ptr + at, y, mask=inside)
-    store_tiles(y, q_ptr + at, scale_inv_ptr + tile.to(tl.int64) * R + row, tile * 128 < K, amax_floor, POW2)
-    tl.store(rstd_ptr + row, rstd)
+    chunks, sums = (), gl.full([TILES, 64], 0.0, gl.float32, LAYOUT)
+    for chunk in gl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
+        inside = column < K // 2 - chunk * 64 * TILES
+        x = gl.load(x_ptr + chunk * 64 * TILES, mask=inside, other=0)
+        if ADD:
+            x = plus(x, gl.load(residual_ptr + at + chunk * 64 * TILES, mask=inside, other=0))
+            gl.store(sum_ptr + at + chunk * 64 * TILES, x, mask=inside)
+        sums += squares(x)
+        chunks += (x,)
+    rstd = gl.rsqrt(gl.sum(gl.sum(sums, 1), 0) / K + eps)
+    gl.store(rstd_ptr + row, rstd)
+    for chunk in gl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
+        inside = column < K // 2 - chunk * 64 * TILES
+        weight = gl.load(weight_ptr + column + chunk * 64 * TILES, mask=inside, other=0)
+        y = times(scaled(chunks[chunk], rstd), weight)
+        if ADD:
+            gl.store(y_ptr + at + chunk * 64 * TILES, y, mask=inside)
+        scale_at = scale_inv_ptr + (chunk * TILES + tile).to(gl.int64) * R + row
+        inside_tile = tile < K // 128 - chunk * TILES
+        store_tiles(y, q_ptr + at + chunk * 64 * TILES, scale_at, inside_tile, amax_floor, POW2)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -107,10 +124,9 @@ def _forward(x_RK, residual, weight_K, total, y, q, scale_inv, rstd, eps, amax_f
     if q.numel() == 0:
         return
     x = as_words(x_RK)
-    tiles = triton.next_power_of_2(K // TILE)
     _norm_kernel[(R,)](
-        x, residual, as_words(weight_K), total, y, q.view(torch.int16), scale_inv, rstd, R, K, x.stride(0), eps,
-        amax_floor, pow2, residual is not None, tiles, num_warps=_warps(tiles),
+        x, residual, as_words(weight_K), total, y, q.view(torch.int16), scale_inv, rstd, R, x.stride(0), eps,
+        amax_floor, pow2, residual is not None, K, TILES, num_warps=NORM_WARPS,
     )  # fmt: skip
 
 
@@ -137,7 +153,7 @@ def rms_norm_backward(
 
 def sum_programs(partial_PK: Tensor, out_K: Tensor) -> None:
     P, K = partial_PK.shape
-    _sum_programs_kernel[(ceil_div(K, 32),)](partial_PK, out_K, P, K, 32, 32)
+    _sum_programs_kernel[(ceil_div(K, 8),)](partial_PK, out_K, P, K, 512, 8, num_warps=8)
 
 
 def _warps(tiles: int) -> int:
@@ -153,8 +169,8 @@ def variants() -> Iterator[Variant]:
             {"x_ptr": I32, "weight_ptr": I32, "q_ptr": I16, "scale_inv_ptr": F32, "rstd_ptr": F32}
             | {"eps": "fp32", "amax_floor": "fp32"}
             | (dict.fromkeys(also, I32) if add else {}),
-            {"POW2": False, "ADD": add, "TILES": 64} | ({} if add else dict.fromkeys(also)),
-            num_warps=8,
+            {"POW2": False, "ADD": add, "K": 7168, "TILES": TILES} | ({} if add else dict.fromkeys(also)),
+            num_warps=NORM_WARPS,
         )
         yield Variant(
             _norm_backward_kernel,
@@ -163,4 +179,4 @@ def variants() -> Iterator[Variant]:
             {"ADD": add, "BLOCK": 8192} | ({} if add else {"dsum_ptr": None}),
             num_warps=8,
         )
-    yield Variant(_sum_programs_kernel, {"partial_ptr": F32, "out_ptr": F32}, {"ROWS": 32, "COLUMNS": 32})
+    yield Variant(_sum_programs_kernel, {"partial_ptr": F32, "out_ptr": F32}, {"ROWS": 512, "COLUMNS": 8}, num_warps=8)

@@ -31,6 +31,7 @@ FAMILIES = (
     "swiglu",
     "norm",
     "rotary",
+    "cross_entropy",
     "mla_decode",
     "warp_specialized",
 )
@@ -45,6 +46,7 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
 
     @property
     def name(self) -> str:
@@ -67,7 +69,7 @@ class Variant:
             constexprs={(names.index(n),): v for n, v in self.constants.items()},
             attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 

@@ -26,9 +26,11 @@ from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.offline import BF16, F32, FP8, I32, Variant
+from dsv3c.kernels.tiles import BAND, band_grid
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS = 32  # of a program of `quantize_tile`
+RETILE = {"num_warps": 8, "maxnreg": 80}  # three programs a multiprocessor
 
 
 @triton.jit
@@ -64,8 +66,21 @@ def _divide(x, scale_inv, reciprocal):
     The remainder is exact down to scale_inv = 2^-93, far below what `MIN_AMAX_FLOOR` allows. It is taken as
     quotient·scale_inv − x, so that −0 stays −0.
     """
-    quotient = x * reciprocal
-    return tl.fma(tl.fma(quotient, scale_inv, -x), -reciprocal, quotient)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 quotient, remainder;
+        mul.rn.f32 quotient, $1, $3;
+        neg.f32 remainder, $1;
+        fma.rn.f32 remainder, quotient, $2, remainder;
+        neg.f32 remainder, remainder;
+        fma.rn.f32 $0, remainder, $3, quotient;
+        }""",
+        "=f,f,f,f",
+        [x, scale_inv, reciprocal],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=["R"])  # numbers of tokens: each would otherwise be compiled anew
@@ -103,14 +118,6 @@ def _pack(x0, x1, x2, x3):
 
 
 @gluon.jit
-def _load_tile(shared, row_scales, LAYOUT: gl.constexpr, SCALED: gl.constexpr):
-    x = shared.load(LAYOUT).to(gl.float32)
-    if SCALED:
-        x *= row_scales.load(gl.SliceLayout(1, LAYOUT))[:, None]
-    return x
-
-
-@gluon.jit
 def _quarters(x):
     """Rows 4i, 4i + 1, 4i + 2 and 4i + 3 of x [128, C], as four tensors [32, C]; nothing moves."""
     C: gl.constexpr = x.shape[1]
@@ -121,23 +128,47 @@ def _quarters(x):
     return x0, x1, x2, x3
 
 
+@gluon.jit
+def _maximum_of_columns(x):
+    """max|x| of each column of x [128, C], whose rows warps share and lanes do not. Through shared memory, row by row:
+    `gl.reduce` alone puts a column's maxima side by side there, which all lanes then want from one bank."""
+    WARPS: gl.constexpr = gl.num_warps()
+    C: gl.constexpr = x.shape[1]
+    of_warps = gl.reduce(gl.reshape(gl.abs(x), (WARPS, 128 // WARPS, C)), 1, _maximum)
+    ALL: gl.constexpr = gl.BlockedLayout([WARPS, 4], [1, 32], [1, WARPS], [1, 0])
+    UNSWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    shared = gl.allocate_shared_memory(gl.float32, (WARPS, C), UNSWIZZLED, of_warps)
+    return gl.convert_layout(gl.reduce(shared.load(ALL), 0, _maximum), gl.SliceLayout(0, x.type.layout))
+
+
+@gluon.jit
+def _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words):
+    column = gl.arange(0, 128, gl.SliceLayout(1, words.type.layout))[:, None]
+    word = gl.arange(0, 32, gl.SliceLayout(0, words.type.layout))[None, :]
+    gl.store(t_ptr + (column * P_words + word), words, mask=column < columns)
+    column = gl.arange(0, 128, scale_inv.type.layout)
+    gl.store(t_scale_inv_ptr + column, scale_inv, mask=column < columns)
+
+
 @gluon.jit(do_not_specialize=["R", "scale_stride", "E", "bound"])
 def _retile_kernel(
     x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, tiles_ptr, first_ptr, R, K,
     x_stride, scale_stride, P_words, E, bound, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr,
-    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, COLUMNS: gl.constexpr,
+    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
-    """One program: 128 rows of one group × COLUMNS columns, cast along the rows, transposed (t), and as they are (q).
+    """One program: 128 rows of one group × 128 columns, cast along the rows, transposed (t), and as they are (q).
 
     Tiles that no group has are zero in t; those of them that are needed have the rows of no group for q.
     """
     WARPS: gl.constexpr = gl.num_warps()
-    VECTOR: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # columns a thread loads
-    LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // COLUMNS, COLUMNS // VECTOR], [WARPS, 1], [1, 0])
-    MAXIMUM: gl.constexpr = gl.BlockedLayout([1, 4], [128 // COLUMNS, COLUMNS // 4], [WARPS, 1], [1, 0])
-    DIVIDE: gl.constexpr = gl.BlockedLayout([4, 4], [128 // COLUMNS, COLUMNS // 4], [WARPS, 1], [1, 0])
-    STORE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])  # 16 rows a thread
-    column_tile, tile = gl.program_id(0), gl.program_id(1)
+    VECTOR: gl.constexpr = 16 if ROWWISE else 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [VECTOR // 4, 128 // VECTOR], [WARPS, 1], [1, 0])
+    COLUMNS: gl.constexpr = gl.BlockedLayout([128 // WARPS, 4], [1, 32], [WARPS, 1], [1, 0])
+    STORE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
+    UNSWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    tile, column_tile = gl.program_id(2) * BAND + gl.program_id(0), gl.program_id(1)
+    if tile * 32 >= P_words:
+        return
     start = tile * 128
     end = R
     row_end = R
@@ -150,50 +181,44 @@ def _retile_kernel(
         if ROWWISE:
             start = gl.where(mine, start, gl.load(offs_ptr + E - 1) + others * 128)
             row_end = gl.where(mine, end, R)
-    row = start + gl.arange(0, 128, gl.SliceLayout(1, LOAD))
-    columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))
-    row_64 = row[:, None].to(gl.int64)
-    inside = (row[:, None] < row_end) & (columns[None, :] < K)
-    x = gl.load(x_ptr + row_64 * x_stride + columns[None, :], mask=inside, other=0.0)
-    shared = gl.allocate_shared_memory(x.dtype, (128, COLUMNS), gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    row_scales = gl.allocate_shared_memory(gl.float32, (128,), gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    shared.store(x)
+    columns = K - column_tile * 128
+    t_ptr += column_tile.to(gl.int64) * 128 * P_words + tile * 32
+    t_scale_inv_ptr += tile.to(gl.int64) * K + column_tile * 128
+    if start >= row_end:
+        nothing = _scale_inv(gl.full([128], 0.0, gl.float32, gl.SliceLayout(0, COLUMNS)), amax_floor, POW2)
+        _store_transposed(gl.full([128, 32], 0, gl.int32, STORE), nothing, t_ptr, t_scale_inv_ptr, columns, P_words)
+        return
+    row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
+    column = gl.arange(0, 128, gl.SliceLayout(0, LOAD))
+    inside = (row < row_end - start)[:, None] & (column < columns)[None, :]
+    x_ptr += start.to(gl.int64) * x_stride + column_tile * 128
+    x = gl.load(x_ptr + (row[:, None] * x_stride + column[None, :]), mask=inside, other=0.0)
+    shared = gl.allocate_shared_memory(x.dtype, (128, 128), UNSWIZZLED, x)
+    if ROWWISE:
+        x = x.to(gl.float32)
+        row_scale_inv = _scale_inv(gl.reduce(gl.abs(x), 1, _maximum), amax_floor, POW2)
+        q = _divide(x, row_scale_inv[:, None], _reciprocal(row_scale_inv)[:, None]).to(gl.float8e4nv)
+        q_ptr += start.to(gl.int64) * K + column_tile * 128
+        gl.store(q_ptr + (row[:, None] * K + column[None, :]), q, mask=inside)
+        scale_inv_ptr += column_tile.to(gl.int64) * R + start
+        gl.store(scale_inv_ptr + row, row_scale_inv, mask=row < row_end - start)
+    x = shared.load(COLUMNS).to(gl.float32)
     if DEQUANTIZE:
-        scaled = start + gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        x_scale_inv_ptr += column_tile * COLUMNS // 128 * scale_stride
-        row_scales.store(gl.load(x_scale_inv_ptr + scaled, mask=scaled < end, other=0.0))
-    if ROWWISE:  # in quarters, which take few registers
-        ROW: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
-        columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, ROW))
-        for first_row in gl.static_range(0, 128, 32):
-            row = start + first_row + gl.arange(0, 32, gl.SliceLayout(1, ROW))
-            wide = shared.slice(first_row, 32).load(ROW).to(gl.float32)
-            scale_inv = _scale_inv(gl.reduce(gl.abs(wide), 1, _maximum), amax_floor, POW2)
-            q = _divide(wide, scale_inv[:, None], _reciprocal(scale_inv)[:, None]).to(gl.float8e4nv)
-            inside = (row[:, None] < row_end) & (columns[None, :] < K)
-            gl.store(q_ptr + row[:, None].to(gl.int64) * K + columns[None, :], q, mask=inside)
-            gl.store(scale_inv_ptr + column_tile.to(gl.int64) * R + row, scale_inv, mask=row < row_end)
-    # The same values twice, in two layouts: one would keep them in registers from the maximum to the division.
-    amax = gl.reduce(gl.abs(_load_tile(shared, row_scales, MAXIMUM, DEQUANTIZE)), 0, _maximum)
+        row = gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        x_scale_inv_ptr += column_tile.to(gl.int64) * scale_stride + start
+        row_scale_inv = gl.load(x_scale_inv_ptr + row, mask=row < end - start, other=0.0)
+        x *= gl.convert_layout(row_scale_inv, gl.SliceLayout(1, COLUMNS))[:, None]
+    amax = _maximum_of_columns(x)
     if ROWWISE and GROUPED:
         amax = gl.where(mine, amax, 0.0)
     scale_inv = _scale_inv(amax, amax_floor, POW2)
-    x0, x1, x2, x3 = _quarters(_load_tile(shared, row_scales, DIVIDE, DEQUANTIZE))
-    COLUMN: gl.constexpr = gl.SliceLayout(0, x0.type.layout)
-    divisor = gl.convert_layout(scale_inv, COLUMN)[None, :]
-    factor = gl.convert_layout(_reciprocal(scale_inv), COLUMN)[None, :]
-    words = _pack(
-        _divide(x0, divisor, factor), _divide(x1, divisor, factor),
-        _divide(x2, divisor, factor), _divide(x3, divisor, factor),
-    )  # fmt: skip
+    divisor, factor = scale_inv[None, :], _reciprocal(scale_inv)[None, :]
+    x0, x1, x2, x3 = _quarters(_divide(x, divisor, factor))
+    words = _pack(x0, x1, x2, x3)
     if ROWWISE and GROUPED:
         words = gl.where(mine, words, 0)
     words = gl.convert_layout(gl.permute(words, (1, 0)), STORE)
-    columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(1, STORE))
-    word = tile * 32 + gl.arange(0, 32, gl.SliceLayout(0, STORE))
-    gl.store(t_ptr + columns[:, None].to(gl.int64) * P_words + word[None, :], words, mask=columns[:, None] < K)
-    columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, MAXIMUM))
-    gl.store(t_scale_inv_ptr + tile.to(gl.int64) * K + columns, scale_inv, mask=columns < K)
+    _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words)
 
 
 @triton.jit
@@ -276,17 +301,11 @@ def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> N
     tiles, first = (None, None) if offs is None else tile_map(offs, R, TILE)
     E, bound = (0, 0) if offs is None else (len(offs), tiles.shape[1])
     scale_stride = 0 if x_scale_inv is None else x_scale_inv.stride(1)
-    columns, warps = _tile_of(rowwise is not None)
-    _retile_kernel[(ceil_div(K, columns), P // TILE)](
+    _retile_kernel[band_grid(P, K)](
         x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, tiles, first, R, K,
         x_RK.stride(0), scale_stride, P // 4, E, bound, amax_floor, pow2, x_scale_inv is not None,
-        rowwise is not None, offs is not None, columns, num_warps=warps,
+        rowwise is not None, offs is not None, BAND, **RETILE,
     )  # fmt: skip
-
-
-def _tile_of(rowwise: bool) -> tuple[int, int]:
-    """Columns and warps of a program of `_retile_kernel`; a tile along the rows takes 128 columns."""
-    return (128, 4) if rowwise else (64, 2)
 
 
 def quantize_block(w_NK: Tensor, amax_floor: float, pow2: bool, out: tuple[Tensor, Tensor]) -> None:
@@ -326,12 +345,11 @@ def variants() -> Iterator[Variant]:
             pointers |= {"x_scale_inv_ptr": F32} if dequantize else {}
             pointers |= {"q_ptr": FP8, "scale_inv_ptr": F32} if rowwise else {}
             pointers |= {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32} if grouped else {}
-            columns, warps = _tile_of(rowwise)
-            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped}
+            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped, "BAND": BAND}
             absent = {n: None for n in _retile_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
             yield Variant(
                 _retile_kernel,
                 pointers | {"amax_floor": "fp32"},
-                flags | absent | {"COLUMNS": columns},
-                num_warps=warps,
+                flags | absent,
+                **RETILE,
             )

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3c.kernels.norm import normalized, sum_programs
+from dsv3c.kernels.norm import scaled, squares, sum_programs
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
-HEADS, WARPS = 64, 4  # of a program
-PROGRAMS = 1056  # of the latent's backward kernel, each a warp
+HEADS, WARPS = 128, 4  # of a program
+PROGRAMS, ROWS, BACKWARD_WARPS = 264, 8, 8  # of the latent's backward kernel: two a multiprocessor
 
 
 @triton.jit
@@ -76,8 +76,8 @@ def _latent_kernel(
     first, second = _turn(low(turning), high(turning), cos, sin)
     tl.store(latent_ptr + K + pair, first.to(tl.bfloat16))
     tl.store(latent_ptr + K + PAIRS + pair, second.to(tl.bfloat16))
-    normed, rstd = normalized(x, K, eps)
-    y = times(normed, weight)
+    rstd = tl.rsqrt(tl.sum(squares(x)) / K + eps)
+    y = times(scaled(x, rstd), weight)
     tl.store(words_ptr + column, y, mask=inside)
     q_ptr += row * (K // 2) + column
     store_tiles(y, q_ptr, scale_inv_ptr + tile.to(tl.int64) * R + row, tile * 128 < K, amax_floor, POW2)
@@ -87,31 +87,33 @@ def _latent_kernel(
 @triton.jit(do_not_specialize=["R"])
 def _latent_backward_kernel(
     dy_ptr, drope_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, rstd_ptr, dx_ptr, partial_ptr, R, K, x_stride, dy_stride,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < K
-    pair = tl.arange(0, PAIRS)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK,), tl.float32)
-    stride = (K + 2 * PAIRS).to(tl.int64)
-    for row in range(program, R, tl.num_programs(0)):
-        at = row * stride
-        rstd = tl.load(rstd_ptr + row)
-        x = tl.load(x_ptr + row * x_stride.to(tl.int64) + column, mask=inside, other=0.0).to(tl.float32) * rstd
-        dy = tl.load(dy_ptr + row * dy_stride.to(tl.int64) + column, mask=inside, other=0.0).to(tl.float32)
-        first = tl.load(drope_ptr + row * 2 * PAIRS + pair).to(tl.float32)
-        second = tl.load(drope_ptr + row * 2 * PAIRS + PAIRS + pair).to(tl.float32)
-        cos = tl.load(cos_ptr + row * PAIRS + pair).to(tl.float32)
-        sin = tl.load(sin_ptr + row * PAIRS + pair).to(tl.float32)
+    column = tl.arange(0, BLOCK)[None, :]
+    pair = tl.arange(0, PAIRS)[None, :]
+    weight = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(program * ROWS, R, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        rstd = tl.load(rstd_ptr + row, mask=row < R, other=0.0)[:, None]
+        row = row[:, None].to(tl.int64)
+        inside = (row < R) & (column < K)
+        x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32) * rstd
+        dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+        first = tl.load(drope_ptr + row * 2 * PAIRS + pair, mask=row < R, other=0.0).to(tl.float32)
+        second = tl.load(drope_ptr + row * 2 * PAIRS + PAIRS + pair, mask=row < R, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + row * PAIRS + pair, mask=row < R, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + row * PAIRS + pair, mask=row < R, other=0.0).to(tl.float32)
         dweight += dy * x
         dy *= weight
-        dx = rstd * (dy - x * (tl.sum(dy * x) / K))
+        dx = rstd * (dy - x * (tl.sum(dy * x, 1) / K)[:, None])
+        at = row * (K + 2 * PAIRS)
         tl.store(dx_ptr + at + column, dx.to(tl.bfloat16), mask=inside)
         even, odd = _turn(first, second, cos, -sin)
-        tl.store((dx_ptr + at + K).to(tl.pointer_type(tl.int32)) + pair, pack(even, odd))
-    tl.store(partial_ptr + program.to(tl.int64) * K + column, dweight, mask=inside)
+        tl.store(dx_ptr.to(tl.pointer_type(tl.int32)) + (at + K) // 2 + pair, pack(even, odd), mask=row < R)
+    column = tl.arange(0, BLOCK)
+    tl.store(partial_ptr + program * K + column, tl.sum(dweight, 0), mask=column < K)
 
 
 @triton.jit
@@ -201,7 +203,7 @@ def latent_backward(
     """Launcher of `dsv3c::latent_backward`."""
     dx_RL, dweight_K = out
     R, K = dnormed_RK.shape
-    programs = min(R, PROGRAMS)
+    programs = min(ceil_div(R, ROWS), PROGRAMS)
     if R == 0:
         dweight_K.zero_()
         return
@@ -209,8 +211,8 @@ def latent_backward(
     dnormed_RK, x_RL = _rows(dnormed_RK), _rows(x_RL)
     _latent_backward_kernel[(programs,)](
         dnormed_RK, drope.contiguous(), x_RL, weight_K.contiguous(), cos_Rr.contiguous(), sin_Rr.contiguous(), rstd_R,
-        dx_RL, partial, R, K, x_RL.stride(0), dnormed_RK.stride(0), cos_Rr.shape[1], triton.next_power_of_2(K),
-        num_warps=1,
+        dx_RL, partial, R, K, x_RL.stride(0), dnormed_RK.stride(0), cos_Rr.shape[1], triton.next_power_of_2(K), ROWS,
+        num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     sum_programs(partial, dweight_K)
 
@@ -240,7 +242,7 @@ def split_keys(dk_RHD: Tensor, dv_RHV: Tensor, nope: int, out: tuple[Tensor, Ten
     block = triton.next_power_of_2(max(nope, V))
     _split_keys_kernel[(R,)](
         dk_RHD, dv_RHV, dkv, drope, H, nope, rope, V, dk_RHD.stride(0), dk_RHD.stride(1), dv_RHV.stride(0),
-        dv_RHV.stride(1), block, triton.next_power_of_2(rope), 16, num_warps=WARPS,
+        dv_RHV.stride(1), block, triton.next_power_of_2(rope), 16, num_warps=8,
     )  # fmt: skip
 
 
@@ -277,11 +279,11 @@ def variants() -> Iterator[Variant]:
     yield Variant(
         _latent_backward_kernel,
         latent | {"dy_ptr": BF16, "drope_ptr": BF16, "dx_ptr": BF16, "partial_ptr": F32},
-        {"PAIRS": 32, "BLOCK": 512},
-        num_warps=1,
+        {"PAIRS": 32, "BLOCK": 512, "ROWS": ROWS},
+        num_warps=BACKWARD_WARPS,
     )
     blocks = {"BLOCK": 128, "ROPE_BLOCK": 64}
     keys = {"kv_ptr": BF16, "rope_ptr": BF16, "k_ptr": BF16}
     yield Variant(_join_keys_kernel, keys, blocks | {"HEADS": HEADS}, num_warps=WARPS)
     gradients = dict.fromkeys(("dk_ptr", "dv_ptr", "dkv_ptr", "drope_ptr"), BF16)
-    yield Variant(_split_keys_kernel, gradients, blocks | {"HEADS": 16}, num_warps=WARPS)
+    yield Variant(_split_keys_kernel, gradients, blocks | {"HEADS": 16}, num_warps=8)

@@ -25,12 +25,14 @@ from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.offline import BF16, F32, FP8, I16, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.kernels.tiles import (
+    BAND,
     as_words,
+    band_grid,
     divide,
     high,
     larger,
     low,
-    magnitudes,
+    magnitude,
     pack,
     reciprocal,
     scale_inv,
@@ -40,15 +42,22 @@ from dsv3c.kernels.tiles import (
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS, WARPS = 16, 4  # of a program of the forward kernel
+LANES = 4
+BACKWARD = {"num_warps": 16, "maxnreg": 64}  # two programs a multiprocessor
 
 
 @triton.jit
 def _sigmoid(x):
     """1/(1 + exp(-x)) within 2^-22 + |x|·2^-23 of it, relatively."""
     return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;",
+        """{
+        .reg .f32 power;
+        ex2.approx.ftz.f32 power, $1;
+        add.rn.f32 power, power, 0f3F800000;
+        rcp.approx.ftz.f32 $0, power;
+        }""",
         "=f,f",
-        [1.0 + tl.exp2(x * -1.4426950408889634)],
+        [x * -1.4426950408889634],
         dtype=tl.float32,
         is_pure=True,
         pack=1,
@@ -115,15 +124,15 @@ def _gradients(loaded, WEIGHTED: gl.constexpr):
         dweight = gl.sum(da * a, 1)
         a *= weight[:, None]
         da *= weight[:, None]
-    dgate = da * up * (gl.fma(-silu, sigmoid, silu) + sigmoid)
+    dgate = da * up * gl.fma(silu, 1 - sigmoid, sigmoid)
     return dgate, da * silu, a, dweight
 
 
 @gluon.jit
 def _store_rows(words, q_ptr, scale_inv_ptr, columns, row, rows, column, amax_floor, POW2: gl.constexpr):
     """Tiles along the columns of words [.., 128] that hold rows `row` and `row` + 1, into q [.., columns]."""
-    amax = gl.reduce(magnitudes(words), 1, larger)
-    scale_0, scale_1 = scale_inv(low(amax), amax_floor, POW2), scale_inv(high(amax), amax_floor, POW2)
+    amax = gl.reduce(words, 1, larger)
+    scale_0, scale_1 = scale_inv(gl.abs(low(amax)), amax_floor, POW2), scale_inv(gl.abs(high(amax)), amax_floor, POW2)
     first_0, second_0 = reciprocal(scale_0)
     first_1, second_1 = reciprocal(scale_1)
     q_0 = divide(low(words), first_0[:, None], second_0[:, None]).to(gl.float8e4nv)
@@ -137,23 +146,21 @@ def _store_rows(words, q_ptr, scale_inv_ptr, columns, row, rows, column, amax_fl
 
 @gluon.jit
 def _store_columns(parts, q_ptr, scale_inv_ptr, tile, column_tile, P, amax_floor, POW2: gl.constexpr):
-    """Tiles along the rows of parts, pairs [16, 128] each, transposed, into q [.., P/2], two rows an element."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, gl.num_warps()], [0, 1])
-    words_0, words_1 = parts[0].load(LAYOUT), parts[1].load(LAYOUT)
-    words_2, words_3 = parts[2].load(LAYOUT), parts[3].load(LAYOUT)
-    column = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
-    amax = larger(larger(magnitudes(words_0), magnitudes(words_1)), larger(magnitudes(words_2), magnitudes(words_3)))
-    amax = gl.reduce(amax, 0, larger)
-    amax = gl.maximum(amax & 0xFFFF, (amax >> 16) & 0xFFFF)
-    scale = scale_inv(low(amax), amax_floor, POW2)
+    """Tiles along the rows of parts, pairs [PAIRS, 128] each, transposed, into q [.., P/2], two rows an element."""
+    PAIRS: gl.constexpr = parts[0].shape[0]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8, 1], [PAIRS // 8, 256 // PAIRS], [1, gl.num_warps()], [0, 1])
+    words = ()
+    amax = gl.full([PAIRS, 128], 0, gl.int32, LAYOUT)
+    for part in gl.static_range(64 // PAIRS):
+        words += (parts[part].load(LAYOUT),)
+        amax = larger(amax, words[part])
+    scale = scale_inv(magnitude(gl.reduce(amax, 0, larger)), amax_floor, POW2)
     first, second = reciprocal(scale)
-    first, second = first[None, :], second[None, :]
-    pair = gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))
-    q_ptr += column.to(gl.int64)[None, :] * (P // 2) + tile * 64 + pair[:, None]
-    gl.store(q_ptr, to_fp8(words_0, first, second))
-    gl.store(q_ptr + 16, to_fp8(words_1, first, second))
-    gl.store(q_ptr + 32, to_fp8(words_2, first, second))
-    gl.store(q_ptr + 48, to_fp8(words_3, first, second))
+    column = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
+    pair = tile * 64 + gl.arange(0, PAIRS, gl.SliceLayout(1, LAYOUT))
+    q_ptr += column.to(gl.int64)[None, :] * (P // 2) + pair[:, None]
+    for part in gl.static_range(64 // PAIRS):
+        gl.store(q_ptr + part * PAIRS, to_fp8(words[part], first[None, :], second[None, :]))
     gl.store(scale_inv_ptr + column, scale)
 
 
@@ -161,15 +168,18 @@ def _store_columns(parts, q_ptr, scale_inv_ptr, tile, column_tile, P, amax_floor
 def _swiglu_backward_kernel(
     h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, dh_ptr, dh_scale_inv_ptr, dht_ptr, dht_scale_inv_ptr, at_ptr,
     at_scale_inv_ptr, dweight_ptr, tiles_ptr, first_ptr, R, width, P, E, bound, amax_floor, gradient_amax_floor,
-    POW2: gl.constexpr, WEIGHTED: gl.constexpr, GROUPED: gl.constexpr,
+    POW2: gl.constexpr, WEIGHTED: gl.constexpr, GROUPED: gl.constexpr, LANES: gl.constexpr,
+    BAND: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of one group × 128 columns of gate and of up. Tiles that no group has are written as zeros,
     transposed; no row is theirs."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-    PAIRS: gl.constexpr = 2 * gl.num_warps()
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(16, 8, 2, [1, 0])  # no bank conflict by rows or columns
-    tile = gl.program_id(0)
-    column_tile = gl.program_id(1)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [LANES, 32 // LANES], [gl.num_warps(), 1], [1, 0])
+    PAIRS: gl.constexpr = LANES * gl.num_warps()
+    # No bank conflicts where columns are read.
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(256 // PAIRS, 8, PAIRS // 8, [1, 0])
+    tile, column_tile = gl.program_id(2) * BAND + gl.program_id(0), gl.program_id(1)
+    if tile * 128 >= P:
+        return
     start = tile * 128
     end = R
     if GROUPED:
@@ -190,14 +200,15 @@ def _swiglu_backward_kernel(
         weight_ptr += start
     dgates, dups, activations = (), (), ()  # a buffer for each part, or there would be a barrier between them
     row = 2 * gl.arange(0, PAIRS, gl.SliceLayout(1, LAYOUT))
+    # A part ahead: loads would not move above stores that may alias.
     next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row, rows, column, R, width, WEIGHTED)
     next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, row + 1, rows, column, R, width, WEIGHTED)
-    for first in gl.static_range(0, 64, PAIRS):
+    for part in gl.static_range(0, 64, PAIRS):
         loaded_0, loaded_1 = next_0, next_1
-        following = row + 2 * PAIRS  # loaded ahead: behind the stores below the compiler would have to leave them
-        if first + PAIRS < 64:
-            next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, following, rows, column, R, width, WEIGHTED)
-            next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, following + 1, rows, column, R, width, WEIGHTED)
+        if part + PAIRS < 64:
+            ahead = row + 2 * PAIRS
+            next_0 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, ahead, rows, column, R, width, WEIGHTED)
+            next_1 = _load(h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, ahead + 1, rows, column, R, width, WEIGHTED)
         dgate_0, dup_0, a_0, dweight_0 = _gradients(loaded_0, WEIGHTED)
         dgate_1, dup_1, a_1, dweight_1 = _gradients(loaded_1, WEIGHTED)
         dgate = pack(dgate_0, dgate_1)
@@ -210,7 +221,7 @@ def _swiglu_backward_kernel(
         if WEIGHTED:
             gl.store(dweight_ptr + row, dweight_0, mask=row < rows)
             gl.store(dweight_ptr + row + 1, dweight_1, mask=row + 1 < rows)
-        row = following
+        row += 2 * PAIRS
     up_tile = column_tile + width // 128
     dht_scale_inv_ptr += tile.to(gl.int64) * 2 * width
     at_scale_inv_ptr += tile.to(gl.int64) * width
@@ -278,10 +289,10 @@ def swiglu_quantize_backward(
     tiles, first = tile_map(offs, R, TILE) if grouped else (None, None)
     E, bound = (len(offs), tiles.shape[1]) if grouped else (0, 0)
     partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
-    _swiglu_backward_kernel[(P // TILE, width // TILE)](
+    _swiglu_backward_kernel[band_grid(P, width)](
         h_fp8_RN.contiguous(), column_major(h_scale_inv), da_RI.contiguous(), weight_R, dh_fp8, dh_scale_inv,
         dht_fp8.view(torch.int16), dht_scale_inv, at_fp8.view(torch.int16), at_scale_inv, partial, tiles, first, R,
-        width, P, E, bound, amax_floor, gradient_amax_floor, pow2, weighted, grouped, num_warps=8,
+        width, P, E, bound, amax_floor, gradient_amax_floor, pow2, weighted, grouped, LANES, BAND, **BACKWARD,
     )  # fmt: skip
     if weighted and R:
         last = offs[-1:] if grouped else None
@@ -312,10 +323,10 @@ def variants() -> Iterator[Variant]:
                 | {"amax_floor": "fp32", "gradient_amax_floor": "fp32"}
                 | weight
                 | ({"tiles_ptr": I32, "first_ptr": I32} if grouped else {}),
-                {"POW2": False, "WEIGHTED": weighted, "GROUPED": grouped}
+                {"POW2": False, "WEIGHTED": weighted, "GROUPED": grouped, "LANES": LANES, "BAND": BAND}
                 | no_weight
                 | ({} if grouped else {"tiles_ptr": None, "first_ptr": None}),
-                num_warps=8,
+                **BACKWARD,
             )
     for grouped in (False, True):
         yield Variant(

@@ -1,7 +1,7 @@
 """What fused producers end with: BF16 values, rounded from float32, quantised to the bits that `quantize.py` gives.
 
-BF16 values come two in a 32-bit word (`pack`), which halves registers and the maxima: magnitudes of BF16 are ordered
-as unsigned integers, infinity and NaN above everything, so that one instruction takes the larger of two pairs.
+BF16 values come two in a 32-bit word (`pack`), which halves registers and the maxima: one instruction takes the larger
+magnitudes of two pairs.
 
 `scale_inv` and `divide` take 2 instructions a value where division takes 8 and `quantize._divide` 3. A quotient is
 x·r + x·s with r + s the reciprocal of the divisor to 46 bits. Compared with float32 division: amax/448 is equal for all
@@ -14,6 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dsv3c.numerics import TILE, ceil_div
+
+BAND = 8  # tiles of rows
 
 
 @triton.jit
@@ -35,14 +39,17 @@ def high(word):
 
 
 @triton.jit
-def magnitudes(word):
-    return word & 0x7FFF7FFF
+def larger(a, b):
+    """The larger of the magnitudes of two pairs, each half for itself; NaN if one is. Signs mean nothing."""
+    return tl.inline_asm_elementwise(
+        "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def larger(a, b):
-    """The larger of two pairs of magnitudes, each half for itself."""
-    return tl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+def magnitude(word):
+    """The larger magnitude of a pair, in float32."""
+    return tl.maximum(tl.abs(low(word)), tl.abs(high(word)), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -102,12 +109,19 @@ def to_fp8(word, first, second):
 @triton.jit
 def store_tiles(words, q_at, scale_inv_at, inside, amax_floor, POW2: tl.constexpr):
     """Quantises words [tiles, 64], two neighbouring values each; q_at [tiles, 64], scale_inv_at and inside [tiles]."""
-    amax = tl.reduce(magnitudes(words), 1, larger)
-    amax = tl.maximum(amax & 0xFFFF, amax >> 16)
-    scale = scale_inv(low(amax), amax_floor, POW2)
+    scale = scale_inv(magnitude(tl.reduce(words, 1, larger)), amax_floor, POW2)
     first, second = reciprocal(scale)
     tl.store(q_at, to_fp8(words, first[:, None], second[:, None]), mask=inside[:, None])
     tl.store(scale_inv_at, scale, mask=inside)
+
+
+def band_grid(P: int, K: int) -> tuple[int, int, int]:
+    """One program a tile of P/128 × ⌈K/128⌉; some of the last band have none.
+
+    Programs go through bands of BAND tiles of rows, column by column: what is read at a time is a few pages of memory,
+    and so is what is written transposed.
+    """
+    return BAND, ceil_div(K, TILE), ceil_div(P, BAND * TILE)
 
 
 def as_words(x: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent_backward": ("latent_backward_kernel", {}),
     "join_keys": ("join_keys_kernel", {}),
     "split_keys": ("split_keys_kernel", {}),
+    "cross_entropy": ("cross_entropy_kernel", {}),
     "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
     "warp_specialized_grouped_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": True}),
     "mla_decode": ("mla_decode_kernel", {}),
@@ -104,6 +105,8 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.join_keys.default": ("join_keys",),
     "dsv3c.split_keys.default": ("split_keys",),
     "dsv3c.mla_decode.default": ("mla_decode", "mla_decode_combine"),
+    "dsv3c.cross_entropy_.default": ("cross_entropy",),
+    "dsv3c.linear_cross_entropy.default": ("cross_entropy",),
 }
 
 

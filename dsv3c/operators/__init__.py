@@ -7,5 +7,5 @@ Importing this package defines the operators; nothing else does. Layouts are exa
 that were traced.
 """
 
-from dsv3c.operators import casts, gemms, mla_decode, norm, permute, rotary, router, swiglu  # noqa: F401
+from dsv3c.operators import casts, cross_entropy, gemms, mla_decode, norm, permute, rotary, router, swiglu  # noqa: F401
 from dsv3c.operators.define import OperatorError  # noqa: F401

@@ -142,6 +142,26 @@ def test_definition_is_autograd_s():
 
 
 @pytest.mark.gpu
+def test_every_configuration(check, monkeypatch):
+    """The size of a program changes the speed, never a bit."""
+    kernels = pytest.importorskip("dsv3c.kernels.swiglu", reason="needs Triton")
+    h, weight = inputs(check, 300, 256, "cuda", True)
+    da, offs = check.varied(300, 256, torch.bfloat16, "cuda"), check.ends([100, 0, 199], "cuda")
+    results = []
+    for rows, warps, backward in ((16, 4, 16), (32, 8, 8), (8, 1, 8)):
+        monkeypatch.setattr(kernels, "ROWS", rows)
+        monkeypatch.setattr(kernels, "WARPS", warps)
+        monkeypatch.setattr(kernels, "BACKWARD", {"num_warps": backward})
+        *a, h_fp8, h_scale_inv = ops.swiglu_quantize_save(h, weight, FLOOR, False)
+        dh, dh_scale_inv, *rest, _ = ops.swiglu_quantize_backward(
+            h_fp8, h_scale_inv, da, weight, offs, FLOOR, GRADIENT_FLOOR, False
+        )
+        results.append((*a, h_fp8, h_scale_inv, dh[:299], dh_scale_inv[:299], *rest))
+    for other in results[1:]:
+        assert all(map(same_bits, other, results[0]))
+
+
+@pytest.mark.gpu
 def test_in_a_cuda_graph(check):
     """No host synchronisation: groups that change after the capture are the ones that count."""
     h, weight = inputs(check, 256, 256, "cuda", True)
