@@ -20,7 +20,7 @@ from dsv3c.compiler import compilation_of
 from dsv3c.errors import CompileError
 from dsv3c.passes import Record
 from dsv3c.passes.regions import Region
-from dsv3c.pricing import FUSED, Cost, price, unrecognised
+from dsv3c.pricing import FUSED, Cost, price, saved, unrecognised
 from dsv3c.tuning.targets import Target
 from dsv3c.weights import QuantizedWeights
 
@@ -37,6 +37,7 @@ class UnitReport:
     modules: int
     inputs: tuple[str, ...]
     costs: tuple[Cost, ...]
+    saved: dict[Region | None, int]  # bytes kept for backward, by the region that computed them
     records: dict[str, list[Record]]  # by level
     unrecognised: dict[str, int]
 
@@ -47,6 +48,7 @@ class UnitReport:
             modules,
             tuple(_inputs(lowered.unit)),
             tuple(cost for i, half in enumerate(lowered.halves) for cost in price(half, target, backward=i == 1)),
+            saved(*lowered.halves) if len(lowered.halves) == 2 else {},
             lowered.records,
             dict(Counter(name for half in lowered.halves for name in unrecognised(half))),
         )
@@ -64,6 +66,10 @@ class UnitReport:
     def moved_bytes(self) -> int:
         return sum(cost.moved_bytes for cost in self.costs)
 
+    @property
+    def saved_bytes(self) -> int:
+        return sum(self.saved.values())
+
     def regions(self) -> dict[Region | None, list[Cost]]:
         return _grouped(self.costs, lambda cost: cost.region)
 
@@ -73,7 +79,11 @@ class UnitReport:
             "modules": self.modules,
             "inputs": list(self.inputs),
             **_sums(self.costs),
-            "regions": [{**_region_dict(region), **_sums(costs)} for region, costs in self.regions().items()],
+            "saved_bytes": self.saved_bytes,
+            "regions": [
+                {**_region_dict(region), **_sums(costs), "saved_bytes": self.saved.get(region, 0)}
+                for region, costs in self.regions().items()
+            ],
             "operators": [
                 {
                     "operator": cost.operator,
@@ -98,8 +108,10 @@ class UnitReport:
         for region, costs in [*self.regions().items(), (Region("", "all"), list(self.costs))]:
             path, kind = (region.path, region.kind) if region else ("(none)", "")
             predicted = [sum(c.predicted_us for c in costs if c.backward is backward) for backward in times.values()]
-            rows.append([path, kind, *_amounts(costs), *predicted])
-        return _table(rows, ["region", "kind", *_AMOUNTS, *(f"predicted {name}" for name in times)])
+            kept = self.saved_bytes if path == "" else self.saved.get(region, 0)
+            rows.append([path, kind, *_amounts(costs), *([kept / 1e6] if trained else []), *predicted])
+        saved_mb = ["saved MB"] if trained else []
+        return _table(rows, ["region", "kind", *_AMOUNTS, *saved_mb, *(f"predicted {name}" for name in times)])
 
     def _operators(self) -> str:
         by_name = _grouped(self.costs, lambda cost: cost.operator)
