@@ -48,17 +48,18 @@ class OurLayer:
         return forward
 
 
-class OurMTPLayer(OurLayer):
-    """MTPLayer.forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask_B1TS)."""
+class OurMTPLayer:
+    """MTPLayer.forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask_B1TS, pages): as a layer, the next tokens last."""
 
-    symbolic = ((0, 1), (0, 1), (0, 1), (0, 1), (0, 2, 3))
+    symbolic = (*OurLayer.symbolic, (0, 1))
 
-    def trace(self, call, *tensors):
-        return call(*tensors)
+    def trace(self, call, x_BTD, cos_BTr, sin_BTr, mask, past, latents, table, lengths, next_BTD):
+        pages = None if latents is None else Pages(latents, table, lengths)
+        return call(x_BTD, next_BTD, cos_BTr, sin_BTr, mask, pages)
 
     def forward(self, layer, run):
-        def forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask=None):
-            return run(x_BTD, next_BTD, cos_BTr, sin_BTr, mask)
+        def forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask=None, pages=None):
+            return run(x_BTD, cos_BTr, sin_BTr, mask, None, *(pages or (None, None, None)), next_BTD)
 
         return forward
 
