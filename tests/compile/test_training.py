@@ -49,16 +49,15 @@ def test_a_step_in_each_variant(make, request, compiled, logits, without_codegen
         gradients[name], held[name] = step(chosen, logits)
         (joint,) = (b.joint for unit, b in compilation_of(chosen).backends.items() if unit.kind.name == "moe_layer")
         operators = Counter(re.findall(r"= dsv3c\.(\w+)", joint.text))
-        expected = {"unpermute_backward": 1} if name == "plain" else {
-            "rms_norm_backward": 4, "swiglu_quantize_save": 1, "swiglu_quantize_backward": 1, "permute": 2,
-            "unpermute_backward": 0, "quantize_tile_both": 8,
-        }  # fmt: skip
-        assert {operator: operators[operator] for operator in expected} == expected, name
+        assert operators["unpermute_backward"] == (name == "plain")
+        if name != "plain":
+            assert operators["swiglu_quantize_save"] == operators["swiglu_quantize_backward"] > 0
+            assert operators["permute"] == operators["unpermute"] == 2
+            assert operators["rms_norm_backward"] == 4
+            assert operators["quantize_tile_both"] > 0
         again = set(re.findall(r"= (\S+)\.default\(.*computed again", joint.text))
-        assert ("dsv3c.rms_norm_quantize" in again, "dsv3c.gemm" in again) == (
-            name in ("default", "low"),
-            name == "low",
-        )
+        assert ("dsv3c.rms_norm_quantize" in again) == (name in ("default", "low"))
+        assert ("dsv3c.gemm" in again) == (name == "low")
 
     assert held["low"] < held["default"] < held["none"] < held["plain"]
     for name, gradient in gradients["none"].items():
