@@ -48,30 +48,35 @@ def _quantize_weights_kernel(
     n, k = block // across % down, block % across
     columns = k * 128 + tl.arange(0, 128)
 
-    # Twice over the block, in parts: the second time it is in the cache, and few registers are taken.
-    w_ptr = _address(weight_ptr, 0, like_ptr.dtype.element_ty, ALIGNMENT) + batch * N * K + columns[None, :]
+    # Once over the block for the scale and once for each result, in parts: then it is in the cache, and few registers
+    # are taken. Casting once for both results is no faster, and one layout of bytes is turned into the other wrongly by
+    # the ptxas of CUDA 12.9 (triton #11111).
+    w_ptr = _address(weight_ptr, 0, like_ptr.dtype.element_ty, ALIGNMENT) + batch * N * K
     amax = 0.0
-    for part in tl.static_range(0, 128, ROWS):
-        rows = n * 128 + part + tl.arange(0, ROWS)[:, None]
-        w = tl.load(w_ptr + rows.to(tl.int64) * K, mask=(rows < N) & (columns[None, :] < K), other=0.0)
-        amax = _maximum(amax, tl.reduce(tl.reduce(tl.abs(w.to(tl.float32)), 1, _maximum), 0, _maximum))
-    scale_inv = _scale_inv(amax, amax_floor, POW2)
-    reciprocal = _reciprocal(scale_inv)
-    q_ptr = _address(weight_ptr, 1, tl.float8e4nv, ALIGNMENT) + batch * N * K + columns[None, :]
-    stack_N = _size(weight_ptr, 8, ALIGNMENT)
-    t_ptr = _address(weight_ptr, 3, tl.float8e4nv, ALIGNMENT) + (batch * K + columns[:, None]) * stack_N
     for part in tl.static_range(0, 128, ROWS):
         rows = n * 128 + part + tl.arange(0, ROWS)
         inside = (rows[:, None] < N) & (columns[None, :] < K)
-        offsets = rows[:, None].to(tl.int64) * K
+        w = tl.load(w_ptr + rows[:, None].to(tl.int64) * K + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        amax = _maximum(amax, tl.reduce(tl.reduce(tl.abs(w), 1, _maximum), 0, _maximum))
+    scale_inv = _scale_inv(amax, amax_floor, POW2)
+    reciprocal = _reciprocal(scale_inv)
+    q_ptr = _address(weight_ptr, 1, tl.float8e4nv, ALIGNMENT) + batch * N * K
+    for part in tl.static_range(0, 128, ROWS):
+        rows = n * 128 + part + tl.arange(0, ROWS)
+        inside = (rows[:, None] < N) & (columns[None, :] < K)
+        offsets = rows[:, None].to(tl.int64) * K + columns[None, :]
         w = tl.load(w_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        q = _divide(w, scale_inv, reciprocal).to(tl.float8e4nv)
-        tl.store(q_ptr + offsets, q, mask=inside)
-        if TRANSPOSED:
-            inside = (columns[:, None] < K) & (rows[None, :] < N)
-            tl.store(t_ptr + rows[None, :], tl.trans(q), mask=inside)
+        tl.store(q_ptr + offsets, _divide(w, scale_inv, reciprocal).to(tl.float8e4nv), mask=inside)
     tl.store(_address(weight_ptr, 2, tl.float32, 4) + (batch * down + n) * across + k, scale_inv)
     if TRANSPOSED:
+        stack_N = _size(weight_ptr, 8, ALIGNMENT)
+        t_ptr = _address(weight_ptr, 3, tl.float8e4nv, ALIGNMENT) + (batch * K + columns[:, None]) * stack_N
+        for part in tl.static_range(0, 128, ROWS):
+            rows = n * 128 + part + tl.arange(0, ROWS)
+            inside = (columns[:, None] < K) & (rows[None, :] < N)
+            offsets = rows[None, :].to(tl.int64) * K + columns[:, None]
+            w = tl.load(w_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+            tl.store(t_ptr + rows[None, :], _divide(w, scale_inv, reciprocal).to(tl.float8e4nv), mask=inside)
         offset = (batch * across + k) * tl.cdiv(stack_N, 128) + n
         tl.store(_address(weight_ptr, 4, tl.float32, 4) + offset, scale_inv)
 
