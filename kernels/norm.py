@@ -21,7 +21,7 @@ from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, plus, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
-TILES, NORM_WARPS = 8, 4  # of a chunk, and of a program
+TILES, NORM_WARPS = 16, 4  # of a chunk, and of a program
 WARPS = 2048  # of all programs of the backward kernel: about 16 for each multiprocessor of an H200
 
 
@@ -48,13 +48,19 @@ def _norm_kernel(
     column = tile[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :]  # in words: half of the columns
     x_ptr += row * x_stride + column
     at = row * (K // 2) + column
-    chunks, sums = (), gl.full([TILES, 64], 0.0, gl.float32, LAYOUT)
+    loaded, residuals, chunks = (), (), ()
+    # All loads first: they would not move above stores that may alias.
     for chunk in gl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
         inside = column < K // 2 - chunk * 64 * TILES
-        x = gl.load(x_ptr + chunk * 64 * TILES, mask=inside, other=0)
+        loaded += (gl.load(x_ptr + chunk * 64 * TILES, mask=inside, other=0),)
         if ADD:
-            x = plus(x, gl.load(residual_ptr + at + chunk * 64 * TILES, mask=inside, other=0))
-            gl.store(sum_ptr + at + chunk * 64 * TILES, x, mask=inside)
+            residuals += (gl.load(residual_ptr + at + chunk * 64 * TILES, mask=inside, other=0),)
+    sums = gl.full([TILES, 64], 0.0, gl.float32, LAYOUT)
+    for chunk in gl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
+        x = loaded[chunk]
+        if ADD:
+            x = plus(x, residuals[chunk])
+            gl.store(sum_ptr + at + chunk * 64 * TILES, x, mask=column < K // 2 - chunk * 64 * TILES)
         sums += squares(x)
         chunks += (x,)
     rstd = gl.rsqrt(gl.sum(gl.sum(sums, 1), 0) / K + eps)

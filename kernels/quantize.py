@@ -26,11 +26,11 @@ from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.offline import BF16, F32, FP8, I32, Variant
-from dsv3c.kernels.tiles import BAND, band_grid
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS = 32  # of a program of `quantize_tile`
-RETILE = {"num_warps": 8, "maxnreg": 80}  # three programs a multiprocessor
+# Columns of a program of `_retile_kernel`, without and with a cast along the rows, which takes tiles of 128 columns.
+RETILE = {False: (64, {"num_warps": 4, "maxnreg": 80}), True: (128, {"num_warps": 8, "maxnreg": 80})}
 
 
 @triton.jit
@@ -130,23 +130,23 @@ def _quarters(x):
 
 @gluon.jit
 def _maximum_of_columns(x):
-    """max|x| of each column of x [128, C], whose rows warps share and lanes do not. Through shared memory, row by row:
-    `gl.reduce` alone puts a column's maxima side by side there, which all lanes then want from one bank."""
+    """max|x| of each column of x [128, C]. The warps' maxima meet in shared memory row by row: `gl.reduce` alone puts a
+    column's side by side, and then all lanes want one bank."""
     WARPS: gl.constexpr = gl.num_warps()
     C: gl.constexpr = x.shape[1]
     of_warps = gl.reduce(gl.reshape(gl.abs(x), (WARPS, 128 // WARPS, C)), 1, _maximum)
-    ALL: gl.constexpr = gl.BlockedLayout([WARPS, 4], [1, 32], [1, WARPS], [1, 0])
-    UNSWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    shared = gl.allocate_shared_memory(gl.float32, (WARPS, C), UNSWIZZLED, of_warps)
+    ALL: gl.constexpr = gl.BlockedLayout([WARPS, 4], [128 // C, C // 4], [1, WARPS], [1, 0])
+    shared = gl.allocate_shared_memory(gl.float32, (WARPS, C), gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), of_warps)
     return gl.convert_layout(gl.reduce(shared.load(ALL), 0, _maximum), gl.SliceLayout(0, x.type.layout))
 
 
 @gluon.jit
 def _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words):
-    column = gl.arange(0, 128, gl.SliceLayout(1, words.type.layout))[:, None]
+    C: gl.constexpr = words.shape[0]
+    column = gl.arange(0, C, gl.SliceLayout(1, words.type.layout))[:, None]
     word = gl.arange(0, 32, gl.SliceLayout(0, words.type.layout))[None, :]
     gl.store(t_ptr + (column * P_words + word), words, mask=column < columns)
-    column = gl.arange(0, 128, scale_inv.type.layout)
+    column = gl.arange(0, C, scale_inv.type.layout)
     gl.store(t_scale_inv_ptr + column, scale_inv, mask=column < columns)
 
 
@@ -154,21 +154,18 @@ def _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words
 def _retile_kernel(
     x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, tiles_ptr, first_ptr, R, K,
     x_stride, scale_stride, P_words, E, bound, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr,
-    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, BAND: gl.constexpr,
+    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """One program: 128 rows of one group × 128 columns, cast along the rows, transposed (t), and as they are (q).
+    """One program: 128 rows of one group × C columns, cast along the rows, transposed (t), and as they are (q).
 
     Tiles that no group has are zero in t; those of them that are needed have the rows of no group for q.
     """
     WARPS: gl.constexpr = gl.num_warps()
     VECTOR: gl.constexpr = 16 if ROWWISE else 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [VECTOR // 4, 128 // VECTOR], [WARPS, 1], [1, 0])
-    COLUMNS: gl.constexpr = gl.BlockedLayout([128 // WARPS, 4], [1, 32], [WARPS, 1], [1, 0])
+    LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // C, C // VECTOR], [WARPS, 1], [1, 0])
+    COLUMNS: gl.constexpr = gl.BlockedLayout([C // WARPS, 4], [128 // C, C // 4], [WARPS, 1], [1, 0])
     STORE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
-    UNSWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    tile, column_tile = gl.program_id(2) * BAND + gl.program_id(0), gl.program_id(1)
-    if tile * 32 >= P_words:
-        return
+    column_tile, tile = gl.program_id(0), gl.program_id(1)
     start = tile * 128
     end = R
     row_end = R
@@ -181,19 +178,24 @@ def _retile_kernel(
         if ROWWISE:
             start = gl.where(mine, start, gl.load(offs_ptr + E - 1) + others * 128)
             row_end = gl.where(mine, end, R)
-    columns = K - column_tile * 128
-    t_ptr += column_tile.to(gl.int64) * 128 * P_words + tile * 32
-    t_scale_inv_ptr += tile.to(gl.int64) * K + column_tile * 128
+    columns = K - column_tile * C
+    t_ptr += column_tile.to(gl.int64) * C * P_words + tile * 32
+    t_scale_inv_ptr += tile.to(gl.int64) * K + column_tile * C
     if start >= row_end:
-        nothing = _scale_inv(gl.full([128], 0.0, gl.float32, gl.SliceLayout(0, COLUMNS)), amax_floor, POW2)
-        _store_transposed(gl.full([128, 32], 0, gl.int32, STORE), nothing, t_ptr, t_scale_inv_ptr, columns, P_words)
+        nothing = _scale_inv(gl.full([C], 0.0, gl.float32, gl.SliceLayout(0, COLUMNS)), amax_floor, POW2)
+        _store_transposed(gl.full([C, 32], 0, gl.int32, STORE), nothing, t_ptr, t_scale_inv_ptr, columns, P_words)
         return
     row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
-    column = gl.arange(0, 128, gl.SliceLayout(0, LOAD))
+    column = gl.arange(0, C, gl.SliceLayout(0, LOAD))
     inside = (row < row_end - start)[:, None] & (column < columns)[None, :]
-    x_ptr += start.to(gl.int64) * x_stride + column_tile * 128
+    x_ptr += start.to(gl.int64) * x_stride + column_tile * C
     x = gl.load(x_ptr + (row[:, None] * x_stride + column[None, :]), mask=inside, other=0.0)
-    shared = gl.allocate_shared_memory(x.dtype, (128, 128), UNSWIZZLED, x)
+    if DEQUANTIZE:
+        row = gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        x_scale_inv_ptr += (column_tile * C // 128).to(gl.int64) * scale_stride + start
+        x_scale_inv = gl.load(x_scale_inv_ptr + row, mask=row < end - start, other=0.0)
+        row_scales = gl.allocate_shared_memory(gl.float32, (128,), gl.SwizzledSharedLayout(1, 1, 1, [0]), x_scale_inv)
+    shared = gl.allocate_shared_memory(x.dtype, (128, C), gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), x)
     if ROWWISE:
         x = x.to(gl.float32)
         row_scale_inv = _scale_inv(gl.reduce(gl.abs(x), 1, _maximum), amax_floor, POW2)
@@ -204,10 +206,7 @@ def _retile_kernel(
         gl.store(scale_inv_ptr + row, row_scale_inv, mask=row < row_end - start)
     x = shared.load(COLUMNS).to(gl.float32)
     if DEQUANTIZE:
-        row = gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        x_scale_inv_ptr += column_tile.to(gl.int64) * scale_stride + start
-        row_scale_inv = gl.load(x_scale_inv_ptr + row, mask=row < end - start, other=0.0)
-        x *= gl.convert_layout(row_scale_inv, gl.SliceLayout(1, COLUMNS))[:, None]
+        x *= row_scales.load(gl.SliceLayout(1, COLUMNS))[:, None]
     amax = _maximum_of_columns(x)
     if ROWWISE and GROUPED:
         amax = gl.where(mine, amax, 0.0)
@@ -301,10 +300,11 @@ def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> N
     tiles, first = (None, None) if offs is None else tile_map(offs, R, TILE)
     E, bound = (0, 0) if offs is None else (len(offs), tiles.shape[1])
     scale_stride = 0 if x_scale_inv is None else x_scale_inv.stride(1)
-    _retile_kernel[band_grid(P, K)](
+    columns, options = RETILE[rowwise is not None]
+    _retile_kernel[(ceil_div(K, columns), P // TILE)](
         x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, tiles, first, R, K,
         x_RK.stride(0), scale_stride, P // 4, E, bound, amax_floor, pow2, x_scale_inv is not None,
-        rowwise is not None, offs is not None, BAND, **RETILE,
+        rowwise is not None, offs is not None, columns, **options,
     )  # fmt: skip
 
 
@@ -345,11 +345,12 @@ def variants() -> Iterator[Variant]:
             pointers |= {"x_scale_inv_ptr": F32} if dequantize else {}
             pointers |= {"q_ptr": FP8, "scale_inv_ptr": F32} if rowwise else {}
             pointers |= {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32} if grouped else {}
-            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped, "BAND": BAND}
+            columns, options = RETILE[rowwise]
+            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped, "C": columns}
             absent = {n: None for n in _retile_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
             yield Variant(
                 _retile_kernel,
                 pointers | {"amax_floor": "fp32"},
                 flags | absent,
-                **RETILE,
+                **options,
             )

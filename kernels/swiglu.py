@@ -25,9 +25,7 @@ from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.offline import BF16, F32, FP8, I16, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.kernels.tiles import (
-    BAND,
     as_words,
-    band_grid,
     divide,
     high,
     larger,
@@ -42,7 +40,6 @@ from dsv3c.kernels.tiles import (
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS, WARPS = 16, 4  # of a program of the forward kernel
-LANES = 4
 BACKWARD = {"num_warps": 16, "maxnreg": 64}  # two programs a multiprocessor
 
 
@@ -168,18 +165,15 @@ def _store_columns(parts, q_ptr, scale_inv_ptr, tile, column_tile, P, amax_floor
 def _swiglu_backward_kernel(
     h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, dh_ptr, dh_scale_inv_ptr, dht_ptr, dht_scale_inv_ptr, at_ptr,
     at_scale_inv_ptr, dweight_ptr, tiles_ptr, first_ptr, R, width, P, E, bound, amax_floor, gradient_amax_floor,
-    POW2: gl.constexpr, WEIGHTED: gl.constexpr, GROUPED: gl.constexpr, LANES: gl.constexpr,
-    BAND: gl.constexpr,
+    POW2: gl.constexpr, WEIGHTED: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of one group × 128 columns of gate and of up. Tiles that no group has are written as zeros,
     transposed; no row is theirs."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [LANES, 32 // LANES], [gl.num_warps(), 1], [1, 0])
-    PAIRS: gl.constexpr = LANES * gl.num_warps()
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    PAIRS: gl.constexpr = 2 * gl.num_warps()
     # No bank conflicts where columns are read.
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(256 // PAIRS, 8, PAIRS // 8, [1, 0])
-    tile, column_tile = gl.program_id(2) * BAND + gl.program_id(0), gl.program_id(1)
-    if tile * 128 >= P:
-        return
+    tile, column_tile = gl.program_id(0), gl.program_id(1)
     start = tile * 128
     end = R
     if GROUPED:
@@ -289,10 +283,10 @@ def swiglu_quantize_backward(
     tiles, first = tile_map(offs, R, TILE) if grouped else (None, None)
     E, bound = (len(offs), tiles.shape[1]) if grouped else (0, 0)
     partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
-    _swiglu_backward_kernel[band_grid(P, width)](
+    _swiglu_backward_kernel[(P // TILE, width // TILE)](
         h_fp8_RN.contiguous(), column_major(h_scale_inv), da_RI.contiguous(), weight_R, dh_fp8, dh_scale_inv,
         dht_fp8.view(torch.int16), dht_scale_inv, at_fp8.view(torch.int16), at_scale_inv, partial, tiles, first, R,
-        width, P, E, bound, amax_floor, gradient_amax_floor, pow2, weighted, grouped, LANES, BAND, **BACKWARD,
+        width, P, E, bound, amax_floor, gradient_amax_floor, pow2, weighted, grouped, **BACKWARD,
     )  # fmt: skip
     if weighted and R:
         last = offs[-1:] if grouped else None
@@ -323,7 +317,7 @@ def variants() -> Iterator[Variant]:
                 | {"amax_floor": "fp32", "gradient_amax_floor": "fp32"}
                 | weight
                 | ({"tiles_ptr": I32, "first_ptr": I32} if grouped else {}),
-                {"POW2": False, "WEIGHTED": weighted, "GROUPED": grouped, "LANES": LANES, "BAND": BAND}
+                {"POW2": False, "WEIGHTED": weighted, "GROUPED": grouped}
                 | no_weight
                 | ({} if grouped else {"tiles_ptr": None, "first_ptr": None}),
                 **BACKWARD,

@@ -15,10 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3c.numerics import TILE, ceil_div
-
-BAND = 8  # tiles of rows
-
 
 @triton.jit
 def pack(low, high):
@@ -113,15 +109,6 @@ def store_tiles(words, q_at, scale_inv_at, inside, amax_floor, POW2: tl.constexp
     first, second = reciprocal(scale)
     tl.store(q_at, to_fp8(words, first[:, None], second[:, None]), mask=inside[:, None])
     tl.store(scale_inv_at, scale, mask=inside)
-
-
-def band_grid(P: int, K: int) -> tuple[int, int, int]:
-    """One program a tile of P/128 × ⌈K/128⌉; some of the last band have none.
-
-    Programs go through bands of BAND tiles of rows, column by column: what is read at a time is a few pages of memory,
-    and so is what is written transposed.
-    """
-    return BAND, ceil_div(K, TILE), ceil_div(P, BAND * TILE)
 
 
 def as_words(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 It has no inline assembly, and its casts to BF16 and FP8 are wrong. So what `tiles.py` does on words is written out
 here, with E4M3 replaced by a quarter of the quotient in 8 bits; what is compared is where numbers go, within a few of
-those roundings. Gluon is not interpreted: the SwiGLU gradient is left to the GPU tests. A process of its own, since
-the interpreter is chosen as Triton is imported.
+those roundings. Gluon is not interpreted: the norm and the SwiGLU gradient are left to the GPU tests. A process of its
+own, since the interpreter is chosen as Triton is imported.
 """
 
 import os
@@ -84,19 +84,8 @@ def empty(outputs):
 from dsv3c.operators import norm as norm_op, rotary as rotary_op, swiglu as swiglu_op
 
 for R, K in [(1, 128), (3, 1536), (2, 1152)]:
-    x, residual, weight = normal(R, K + 6)[:, :K], normal(R, K), normal(1, K)[0]
-    arguments = weight, eps, floor, False
-    out = empty(norm_op._rms_norm_quantize(x, *arguments))
-    norm.rms_norm_quantize(x, *arguments, out)
+    x, weight = normal(R, K), normal(1, K)[0]
     expected = norm_op.norm.rms_norm(x, weight, eps)
-    tiles_close(out, expected[0])
-    close(out[2], expected[1])
-    out = empty(norm_op._add_rms_norm_quantize(x, residual, *arguments))
-    norm.add_rms_norm_quantize(x, residual, *arguments, out)
-    close(out[0], x.float() + residual.float(), x.float().abs() + residual.float().abs())
-    expected = norm_op.norm.rms_norm(out[0], weight, eps)
-    close(out[1], expected[0])
-    tiles_close(out[2:], expected[0])
     dy, dsum, rstd = normal(R, K), normal(R, K), expected[1]
     out = empty(norm_op._rms_norm_backward(dy, x, weight, rstd, dsum))
     norm.rms_norm_backward(dy, x, weight, rstd, dsum, out)
