@@ -71,7 +71,7 @@ def test_refuses_other_gradients(check, dw, complaint):
         ops.gemm_wgrad_accumulate(*parts, dw)
 
 
-@pytest.mark.parametrize("config", list(implementations("gemm_wgrad")["warp_specialized"].configs())[::4], ids=str)
+@pytest.mark.parametrize("config", list(implementations("gemm_wgrad")["warp_specialized"].configs())[::3], ids=str)
 def test_specialized_compiles_without_spills(config):
     found = offline.resources(specialized.variant(config, offline.F32, True).compile())
     assert found.spills == 0
@@ -87,10 +87,11 @@ def test_what_is_not_aligned_is_left_to_the_plain_kernel():
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("N", "K"), [(256, 384), (640, 272)])
+@pytest.mark.parametrize(("N", "K"), [(256, 384), (640, 272), (1024, 1024)])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_same_bits(check, sizes, N, K, dtype):
-    """Every configuration of the specialised kernel, and the plain one's for few rows."""
+    """Every configuration of the specialised kernel, and the plain one's for few rows. On 132 multiprocessors the last
+    size is 32 halved tiles, 128 whole ones, or 132 whole and 60 halved ones."""
     parts, offs = operands(check, sizes, N, K, "cuda")
     _, first = wgrad.tile_map(offs, parts[0].shape[1], 128)
     expected = torch.full((len(sizes), N, K), torch.nan, dtype=dtype, device="cuda")
