@@ -1,5 +1,6 @@
 """Weight gradients: accumulation, and the implementation with specialised warps, which shares the plain one's bits."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -82,6 +83,38 @@ def test_specialized_compiles_without_spills(config):
 def test_what_is_not_aligned_is_left_to_the_plain_kernel():
     for operator, N, K, groups in (("gemm_wgrad", 130, 256, 1), ("grouped_gemm_wgrad", 192, 256, 4)):
         assert not specialized.takes(Problem(operator, 4096, N, K, groups))
+
+
+@pytest.mark.parametrize(
+    ("rows", "N", "dtype", "expected"),
+    [
+        (4096, 256, torch.float32, "warp_specialized"),
+        (128, 256, torch.bfloat16, "warp_specialized"),
+        (128, 256, torch.float32, "triton"),
+        (4096, 192, torch.float32, "triton"),
+        (4096, 256, torch.float64, "triton"),
+    ],
+)
+def test_which_kernel(monkeypatch, rows, N, dtype, expected):
+    """By rule: the specialised one, but not for few rows in float32, which it writes more slowly."""
+    launched = []
+    monkeypatch.setattr(specialized, "hopper", lambda: True)
+    monkeypatch.setattr(wgrad, "choose", choose_by_rule)
+    monkeypatch.setattr(wgrad, "implementations", lambda operator: {
+        name: replace(found, launch=lambda *_, name=name, **config: launched.append((name, config)))
+        for name, found in implementations(operator).items()
+    })  # fmt: skip
+    dw = torch.empty(4, N, 256, dtype=dtype)
+    for accumulate in (False, True):
+        wgrad._launch(Problem("grouped_gemm_wgrad", 4 * rows, N, 256, 4), (dw.view(-1, 1024),), dw, accumulate)
+    assert [name for name, _ in launched] == [expected] * 2
+    assert launched[1][1].pop("accumulate")
+    assert implementations("grouped_gemm_wgrad")[expected].holds(launched[1][1])
+
+
+def choose_by_rule(problem):
+    name, config = wgrad.default(problem)
+    return wgrad.implementations(problem.operator)[name], config
 
 
 @pytest.mark.gpu
