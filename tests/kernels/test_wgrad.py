@@ -1,5 +1,6 @@
 """Weight gradients: accumulation, and the implementation with specialised warps, which shares the plain one's bits."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -71,7 +72,7 @@ def test_refuses_other_gradients(check, dw, complaint):
         ops.gemm_wgrad_accumulate(*parts, dw)
 
 
-@pytest.mark.parametrize("config", list(implementations("gemm_wgrad")["warp_specialized"].configs())[::4], ids=str)
+@pytest.mark.parametrize("config", list(implementations("gemm_wgrad")["warp_specialized"].configs())[::3], ids=str)
 def test_specialized_compiles_without_spills(config):
     found = offline.resources(specialized.variant(config, offline.F32, True).compile())
     assert found.spills == 0
@@ -84,13 +85,46 @@ def test_what_is_not_aligned_is_left_to_the_plain_kernel():
         assert not specialized.takes(Problem(operator, 4096, N, K, groups))
 
 
+@pytest.mark.parametrize(
+    ("rows", "N", "dtype", "expected"),
+    [
+        (4096, 256, torch.float32, "warp_specialized"),
+        (128, 256, torch.bfloat16, "warp_specialized"),
+        (128, 256, torch.float32, "triton"),
+        (4096, 192, torch.float32, "triton"),
+        (4096, 256, torch.float64, "triton"),
+    ],
+)
+def test_which_kernel(monkeypatch, rows, N, dtype, expected):
+    """By rule: the specialised one, but not for few rows in float32, which it writes more slowly."""
+    launched = []
+    monkeypatch.setattr(specialized, "hopper", lambda: True)
+    monkeypatch.setattr(wgrad, "choose", choose_by_rule)
+    monkeypatch.setattr(wgrad, "implementations", lambda operator: {
+        name: replace(found, launch=lambda *_, name=name, **config: launched.append((name, config)))
+        for name, found in implementations(operator).items()
+    })  # fmt: skip
+    dw = torch.empty(4, N, 256, dtype=dtype)
+    for accumulate in (False, True):
+        wgrad._launch(Problem("grouped_gemm_wgrad", 4 * rows, N, 256, 4), (dw.view(-1, 1024),), dw, accumulate)
+    assert [name for name, _ in launched] == [expected] * 2
+    assert launched[1][1].pop("accumulate")
+    assert implementations("grouped_gemm_wgrad")[expected].holds(launched[1][1])
+
+
+def choose_by_rule(problem):
+    name, config = wgrad.default(problem)
+    return wgrad.implementations(problem.operator)[name], config
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("N", "K"), [(256, 384), (640, 272)])
+@pytest.mark.parametrize(("N", "K"), [(256, 384), (640, 272), (1024, 1024)])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_same_bits(check, sizes, N, K, dtype):
-    """Every configuration of the specialised kernel, and the plain one's for few rows."""
+    """Every configuration of the specialised kernel, and the plain one's for few rows. On 132 multiprocessors the last
+    size is 32 halved tiles, 128 whole ones, or 132 whole and 60 halved ones."""
     parts, offs = operands(check, sizes, N, K, "cuda")
     _, first = wgrad.tile_map(offs, parts[0].shape[1], 128)
     expected = torch.full((len(sizes), N, K), torch.nan, dtype=dtype, device="cuda")

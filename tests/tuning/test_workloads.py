@@ -39,7 +39,8 @@ def test_an_operator_without_a_workload_is_named():
 def test_least_work():
     assert workloads.flops_and_bytes(Problem("gemm", 2, 3, 5)) == (60, 2 * 5 + 3 * 5 + 2 * 2 * 3)
     assert workloads.flops_and_bytes(Problem("grouped_gemm", 4, 3, 5, 2)) == (120, 4 * 5 + 2 * 3 * 5 + 2 * 4 * 3)
-    assert workloads.flops_and_bytes(Problem("grouped_gemm_wgrad", 4, 3, 5, 2)) == (120, 4 * 8 + 4 * 2 * 3 * 5)
+    assert workloads.flops_and_bytes(Problem("gemm_wgrad", 4, 3, 5)) == (120, 4 * 8 + 4 * 3 * 5)
+    assert workloads.flops_and_bytes(Problem("grouped_gemm_wgrad", 4, 3, 5, 2)) == (120, 4 * 8 + 2 * 2 * 3 * 5)
 
 
 @pytest.mark.gpu
