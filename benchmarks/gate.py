@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dsv3c import families
+from dsv3c.cache import Pages
 from dsv3c.numerics import MODEL_DISTANCE, MODEL_DISTANCE_BF16, quantized_layer_rms
-from dsv3c.paged_cache import Pages
 
 CHUNK = 1 << 26  # values compared at a time: an expert stack's gradient has 7.5e9
 Model = Any  # dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM

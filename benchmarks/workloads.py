@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsv3c.cache import LatentCache, PagedCache
 from dsv3c.checkpoint import load
 from dsv3c.config import PRESETS
 from dsv3c.decoding import Choice, Step, step_of
 from dsv3c.errors import Dsv3cError
-from dsv3c.model import DeepseekV3, LatentCache
-from dsv3c.paged_cache import PagedCache
+from dsv3c.model import DeepseekV3
 from dsv3c.source import model_config
 
 Model = Any  # dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM
@@ -148,6 +148,7 @@ class Workload:
             step = steps[model]
             if step.graph:
                 step.cache.lengths_B.fill_(self.tokens)
+                step.count_B1.zero_()
                 step()
             else:
                 call(model)

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Imported at first use, so that `import dsv3c`, `dsv3c --help` and dsv3c.schedules need no torch.
 _HOME = {
     "DeepseekV3": "dsv3c.model",
-    "LatentCache": "dsv3c.model",
+    "LatentCache": "dsv3c.cache",
     "MainGradOptimizer": "dsv3c.main_grad",
     "ModelConfig": "dsv3c.config",
     "Recipe": "dsv3c.numerics",
@@ -23,13 +23,14 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from dsv3c.cache import LatentCache
     from dsv3c.checkpoint import load, save
     from dsv3c.compiler import compile
     from dsv3c.config import ModelConfig, preset
     from dsv3c.generation import generate
     from dsv3c.losses import cross_entropy
     from dsv3c.main_grad import MainGradOptimizer
-    from dsv3c.model import DeepseekV3, LatentCache
+    from dsv3c.model import DeepseekV3
     from dsv3c.numerics import Recipe
     from dsv3c.report import explain
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3c.cache import PagedCache
 from dsv3c.model import DeepseekV3
 from dsv3c.numerics import ceil_div
 from dsv3c.operators.mla_decode import PAGE
-from dsv3c.paged_cache import PagedCache
 from dsv3c.weights import QuantizedWeights
 
 
@@ -122,7 +122,7 @@ class Step:
             self.graph = self._captured(self.decoder)
 
     def _captured(self, decoder: "Decoder") -> torch.cuda.CUDAGraph | None:
-        """None, with a warning, if the step cannot be captured. Leaves state and generator as they were."""
+        """None, with a warning, if a step asks the host. Leaves state and generator as they were."""
         kept, length, seed = [tensor.clone() for tensor in self.state()], self.cache.length, torch.cuda.get_rng_state()
 
         def restore() -> None:
@@ -130,27 +130,33 @@ class Step:
                 tensor.copy_(before)
             self.cache.length = length
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.run()  # compiles, quantises weights, makes libraries allocate
-        torch.cuda.current_stream().wait_stream(side)
-        restore()
+        side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
         try:
+            with torch.cuda.stream(side):
+                self.run()  # compiles, quantises weights, makes libraries allocate
+                restore()
+                # A capture that fails leaves torch's allocator and generator in disorder; this tells before.
+                torch.cuda.set_sync_debug_mode("error")
+                self.run()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            reason = "a step waits for the GPU (a hook that looks at values, or experts that are not bfloat16)"
+            warnings.warn(
+                f"dsv3c.generate: kernels are launched one by one, without CUDA graph: {reason}", stacklevel=4
+            )
+            graph = None
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().wait_stream(side)
+            restore()
+        if graph is not None:
             with torch.cuda.graph(graph, pool=decoder.pool()):
                 self.run()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"dsv3c.generate: steps are launched one by one, without CUDA graph: {reason}", stacklevel=3)
-            graph = None
-            # Torch leaves the generator as it is inside a capture; a clone is outside.
-            generator = torch.cuda.default_generators[self.tokens_B1.device.index]
-            generator.graphsafe_set_state(generator.clone_state())
+            self.cache.length = length
         torch.cuda.set_rng_state(seed)
-        restore()
         decoder.note_weights()
         return graph
 

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dsv3c.cache import Pages
 from dsv3c.errors import CompileError
-from dsv3c.paged_cache import Pages
 
 Outputs = Tensor | tuple[Tensor, ...]
 RunUnit = Callable[..., Outputs]

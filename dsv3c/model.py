@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3c.cache import LatentCache, PagedCache, Pages, positions
 from dsv3c.config import ModelConfig
 from dsv3c.errors import ConfigError, Dsv3cError
 from dsv3c.grouped_linear import grouped_linear
-from dsv3c.paged_cache import PagedCache, Pages, positions
 
 LATENT_NORM_EPS = 1e-6
 
@@ -302,35 +302,6 @@ class MTPLayer(DecoderLayer):
         x_BTD = self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(x_BTD)), dim=-1))
         x_BTD, *others = super().forward(x_BTD, cos_BTr, sin_BTr, mask, pages)
         return self.shared_head["norm"](x_BTD), *others
-
-
-class LatentCache:
-    """The KV cache: per layer one tensor [B, max_tokens, L], filled up to `length`."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        max_tokens: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        shape = (batch_size, max_tokens, config.latent_dim)
-        self.latents = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.batch_size, self.max_tokens, self.length = batch_size, max_tokens, 0
-
-    def past(self, layer: int) -> Tensor | None:
-        """What a layer attends to besides the new tokens: a view [B, length, L], or None if nothing is cached."""
-        return self.latents[layer][:, : self.length] if self.length else None
-
-    def write(self, layer: int, latent_BTL: Tensor, attention_mask: Tensor | None) -> None:
-        """Stores the new tokens' latents behind `length`, padding too."""
-        self.latents[layer][:, self.length : self.length + latent_BTL.shape[1]] = latent_BTL.detach()
-
-    def advance(self, num_new: int, attention_mask: Tensor | None) -> None:
-        """After the last layer: the new tokens are cached now."""
-        self.length += num_new
 
 
 class Decoder(nn.Module):

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsv3c.cache import PagedCache
 from dsv3c.decoding import Choice, Decoder, Step
 from dsv3c.model import DeepseekV3
-from dsv3c.paged_cache import PagedCache
 
 SPARE = 3  # places behind the last token that a finished sequence goes on writing to
 

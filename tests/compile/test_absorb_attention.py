@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from dsv3c.cache import LatentCache, PagedCache, Pages
 from dsv3c.compiler import compilation_of
-from dsv3c.model import LatentCache
 from dsv3c.numerics import MODEL_DISTANCE, distance
 from dsv3c.passes import AbsorbAttention, RaiseAttention, RaiseGroupedLinear
 
@@ -21,8 +21,19 @@ def sites(result) -> dict[str, int]:
     return {
         unit.name: sum(record.sites for record in backend.joint.records)
         for unit, backend in compilation_of(result).backends.items()
-        if "cached" in unit.name
+        if "cached" in unit.name or "paged" in unit.name
     }
+
+
+def pages_step(model, batch, num_new):
+    """Logits of new tokens after prompts of several lengths."""
+    torch.manual_seed(0)
+    ids, mask = torch.randint(0, 256, (batch, 63 + num_new)), torch.ones(batch, 63, dtype=torch.long)
+    mask[0, :5] = 0
+    cache = PagedCache(model.config, batch, 70, dtype=next(model.parameters()).dtype)
+    with torch.no_grad():
+        model(ids[:, :63], attention_mask=mask, cache=cache)
+        return model(ids[:, 63:], cache=cache)
 
 
 def decode(model, batch, prompt, steps, new_cache, logits, mask=None):
@@ -60,6 +71,36 @@ def test_the_logits_are_those_of_the_expanded_form(make_model, make_their_model,
     out, eager, truth = (decode(m, batch, 60, 8, new_cache, logits) for m in (result, model, exact))
     assert set(sites(result).values()) == {1}
     assert len(sites(result)) == 2  # dense and MoE
+    for found, reference in zip(distance(out, truth), distance(eager, truth), strict=True):
+        assert found <= MODEL_DISTANCE * reference
+
+
+@pytest.mark.parametrize(("batch", "num_new"), [(1, 1), (3, 1), (1, 2), (3, 2)])
+def test_pages_are_read_where_they_are(make_model, compiled, batch, num_new):
+    model = make_model(**V3_LATENT)
+    result = compiled(model, passes=PASSES)
+    out, eager, truth = (pages_step(m, batch, num_new) for m in (result, model, copy.deepcopy(model).double()))
+    assert set(sites(result).values()) == {1}
+    assert len(sites(result)) == 2  # dense and MoE
+    for backend in compilation_of(result).backends.values():
+        assert "read_pages" not in backend.joint.text
+    for found, reference in zip(distance(out, truth), distance(eager, truth), strict=True):
+        assert found <= MODEL_DISTANCE * reference
+
+
+def test_a_mask_that_is_not_the_pages_stays(make_model, compiled, monkeypatch):
+    """A window over the last tokens, which mla_decode does not know."""
+    append = Pages.append
+
+    def windowed(self, latent):
+        latents, seen = append(self, latent)
+        return latents, seen & ~seen.roll(-8, dims=-1)
+
+    monkeypatch.setattr(Pages, "append", windowed)
+    model = make_model(**V3_LATENT)
+    result = compiled(model, passes=PASSES)
+    out, eager, truth = (pages_step(m, 2, 1) for m in (result, model, copy.deepcopy(model).double()))
+    assert set(sites(result).values()) == {0}
     for found, reference in zip(distance(out, truth), distance(eager, truth), strict=True):
         assert found <= MODEL_DISTANCE * reference
 

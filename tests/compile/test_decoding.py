@@ -7,11 +7,11 @@ import torch
 
 import dsv3c
 import dsv3c.errors
+from dsv3c.cache import LatentCache, PagedCache
 from dsv3c.compiler import compilation_of
 from dsv3c.decoding import Choice, Step, step_of
 from dsv3c.generation import generate
-from dsv3c.model import DeepseekV3, LatentCache
-from dsv3c.paged_cache import PagedCache
+from dsv3c.model import DeepseekV3
 from dsv3c.speculation import SPARE, SpeculativeStep
 
 GREEDY, SAMPLED = Choice(), Choice(do_sample=True, temperature=0.8, top_k=50, top_p=0.9)
@@ -136,18 +136,17 @@ def test_no_copy_of_the_cache(on_gpu):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 5])
-def test_guesses_on_a_gpu(on_gpu, batch):
-    """The graph's tokens are those of its step launched kernel by kernel. Greedy ones they are up to rounding, so that
-    most sequences agree."""
+def test_guesses_on_a_gpu(on_gpu):
+    """The graph's tokens are those of its step launched kernel by kernel; in float32 they are those of greedy decoding
+    (in FP8 up to near ties: two tokens a sequence may be summed in another order than one)."""
     torch.manual_seed(1)
     with torch.device("cuda"):
-        model = dsv3c.DeepseekV3(replace(on_gpu.config, num_nextn_predict_layers=1, vocab_size=64), mtp=True)
-    model = dsv3c.compile(model.bfloat16().eval())
-    ids = torch.randint(0, 64, (batch, 12), device="cuda")
-    found = []
+        model = dsv3c.DeepseekV3(replace(on_gpu.config, num_nextn_predict_layers=1, vocab_size=64), mtp=True).eval()
+    ids, found = torch.randint(0, 64, (5, 12), device="cuda"), []
+    assert torch.equal(model.generate(ids, max_new_tokens=24, mtp=True), model.generate(ids, max_new_tokens=24))
+    model = dsv3c.compile(model.bfloat16())
     tokens = model.generate(ids, max_new_tokens=48, mtp=True, on_accepted=found.append)
-    step = step_of(model, SpeculativeStep, batch, 12 + 48 + SPARE, GREEDY)
+    step = step_of(model, SpeculativeStep, 5, 12 + 48 + SPARE, GREEDY)
     assert step.graph is not None
     with torch.no_grad():
         step.prefill(ids, None, 48)
@@ -155,9 +154,6 @@ def test_guesses_on_a_gpu(on_gpu, batch):
             step.run()
     assert torch.equal(step.tokens(), tokens[:, 12:])
     assert step.accepted() == found[0]
-    print(batch, found[0], found[0].rate)
-    greedy = model.generate(ids, max_new_tokens=48)
-    assert (tokens == greedy).all(dim=1).float().mean() > 0.5
 
 
 @pytest.mark.gpu
@@ -168,7 +164,7 @@ def test_what_cannot_be_captured_is_launched(on_gpu):
     model.model.layers[0].register_forward_hook(
         lambda module, args, out: print(end=str(bool(out[0].isnan().any()))[:0])
     )
-    with pytest.warns(UserWarning, match="launched one by one"):
+    with pytest.warns(UserWarning, match="one by one"):
         tokens = generate(model, ids, max_new_tokens=8)
     assert torch.equal(tokens[:, 6:], expected)
 

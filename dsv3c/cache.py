@@ -1,8 +1,9 @@
-"""The KV cache of generation: written in place, in pages, each sequence with a length that the device alone knows.
+"""KV caches: latents of all layers, 576 values a token in V3.
 
-A step's launches then depend on nothing that changes from step to step, so that it can be captured in a CUDA graph.
-Padding is dropped when the prompt is written, and no mask is needed afterwards. Letters as in `model.py`; N pages, of
-which a sequence has M.
+LatentCache grows by the same number of tokens for all sequences, padding too; the host knows its length. PagedCache is
+what `generate` uses: each sequence has a length of its own, which the device alone knows. Its steps are launched the
+same way each time, so that one can be captured in a CUDA graph. Letters as in `model.py`; N pages, of which a sequence
+has M.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,35 @@ import dsv3c.operators  # noqa: F401  (defines dsv3c::read_pages)
 from dsv3c.config import ModelConfig
 from dsv3c.numerics import ceil_div
 from dsv3c.operators.mla_decode import PAGE
+
+
+class LatentCache:
+    """The KV cache: per layer one tensor [B, max_tokens, L], filled up to `length`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_tokens: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (batch_size, max_tokens, config.latent_dim)
+        self.latents = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.batch_size, self.max_tokens, self.length = batch_size, max_tokens, 0
+
+    def past(self, layer: int) -> Tensor | None:
+        """What a layer attends to besides the new tokens: a view [B, length, L], or None if nothing is cached."""
+        return self.latents[layer][:, : self.length] if self.length else None
+
+    def write(self, layer: int, latent_BTL: Tensor, attention_mask: Tensor | None) -> None:
+        """Stores the new tokens' latents behind `length`, padding too."""
+        self.latents[layer][:, self.length : self.length + latent_BTL.shape[1]] = latent_BTL.detach()
+
+    def advance(self, num_new: int, attention_mask: Tensor | None) -> None:
+        """After the last layer: the new tokens are cached now."""
+        self.length += num_new
 
 
 class Pages(NamedTuple):
