@@ -2,14 +2,17 @@
 
 One section a compiled unit: its regions and operators with FLOPs, bytes and roofline times (dsv3c/pricing.py says what
 is counted), the passes with the sites they rewrote and those they left, and the operators that no region claimed.
-Predicted times are rooflines at the target's achievable rates, and are called predicted wherever they appear.
+Predicted times are rooflines at the target's achievable rates, and are called predicted wherever they appear; measured
+ones (dsv3c/measure.py) are there if asked for.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -18,6 +21,8 @@ from dsv3c.backend import Lowered, lower
 from dsv3c.capture import Kind, Unit
 from dsv3c.compiler import compilation_of
 from dsv3c.errors import CompileError
+from dsv3c.measure import Launch, located
+from dsv3c.measure import measure as measured_launches
 from dsv3c.passes import Record
 from dsv3c.passes.regions import Region
 from dsv3c.pricing import FUSED, Cost, price, unrecognised
@@ -39,9 +44,10 @@ class UnitReport:
     costs: tuple[Cost, ...]
     records: dict[str, list[Record]]  # by level
     unrecognised: dict[str, int]
+    launches: tuple[Launch, ...] = ()  # of one module, if measured
 
     @classmethod
-    def of(cls, lowered: Lowered, modules: int, target: Target) -> "UnitReport":
+    def of(cls, lowered: Lowered, modules: int, target: Target, launches: tuple[Launch, ...] = ()) -> "UnitReport":
         return cls(
             lowered.unit.name,
             modules,
@@ -49,12 +55,18 @@ class UnitReport:
             tuple(cost for i, half in enumerate(lowered.halves) for cost in price(half, target, backward=i == 1)),
             lowered.records,
             dict(Counter(name for half in lowered.halves for name in unrecognised(half))),
+            located(launches, lowered.halves),
         )
 
     @property
     def predicted_us(self) -> float:
         """Of one module."""
         return sum(cost.predicted_us for cost in self.costs)
+
+    @property
+    def measured_us(self) -> float | None:
+        """Of one module; None if it was not measured."""
+        return sum(launch.time_us for launch in self.launches) if self.launches else None
 
     @property
     def flops(self) -> int:
@@ -73,7 +85,12 @@ class UnitReport:
             "modules": self.modules,
             "inputs": list(self.inputs),
             **_sums(self.costs),
-            "regions": [{**_region_dict(region), **_sums(costs)} for region, costs in self.regions().items()],
+            "measured_us": self.measured_us,
+            "regions": [
+                {**_region_dict(region), **_sums(costs), "measured_us": self._measured(region)}
+                for region, costs in self.regions().items()
+            ],
+            "launches": [{**asdict(launch), **_launch_region(launch)} for launch in self.launches],
             "operators": [
                 {
                     "operator": cost.operator,
@@ -91,25 +108,47 @@ class UnitReport:
         title = f"{self.name}: of {self.modules} module{'s' if self.modules != 1 else ''}; {', '.join(self.inputs)}"
         return "\n\n".join(filter(None, [title, self._regions(), self._operators(), self._passes(), self._left()]))
 
+    def _measured(self, region: Region | None, backward: bool | None = None) -> float | None:
+        """Of its operators with a kernel of their own; None without any."""
+        times = [x.time_us for x in self.launches if x.region == region and backward in (None, x.backward)]
+        return sum(times) if times and region else None
+
     def _regions(self) -> str:
         trained = any(cost.backward for cost in self.costs)
         times = {"forward us": False, "backward us": True} if trained else {"us": False}
         rows = []
-        for region, costs in [*self.regions().items(), (Region("", "all"), list(self.costs))]:
+        for region, costs in self.regions().items():
             path, kind = (region.path, region.kind) if region else ("(none)", "")
             predicted = [sum(c.predicted_us for c in costs if c.backward is backward) for backward in times.values()]
-            rows.append([path, kind, *_amounts(costs), *predicted])
-        return _table(rows, ["region", "kind", *_AMOUNTS, *(f"predicted {name}" for name in times)])
+            measured = [self._measured(region, backward) for backward in times.values() if self.launches]
+            rows.append([path, kind, *_amounts(costs), *predicted, *measured])
+        if self.launches:  # what Inductor fused, and what is in no graph: copies, fills
+            others = [x for x in self.launches if x.region is None]
+            sums = [sum(x.time_us for x in others if x.backward is backward) for backward in times.values()]
+            rows.append(["(kernels across regions)", "", *[None] * (len(_AMOUNTS) + len(times)), *sums])
+        predicted = [sum(c.predicted_us for c in self.costs if c.backward is backward) for backward in times.values()]
+        measured = [
+            sum(x.time_us for x in self.launches if x.backward is backward)
+            for backward in times.values()
+            if self.launches
+        ]
+        rows.append(["", "all", *_amounts(self.costs), *predicted, *measured])
+        kinds = ("predicted", *["measured"] * bool(self.launches))
+        return _table(rows, ["region", "kind", *_AMOUNTS, *(f"{kind} {name}" for kind in kinds for name in times)])
 
     def _operators(self) -> str:
         by_name = _grouped(self.costs, lambda cost: cost.operator)
-        by_time = sorted(by_name.items(), key=lambda item: -sum(cost.predicted_us for cost in item[1]))
-        rows = [
-            ["groups of fused operators" if name == FUSED else name, len(costs), *_amounts(costs)[1:],
-             sum(cost.predicted_us for cost in costs)]
-            for name, costs in by_time
-        ]  # fmt: skip
-        return _table(rows, ["kernel", "calls", *_AMOUNTS[1:], "predicted us"])
+        measured = _grouped(self.launches, lambda launch: launch.operator)
+        names = dict.fromkeys([*by_name, *measured])
+        rows = []
+        for name in names:
+            costs, launches = by_name.get(name, []), measured.get(name, [])
+            row = [name, len(costs) or len(launches), *_amounts(costs)[1:], sum(cost.predicted_us for cost in costs)]
+            rows.append([*row, *[sum(launch.time_us for launch in launches)] * bool(self.launches)])
+        rows.sort(key=lambda row: -row[-1])
+        rows = [["groups of fused operators" if row[0] == FUSED else row[0], *row[1:]] for row in rows]
+        headers = ["kernel", "calls", *_AMOUNTS[1:], "predicted us", *["measured us"] * bool(self.launches)]
+        return _table(rows, headers)
 
     def _passes(self) -> str:
         rows = [
@@ -161,19 +200,26 @@ class Report:
     def summary(self) -> str:
         """One line a unit."""
         rows = [
-            [u.name, u.modules, u.flops / 1e9, u.moved_bytes / 1e6, u.predicted_us, u.modules * u.predicted_us / 1e3]
+            [u.name, u.modules, u.flops / 1e9, u.moved_bytes / 1e6, u.predicted_us, u.modules * u.predicted_us / 1e3,
+             *[u.measured_us] * self.measured]
             for u in self.units
-        ]
+        ]  # fmt: skip
         headers = ["unit", "modules", "GFLOP/module", "MB/module", "predicted us/module", "predicted ms/all"]
-        return _table(rows, headers)
+        return _table(rows, [*headers, *["measured us/module"] * self.measured])
+
+    @property
+    def measured(self) -> bool:
+        return any(unit.launches for unit in self.units)
 
 
-def explain(compiled: nn.Module, *example_inputs: Tensor) -> Report:
+def explain(compiled: nn.Module, *example_inputs: Tensor, measure: bool = False, trace: Path | None = None) -> Report:
     """What was compiled, how, and what it should cost on the model's target.
 
     With `example_inputs`, the model is called on them first, under the grad mode that is on; else the report is about
     the calls made so far. Regions and passes come from lowering each unit once more, so a warm compile cache hides
-    nothing; no code is generated and no weights are read.
+    nothing; no code is generated and no weights are read. With `measure`, that call, and where gradients are enabled
+    its backward (of the mean of squares of what it returns), is timed with torch's profiler too; `trace` is a file to
+    write what it saw to, for Perfetto.
 
     Raises:
         CompileError: `compiled` was not made by dsv3c.compile, or was neither called nor given inputs.
@@ -181,18 +227,38 @@ def explain(compiled: nn.Module, *example_inputs: Tensor) -> Report:
     compilation = compilation_of(compiled)
     if example_inputs:
         compiled(*example_inputs)
-    if not compilation.units.units:
+    if not compilation.units.units or ((measure or trace) and not example_inputs):
         raise CompileError(
             "dsv3c.explain: expected a compiled model that has been called, found one that has not; "
             "try dsv3c.explain(compiled, input_ids)"
         )
-    modules = Counter(Kind.of(module) for _, module in families.compiled_modules(compiled))
+    launches = _measured(compiled, example_inputs, trace) if measure or trace else ()
+    modules = dict(families.compiled_modules(compiled))
+    counts = Counter(map(Kind.of, modules.values()))
     weights = QuantizedWeights(compilation.weights.recipe) if compilation.weights else None
+
+    def of_first(unit: Unit) -> tuple[Launch, ...]:
+        """Those of the first module that the unit was measured in."""
+        is_called = unit.variant.gradients == torch.is_grad_enabled()
+        mine = [x for x in launches if is_called and Kind.of(modules[x.module]) == unit.kind]
+        return tuple(x for x in mine if x.module == mine[0].module)
+
     units = tuple(
-        UnitReport.of(lower(unit, compilation.pipeline, weights), modules[unit.kind], compilation.target)
+        UnitReport.of(lower(unit, compilation.pipeline, weights), counts[unit.kind], compilation.target, of_first(unit))
         for unit in compilation.units.units.values()
     )
     return Report(compilation.precision, compilation.target, (*compilation.notes, EAGER), units)
+
+
+def _measured(compiled: nn.Module, example_inputs: tuple[Tensor, ...], trace: Path | None) -> tuple[Launch, ...]:
+    def call() -> None:
+        out = compiled(*example_inputs)
+        out = getattr(out, "logits", out)
+        if out.requires_grad:
+            out.float().square().mean().backward()
+            compiled.zero_grad(set_to_none=True)
+
+    return measured_launches(compiled, call, trace)
 
 
 def _inputs(unit: Unit) -> Iterable[str]:
@@ -202,10 +268,10 @@ def _inputs(unit: Unit) -> Iterable[str]:
             yield f"{str(argument.dtype).removeprefix('torch.')}{list(shape)}"
 
 
-def _grouped(costs: Iterable[Cost], key: Callable[[Cost], Any]) -> dict[Any, list[Cost]]:
+def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
     groups = defaultdict(list)
-    for cost in costs:
-        groups[key(cost)].append(cost)
+    for item in items:
+        groups[key(item)].append(item)
     return dict(groups)
 
 
@@ -226,6 +292,10 @@ def _amounts(costs: Iterable[Cost]) -> list[float]:
 
 def _region_dict(region: Region | None) -> dict[str, str | None]:
     return {"path": region.path, "kind": region.kind} if region else {"path": None, "kind": None}
+
+
+def _launch_region(launch: Launch) -> dict[str, str | None]:
+    return {"region": launch.region.path if launch.region else None}
 
 
 def _counts(histogram: dict[str, int]) -> str:
