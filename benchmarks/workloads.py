@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dsv3c.checkpoint import load
 from dsv3c.config import PRESETS
-from dsv3c.decoding import Choice, GraphStep, step_of
+from dsv3c.decoding import Choice, Step, step_of
 from dsv3c.errors import Dsv3cError
 from dsv3c.model import DeepseekV3, LatentCache
 from dsv3c.paged_cache import PagedCache
@@ -139,17 +139,15 @@ class Workload:
 
         @torch.no_grad()
         def warm(model: Model) -> None:
-            step = steps[model] = step_of(model, self.batch, self.tokens + 1, Choice())
-            if isinstance(step, GraphStep):
-                filled(step.cache)
-                step.make_fresh()
+            step = steps[model] = step_of(model, Step, self.batch, self.tokens + 1, Choice())
+            filled(step.cache)
+            step.make_fresh()
             run(model)
 
         def run(model: Model) -> None:
             step = steps[model]
-            if isinstance(step, GraphStep):
+            if step.graph:
                 step.cache.lengths_B.fill_(self.tokens)
-                step.cache.length = self.tokens
                 step()
             else:
                 call(model)

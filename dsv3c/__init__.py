@@ -13,6 +13,7 @@ _HOME = {
     "ModelConfig": "dsv3c.config",
     "Recipe": "dsv3c.numerics",
     "compile": "dsv3c.compiler",
+    "cross_entropy": "dsv3c.losses",
     "explain": "dsv3c.report",
     "generate": "dsv3c.generation",
     "load": "dsv3c.checkpoint",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dsv3c.compiler import compile
     from dsv3c.config import ModelConfig, preset
     from dsv3c.generation import generate
+    from dsv3c.losses import cross_entropy
     from dsv3c.main_grad import MainGradOptimizer
     from dsv3c.model import DeepseekV3, LatentCache
     from dsv3c.numerics import Recipe

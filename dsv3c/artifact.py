@@ -173,7 +173,7 @@ def unit_of(config: ModelConfig, kind: str, mode: Mode) -> Unit:
             module = DecoderLayer(config, moe=kind == "moe_layer")
             angles = [meta(1, mode.tokens, config.qk_rope_head_dim // 2, dtype=torch.float32) for _ in ("cos", "sin")]
             past = meta(1, mode.cached, config.latent_dim) if mode.cached else None
-            tensors = (x, *angles, None, past)
+            tensors = (x, *angles, None, past, None, None, None)
     module.bfloat16()
     arguments = map(Argument.of, tensors, call_of(module).symbolic)
     on_cpu = tuple(argument and argument._replace(device=torch.device("cpu")) for argument in arguments)

@@ -53,101 +53,105 @@ class Choice:
 def _argmax(x_BV: Tensor) -> Tensor:
     """[B, 1]: the place of the largest, of the first if there are several. By parts: torch gives each row to one
     multiprocessor, which takes 35 µs for V3's vocabulary."""
-    parts = 128 if x_BV.shape[1] % 128 == 0 else 1
-    x_BPc = x_BV.unflatten(1, (parts, -1))
-    place_BP = x_BPc.argmax(dim=-1)
-    part_B1 = x_BPc.gather(-1, place_BP[..., None]).squeeze(-1).argmax(dim=-1, keepdim=True)
-    return part_B1 * x_BPc.shape[-1] + place_BP.gather(1, part_B1)
+    part = 256 if x_BV.shape[1] % 256 == 0 else x_BV.shape[1]
+    largest_BP, place_BP = x_BV.unflatten(1, (-1, part)).max(dim=-1)
+    part_B1 = largest_BP.argmax(dim=-1, keepdim=True)
+    return part_B1 * part + place_BP.gather(1, part_B1)
 
 
 class Step:
-    """`step()` appends the last tokens to the cache and chooses the next."""
+    """`step()` appends the last token of each sequence to the cache and chooses the next. Of a compiled model on a GPU
+    it is captured after the prompt, and again when the graph is stale."""
 
-    def __init__(self, model: DeepseekV3, cache: PagedCache, choice: Choice) -> None:
-        device = cache.lengths_B.device
-        self.model, self.cache, self.choice = model, cache, choice
-        self.tokens_B1 = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
-        self.ended_B1 = torch.zeros(cache.batch_size, 1, dtype=torch.bool, device=device)
-        self.ends = torch.tensor(choice.ends, dtype=torch.int64, device=device)
+    def __init__(self, model: DeepseekV3, cache: PagedCache, choice: Choice, decoder: "Decoder | None" = None) -> None:
+        self.model, self.cache, self.choice, self.decoder = model, cache, choice, decoder
+        self.graph: torch.cuda.CUDAGraph | None = None
+        batch, room = cache.batch_size, cache.table_BM.shape[1] * PAGE
+        ints = {"dtype": torch.int64, "device": cache.lengths_B.device}
+        self.tokens_B1 = torch.zeros(batch, 1, **ints)  # the last ones
+        self.out_BS = torch.zeros(batch, room, **ints)  # all new ones
+        self.count_B1 = torch.zeros(batch, 1, **ints)  # how many of them
+        self.limit = torch.zeros(1, **ints)
+        self.ends = torch.tensor(choice.ends, **ints)
+        self.ended_B1 = torch.zeros(batch, 1, dtype=torch.bool, device=ints["device"])
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The first tokens [B, 1], after prompts [B, T]. The cache is empty before."""
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, limit: int) -> None:
+        """The first token after prompts [B, T], of up to `limit`. The cache is empty before."""
+        self.limit.fill_(limit)
+        self.count_B1.zero_()
         self.ended_B1.zero_()
         logits = self.model(input_ids, attention_mask=attention_mask, cache=self.cache, logits_to_keep=1)
         self._choose(logits[:, -1])
-        return self.tokens_B1
+        self.make_fresh()
 
-    def __call__(self) -> Tensor:
-        """The next tokens [B, 1], in a buffer that the next call overwrites."""
+    def __call__(self) -> None:
+        self.graph.replay() if self.graph else self.run()
+
+    def run(self) -> None:
+        """A step, kernel by kernel."""
         self._choose(self.model(self.tokens_B1, cache=self.cache, logits_to_keep=1)[:, -1])
-        return self.tokens_B1
+
+    def done(self) -> Tensor:
+        """Which sequences have met an end or the limit, bool [B, 1]."""
+        return self.ended_B1 | (self.count_B1 >= self.limit)
+
+    def tokens(self) -> Tensor:
+        """The new tokens, [B, n], n at most the limit, and smaller if all sequences ended before."""
+        new_Bn = self.out_BS[:, : int(torch.minimum(self.count_B1.max(), self.limit))]
+        ends_Bn = torch.isin(new_Bn, self.ends).int()
+        new_Bn = new_Bn.masked_fill(ends_Bn.cumsum(dim=1) > ends_Bn, self.choice.pad)
+        if not bool(self.ended_B1.all()):
+            return new_Bn
+        return new_Bn[:, : int(ends_Bn.argmax(dim=1).max()) + 1]
 
     def _choose(self, logits_BV: Tensor) -> None:
-        new_B1 = self.choice(logits_BV)
+        self.tokens_B1.copy_(self.choice(logits_BV))
+        self.out_BS.scatter_(1, self.count_B1, self.tokens_B1)
+        self.count_B1 += 1
         if self.choice.ends:
-            new_B1 = new_B1.masked_fill(self.ended_B1, self.choice.pad)
-            self.ended_B1 |= torch.isin(new_B1, self.ends)
-        self.tokens_B1.copy_(new_B1)
+            self.ended_B1 |= torch.isin(self.tokens_B1, self.ends)
 
-
-class GraphStep(Step):
-    """A step that is captured at its first call, and again when the graph is stale."""
-
-    def __init__(self, model: DeepseekV3, cache: PagedCache, choice: Choice, decoder: "Decoder") -> None:
-        super().__init__(model, cache, choice)
-        self.decoder = decoder
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        super().prefill(input_ids, attention_mask)
-        self.make_fresh()
-        return self.tokens_B1
+    def state(self) -> tuple[Tensor, ...]:
+        """What a step changes, but for the latents."""
+        return self.tokens_B1, self.out_BS, self.count_B1, self.ended_B1, self.cache.lengths_B
 
     def make_fresh(self) -> None:
         """Captures the step if it was not, or not with the weights as they are. Not for every step: it looks at each
         weight."""
-        if self.decoder.forget_stale() or self.graph is None:
-            self.graph = self._captured()
+        if self.decoder is not None and (self.decoder.forget_stale() or self.graph is None):
+            self.graph = self._captured(self.decoder)
 
-    def __call__(self) -> Tensor:
-        if self.graph is None:
-            return super().__call__()
-        self.graph.replay()
-        self.cache.length += 1
-        return self.tokens_B1
-
-    def _captured(self) -> torch.cuda.CUDAGraph | None:
-        """None, with a warning, if the step cannot be captured. Leaves tokens, cache and generator as they were."""
-        buffers = self.tokens_B1, self.ended_B1, self.cache.lengths_B
-        kept, length, seed = [buffer.clone() for buffer in buffers], self.cache.length, torch.cuda.get_rng_state()
+    def _captured(self, decoder: "Decoder") -> torch.cuda.CUDAGraph | None:
+        """None, with a warning, if the step cannot be captured. Leaves state and generator as they were."""
+        kept, length, seed = [tensor.clone() for tensor in self.state()], self.cache.length, torch.cuda.get_rng_state()
 
         def restore() -> None:
-            for buffer, before in zip(buffers, kept, strict=True):
-                buffer.copy_(before)
+            for tensor, before in zip(self.state(), kept, strict=True):
+                tensor.copy_(before)
             self.cache.length = length
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            super().__call__()  # compiles, quantises weights, makes libraries allocate
+            self.run()  # compiles, quantises weights, makes libraries allocate
         torch.cuda.current_stream().wait_stream(side)
         restore()
-        graph = torch.cuda.CUDAGraph()
+        graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.decoder.pool()):
-                super().__call__()
+            with torch.cuda.graph(graph, pool=decoder.pool()):
+                self.run()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            warnings.warn(f"dsv3c.generate: steps are launched one by one, without CUDA graph: {reason}", stacklevel=2)
+            warnings.warn(f"dsv3c.generate: steps are launched one by one, without CUDA graph: {reason}", stacklevel=3)
             graph = None
             # Torch leaves the generator as it is inside a capture; a clone is outside.
             generator = torch.cuda.default_generators[self.tokens_B1.device.index]
             generator.graphsafe_set_state(generator.clone_state())
         torch.cuda.set_rng_state(seed)
         restore()
-        self.decoder.note_weights()
+        decoder.note_weights()
         return graph
 
 
@@ -157,34 +161,36 @@ class Decoder:
     def __init__(self, model: DeepseekV3, weights: QuantizedWeights | None) -> None:
         self.model, self.weights = model, weights
         self.latents: list[Tensor] = []
-        self.steps: dict[tuple[int, int, Choice], GraphStep] = {}
-        self.addresses: list = []
+        self.steps: dict[tuple[type[Step], int, int, Choice], Step] = {}
+        self.addresses: list[tuple[int, weakref.ref[Tensor] | None]] = []
 
-    def pool(self) -> tuple[int, int] | None:
-        """Where the graphs take their memory from: one for all, as only one runs at a time."""
-        return next((step.graph.pool() for step in self.steps.values() if step.graph), None)
-
-    def step(self, batch_size: int, max_tokens: int, choice: Choice) -> GraphStep:
+    def step(self, kind: type[Step], batch_size: int, max_tokens: int, choice: Choice) -> Step:
         """A step with an empty cache of room for max_tokens a sequence."""
         columns = ceil_div(max_tokens, PAGE)
         if not self.latents or len(self.latents[0]) < batch_size * columns:
             self.steps.clear()
             self.latents.clear()  # before new ones are made
-            config, weight = self.model.config, self.model.model.embed_tokens.weight
-            shape = (batch_size * columns, PAGE, config.latent_dim)
-            self.latents = [weight.new_empty(shape) for _ in range(config.num_hidden_layers)]
+            weight = self.model.model.embed_tokens.weight
+            shape = (batch_size * columns, PAGE, self.model.config.latent_dim)
+            self.latents = [
+                torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in self.model.model.layers
+            ]
         # A graph has its table's number of columns; empty ones cost nothing.
-        key = batch_size, 1 << (columns - 1).bit_length(), choice
+        key = kind, batch_size, 1 << (columns - 1).bit_length(), choice
         if key not in self.steps:
-            self.steps[key] = GraphStep(self.model, PagedCache.over(self.latents, *key[:2]), choice, self)
+            self.steps[key] = kind(self.model, PagedCache.over(self.latents, *key[1:3]), choice, self)
         self.steps[key].cache.reset(max_tokens)
         return self.steps[key]
 
+    def pool(self) -> tuple[int, int] | None:
+        """Where the graphs take their memory from: one for all, as only one runs at a time."""
+        return next((step.graph.pool() for step in self.steps.values() if step.graph), None)
+
     def forget_stale(self) -> bool:
-        """Drops all graphs if a weight is not where it was; says whether it did."""
+        """Drops all graphs if a weight is not where it was, or its FP8 copy is another; says whether it did."""
         now = self._weights()
         fresh = len(now) == len(self.addresses) and all(
-            there == address and (pair is None) == (ref is None) and (ref is None or ref() is pair)
+            there == address and pair is (ref and ref())
             for (there, pair), (address, ref) in zip(now, self.addresses, strict=True)
         )
         if not fresh:
@@ -202,13 +208,15 @@ class Decoder:
         return [(t.data_ptr(), self.weights.pair(t)[0] if id(t) in copies else None) for t in tensors]
 
 
-def step_of(model: DeepseekV3, batch_size: int, max_tokens: int, choice: Choice) -> Step:
-    """For sequences of up to max_tokens tokens."""
+def step_of(model: DeepseekV3, kind: type[Step], batch_size: int, max_tokens: int, choice: Choice) -> Step:
+    """A step of this kind, for sequences of up to max_tokens tokens."""
     weight = model.model.embed_tokens.weight
     compilation = model.__dict__.get("_dsv3c")
     if compilation is None or weight.device.type != "cuda":
-        cache = PagedCache(model.config, batch_size, max_tokens, device=weight.device, dtype=weight.dtype)
-        return Step(model, cache, choice)
+        cache = PagedCache(
+            model.config, batch_size, max_tokens, mtp=model.mtp, device=weight.device, dtype=weight.dtype
+        )
+        return kind(model, cache, choice)
     if compilation.decoder is None:
         compilation.decoder = Decoder(model, compilation.weights)
-    return compilation.decoder.step(batch_size, max_tokens, choice)
+    return compilation.decoder.step(kind, batch_size, max_tokens, choice)

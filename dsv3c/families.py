@@ -53,17 +53,18 @@ def _wanted(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return results if torch.is_grad_enabled() else results[:2]
 
 
-class OurMTPLayer(OurLayer):
-    """MTPLayer.forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask_B1TS)."""
+class OurMTPLayer:
+    """MTPLayer.forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask_B1TS, pages): as a layer, the next tokens last."""
 
-    symbolic = ((0, 1), (0, 1), (0, 1), (0, 1), (0, 2, 3))
+    symbolic = (*OurLayer.symbolic, (0, 1))
 
-    def trace(self, call, *tensors):
-        return _wanted(call(*tensors))
+    def trace(self, call, x_BTD, cos_BTr, sin_BTr, mask, past, latents, table, lengths, next_BTD):
+        pages = None if latents is None else Pages(latents, table, lengths)
+        return _wanted(call(x_BTD, next_BTD, cos_BTr, sin_BTr, mask, pages))
 
     def forward(self, layer, run):
-        def forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask=None):
-            return run(x_BTD, next_BTD, cos_BTr, sin_BTr, mask)
+        def forward(x_BTD, next_BTD, cos_BTr, sin_BTr, mask=None, pages=None):
+            return run(x_BTD, cos_BTr, sin_BTr, mask, None, *(pages or (None, None, None)), next_BTD)
 
         return forward
 

@@ -1,18 +1,18 @@
 """Text generation with the latent cache: greedy by default; sampling settings have transformers' names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dsv3c.decoding import Choice, GraphStep, step_of
+from dsv3c.decoding import Choice, Step, step_of
 from dsv3c.errors import Dsv3cError
 from dsv3c.model import DeepseekV3
+from dsv3c.speculation import SPARE, Accepted, SpeculativeStep
 
 LOOK = 8  # steps between looks at whether all sequences have ended, for each of which the GPU stands still
 
 
-@torch.no_grad()
 def generate(
     model: DeepseekV3,
     input_ids: Tensor,
@@ -25,15 +25,20 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     attention_mask: Tensor | None = None,
+    mtp: bool = False,
+    on_accepted: Callable[[Accepted], object] | None = None,
 ) -> Tensor:
     """input_ids [B, T] continued by up to max_new_tokens: int64 [B, T + n]; n is smaller if every sequence ended.
 
     eos_token_id: by default the config's; () never ends. What follows an end is pad_token_id, by default the config's,
     else the first eos_token_id. attention_mask: [B, T], nonzero = a real token; padding stands on the left. Sampling:
-    logits over temperature, of these the top_k largest, of these the smallest set whose probability reaches top_p. With
-    a compiled model on a GPU each step is one CUDA graph. Raises Dsv3cError.
+    logits over temperature, of these the top_k largest, of these the smallest set whose probability reaches top_p. mtp:
+    greedy, with guesses by the MTP layer (speculation.py); on_accepted is called with what became of them. With a
+    compiled model on a GPU each step is one CUDA graph. Raises Dsv3cError.
     """
     _check(input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
+    if mtp and (do_sample or not model.mtp):
+        raise Dsv3cError("mtp: expected do_sample=False, and a model built with mtp=True")
     if max_new_tokens == 0:
         return input_ids
     if attention_mask is not None and bool(attention_mask.all()):
@@ -44,18 +49,21 @@ def generate(
     pad = pad if pad is not None else ends[0] if ends else 0
     choice = Choice(do_sample, temperature, top_k, top_p, ends, pad) if do_sample else Choice(ends=ends, pad=pad)
 
-    step = step_of(model, len(input_ids), input_ids.shape[1] + max_new_tokens, choice)
-    look = LOOK if isinstance(step, GraphStep) else 1
-    new = [step.prefill(input_ids, attention_mask).clone()]
-    while len(new) < max_new_tokens:
-        if ends and len(new) % look == 0 and bool(step.ended_B1.all()):
+    batch, room = len(input_ids), input_ids.shape[1] + max_new_tokens
+    step = (
+        step_of(model, SpeculativeStep, batch, room + SPARE, choice)
+        if mtp
+        else step_of(model, Step, batch, room, choice)
+    )
+    step.prefill(input_ids, attention_mask, max_new_tokens)
+    look = LOOK if step.graph else 1
+    for number in range(1, max_new_tokens):
+        if (ends or mtp) and number % look == 0 and bool(step.done().all()):
             break
-        new.append(step().clone())
-    new_Bn = torch.cat(new, dim=1)
-    if ends and bool(step.ended_B1.all()):
-        is_end_Bn = torch.isin(new_Bn, step.ends)
-        new_Bn = new_Bn[:, : int(is_end_Bn.int().argmax(dim=1).max()) + 1]
-    return torch.cat((input_ids, new_Bn), dim=1)
+        step()
+    if isinstance(step, SpeculativeStep) and on_accepted:
+        on_accepted(step.accepted())
+    return torch.cat((input_ids, step.tokens()), dim=1)
 
 
 def _check(

@@ -289,12 +289,18 @@ class MTPLayer(DecoderLayer):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(  # type: ignore[override]
-        self, x_BTD: Tensor, next_BTD: Tensor, cos_BTr: Tensor, sin_BTr: Tensor, mask: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        next_BTD: Tensor,
+        cos_BTr: Tensor,
+        sin_BTr: Tensor,
+        mask: Tensor | None = None,
+        pages: Pages | None = None,
     ) -> tuple[Tensor, ...]:
         """x: the main model's output, after its final norm; next: embeddings of the tokens one later. Returns what the
         head takes, and then what a layer does. The embedding comes first in eh_proj (the report writes it second)."""
         x_BTD = self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(x_BTD)), dim=-1))
-        x_BTD, *others = super().forward(x_BTD, cos_BTr, sin_BTr, mask)
+        x_BTD, *others = super().forward(x_BTD, cos_BTr, sin_BTr, mask, pages)
         return self.shared_head["norm"](x_BTD), *others
 
 
@@ -395,33 +401,16 @@ class DeepseekV3(nn.Module):
         [B, T], by default each real token's index in its sequence. The cache is updated in place. logits_to_keep: only
         the last so many positions, 0 = all. mtp_logits[:, t] predict token t + 2. Raises Dsv3cError.
         """
-        (batch, num_new), cached = input_ids.shape, cache.length if cache is not None else 0
-        self._check((batch, cached + num_new), attention_mask, cache, return_mtp)
-        paged = isinstance(cache, PagedCache) and cached > 0
-        if position_ids is not None:
-            position_ids = position_ids.expand(batch, -1)
-        elif paged:
-            position_ids = positions(cache.lengths_B, num_new)
-        elif attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, cached:]
-        else:
-            position_ids = torch.arange(cached, cached + num_new, device=input_ids.device).expand(batch, -1)
-        mask = None if paged else attend(attention_mask, position_ids, cached)
-
-        embedded_BTD = x_BTD = self.model.embed_tokens(input_ids)
-        cos_BTr, sin_BTr = self.model.rotary_emb(x_BTD, position_ids)
-        routing = []
-        for index, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
-            past = cache.past(index) if cache is not None else None
-            x_BTD, latent_BTL, *routed = layer(x_BTD, cos_BTr, sin_BTr, mask, past)
-            routing += [tuple(routed)] if routed else []
-            if cache is not None:
-                cache.write(index, latent_BTL, attention_mask)
+        cached = cache.length if cache is not None else 0
+        self._check((len(input_ids), cached + input_ids.shape[1]), attention_mask, cache, return_mtp)
+        embedded_BTD = self.model.embed_tokens(input_ids)
+        where = self._where(embedded_BTD, attention_mask, position_ids, cache)
+        x_BTD, routing = self._layers(embedded_BTD, where, attention_mask, cache)
         if cache is not None:
-            cache.advance(num_new, attention_mask)
-        x_BTD = self.model.norm(x_BTD)
+            cache.advance(input_ids.shape[1], attention_mask)
         results: list[Any] = [self.lm_head(x_BTD[:, -logits_to_keep:])]
         if return_mtp:
+            cos_BTr, sin_BTr, mask = where
             mask = mask[:, :, :-1, :-1] if mask is not None else None
             x_BTD, _, *routed = self.model.layers[-1](
                 x_BTD[:, :-1], embedded_BTD[:, 1:], cos_BTr[:, :-1], sin_BTr[:, :-1], mask
@@ -431,6 +420,59 @@ class DeepseekV3(nn.Module):
         if return_routing:
             results.append(routing)
         return tuple(results) if len(results) > 1 else results[0]
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, cache: PagedCache) -> Tensor:
+        """What the head takes, [B, T, D]. Latents are written, but count only after `cache.advance`."""
+        embedded_BTD = self.model.embed_tokens(input_ids)
+        where = self._where(embedded_BTD, attention_mask, None, cache)
+        return self._layers(embedded_BTD, where, attention_mask, cache)[0]
+
+    def draft(self, x_BTD: Tensor, next_ids: Tensor, attention_mask: Tensor | None, cache: PagedCache) -> Tensor:
+        """What the head takes for the tokens after next, [B, T, D], from `hidden` and the next tokens [B, T]; with the
+        same cache, which holds latents of the MTP layer too."""
+        embedded_BTD = self.model.embed_tokens(next_ids)
+        where = self._where(embedded_BTD, attention_mask, None, cache)
+        index = self.config.num_hidden_layers
+        x_BTD, latent_BTL, *_ = self.model.layers[index](x_BTD, embedded_BTD, *where, cache.past(index))
+        cache.write(index, latent_BTL, attention_mask)
+        return x_BTD
+
+    def _where(
+        self,
+        x_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: LatentCache | PagedCache | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rotary angles and mask of new tokens."""
+        (batch, num_new), cached = x_BTD.shape[:2], cache.length if cache is not None else 0
+        paged = isinstance(cache, PagedCache) and cached > 0
+        if position_ids is not None:
+            position_ids = position_ids.expand(batch, -1)
+        elif paged:
+            position_ids = positions(cache.lengths_B, num_new)
+        elif attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, cached:]
+        else:
+            position_ids = torch.arange(cached, cached + num_new, device=x_BTD.device).expand(batch, -1)
+        mask = None if paged else attend(attention_mask, position_ids, cached)
+        return *self.model.rotary_emb(x_BTD, position_ids), mask
+
+    def _layers(
+        self,
+        x_BTD: Tensor,
+        where: tuple[Tensor, Tensor, Tensor | None],
+        attention_mask: Tensor | None,
+        cache: LatentCache | PagedCache | None,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """All layers but the MTP one, and the final norm; and their routing."""
+        routing = []
+        for index, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
+            x_BTD, latent_BTL, *routed = layer(x_BTD, *where, cache.past(index) if cache is not None else None)
+            routing += [tuple(routed)] if routed else []
+            if cache is not None:
+                cache.write(index, latent_BTL, attention_mask)
+        return self.model.norm(x_BTD), routing
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int, **settings: Any) -> Tensor:
         """`dsv3c.generate(self, …)`."""

@@ -55,13 +55,14 @@ class PagedCache:
         batch_size: int,
         max_tokens: int,
         *,
+        mtp: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         columns = ceil_div(max_tokens, PAGE)
         latents = [
             torch.empty(batch_size * columns, PAGE, config.latent_dim, device=device, dtype=dtype)
-            for _ in range(config.num_hidden_layers)
+            for _ in range(config.num_hidden_layers + mtp)
         ]
         self._take(latents, batch_size, columns)
 

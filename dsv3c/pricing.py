@@ -7,6 +7,7 @@ addition with the norm behind it, so that the sum over the groups is on the high
 Sizes that vary are taken as in the call that was captured.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import getitem
@@ -49,6 +50,19 @@ def price(gm: fx.GraphModule, target: Target, *, backward: bool = False) -> list
     costs = {position[node]: _kernel(node, target, backward) for node in gm.graph.nodes if _has_kernel(node)}
     costs |= {position[group[0]]: _group(group, target, backward) for group in _groups(gm)}
     return [cost for _, cost in sorted(costs.items())]
+
+
+def saved(forward: fx.GraphModule, backward: fx.GraphModule) -> dict[Region | None, int]:
+    """Bytes that the forward graph keeps for the backward graph beyond its own inputs, by the region that computed
+    them; a tensor once and whole, whatever views of it are kept."""
+    names = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
+    (output,) = forward.graph.find_nodes(op="output")
+    roots = {_root(node) for node in output.all_input_nodes if node.name in names}
+    bytes_of: dict[Region | None, int] = defaultdict(int)
+    for root in roots:
+        if root.op == "call_function":
+            bytes_of[region_of(root)] += _bytes(root)
+    return dict(bytes_of)
 
 
 def unrecognised(gm: fx.GraphModule) -> Iterator[str]:

@@ -25,7 +25,7 @@ from dsv3c.measure import Launch, located
 from dsv3c.measure import measure as measured_launches
 from dsv3c.passes import Record
 from dsv3c.passes.regions import Region
-from dsv3c.pricing import FUSED, Cost, price, unrecognised
+from dsv3c.pricing import FUSED, Cost, price, saved, unrecognised
 from dsv3c.tuning.targets import Target
 from dsv3c.weights import QuantizedWeights
 
@@ -42,6 +42,7 @@ class UnitReport:
     modules: int
     inputs: tuple[str, ...]
     costs: tuple[Cost, ...]
+    saved: dict[Region | None, int]  # bytes kept for backward, by the region that computed them
     records: dict[str, list[Record]]  # by level
     unrecognised: dict[str, int]
     launches: tuple[Launch, ...] = ()  # of one module, if measured
@@ -53,6 +54,7 @@ class UnitReport:
             modules,
             tuple(_inputs(lowered.unit)),
             tuple(cost for i, half in enumerate(lowered.halves) for cost in price(half, target, backward=i == 1)),
+            saved(*lowered.halves) if len(lowered.halves) == 2 else {},
             lowered.records,
             dict(Counter(name for half in lowered.halves for name in unrecognised(half))),
             located(launches, lowered.halves),
@@ -76,6 +78,10 @@ class UnitReport:
     def moved_bytes(self) -> int:
         return sum(cost.moved_bytes for cost in self.costs)
 
+    @property
+    def saved_bytes(self) -> int:
+        return sum(self.saved.values())
+
     def regions(self) -> dict[Region | None, list[Cost]]:
         return _grouped(self.costs, lambda cost: cost.region)
 
@@ -85,9 +91,15 @@ class UnitReport:
             "modules": self.modules,
             "inputs": list(self.inputs),
             **_sums(self.costs),
+            "saved_bytes": self.saved_bytes,
             "measured_us": self.measured_us,
             "regions": [
-                {**_region_dict(region), **_sums(costs), "measured_us": self._measured(region)}
+                {
+                    **_region_dict(region),
+                    **_sums(costs),
+                    "saved_bytes": self.saved.get(region, 0),
+                    "measured_us": self._measured(region),
+                }
                 for region, costs in self.regions().items()
             ],
             "launches": [{**asdict(launch), **_launch_region(launch)} for launch in self.launches],
@@ -104,62 +116,70 @@ class UnitReport:
             "unrecognised": self.unrecognised,
         }
 
+    @property
+    def title(self) -> str:
+        return f"{self.name}: of {self.modules} module{'s' if self.modules != 1 else ''}; {', '.join(self.inputs)}"
+
     def __str__(self) -> str:
-        title = f"{self.name}: of {self.modules} module{'s' if self.modules != 1 else ''}; {', '.join(self.inputs)}"
-        return "\n\n".join(filter(None, [title, self._regions(), self._operators(), self._passes(), self._left()]))
+        tables = (_text(table) for table in self.tables() if table.rows)
+        return "\n\n".join(filter(None, [self.title, *tables, "\n".join(self.left())]))
+
+    def tables(self) -> tuple["Table", ...]:
+        return self._regions(), self._kernels(), self._passes()
 
     def _measured(self, region: Region | None, backward: bool | None = None) -> float | None:
         """Of its operators with a kernel of their own; None without any."""
         times = [x.time_us for x in self.launches if x.region == region and backward in (None, x.backward)]
         return sum(times) if times and region else None
 
-    def _regions(self) -> str:
+    def _regions(self) -> "Table":
         trained = any(cost.backward for cost in self.costs)
         times = {"forward us": False, "backward us": True} if trained else {"us": False}
+
+        def row(path: str, kind: str, costs: list[Cost], kept: int, measured: list[float | None]) -> list[Any]:
+            predicted = [sum(c.predicted_us for c in costs if c.backward is backward) for backward in times.values()]
+            measured = measured if self.launches else []
+            return [path, kind, *_amounts(costs), *[kept / 1e6] * trained, *predicted, *measured]
+
         rows = []
         for region, costs in self.regions().items():
             path, kind = (region.path, region.kind) if region else ("(none)", "")
-            predicted = [sum(c.predicted_us for c in costs if c.backward is backward) for backward in times.values()]
-            measured = [self._measured(region, backward) for backward in times.values() if self.launches]
-            rows.append([path, kind, *_amounts(costs), *predicted, *measured])
+            measured = [self._measured(region, backward) for backward in times.values()]
+            rows.append(row(path, kind, costs, self.saved.get(region, 0), measured))
+        sums = {b: [x for x in self.launches if x.backward is b] for b in times.values()}
         if self.launches:  # what Inductor fused, and what is in no graph: copies, fills
-            others = [x for x in self.launches if x.region is None]
-            sums = [sum(x.time_us for x in others if x.backward is backward) for backward in times.values()]
-            rows.append(["(kernels across regions)", "", *[None] * (len(_AMOUNTS) + len(times)), *sums])
-        predicted = [sum(c.predicted_us for c in self.costs if c.backward is backward) for backward in times.values()]
-        measured = [
-            sum(x.time_us for x in self.launches if x.backward is backward)
-            for backward in times.values()
-            if self.launches
-        ]
-        rows.append(["", "all", *_amounts(self.costs), *predicted, *measured])
+            blank = [None] * (len(rows[0]) - 2 - len(times))
+            fused = [sum(x.time_us for x in launches if x.region is None) for launches in sums.values()]
+            rows.append(["(kernels across regions)", "", *blank, *fused])
+        whole = [sum(x.time_us for x in launches) for launches in sums.values()]
+        rows.append(row("", "all", list(self.costs), self.saved_bytes, whole))
         kinds = ("predicted", *["measured"] * bool(self.launches))
-        return _table(rows, ["region", "kind", *_AMOUNTS, *(f"{kind} {name}" for kind in kinds for name in times)])
+        headers = [*_AMOUNTS, *["saved MB"] * trained, *(f"{kind} {name}" for kind in kinds for name in times)]
+        return Table(["region", "kind", *headers], rows)
 
-    def _operators(self) -> str:
+    def _kernels(self) -> "Table":
         by_name = _grouped(self.costs, lambda cost: cost.operator)
         measured = _grouped(self.launches, lambda launch: launch.operator)
-        names = dict.fromkeys([*by_name, *measured])
         rows = []
-        for name in names:
+        for name in dict.fromkeys([*by_name, *measured]):
             costs, launches = by_name.get(name, []), measured.get(name, [])
             row = [name, len(costs) or len(launches), *_amounts(costs)[1:], sum(cost.predicted_us for cost in costs)]
             rows.append([*row, *[sum(launch.time_us for launch in launches)] * bool(self.launches)])
         rows.sort(key=lambda row: -row[-1])
         rows = [["groups of fused operators" if row[0] == FUSED else row[0], *row[1:]] for row in rows]
         headers = ["kernel", "calls", *_AMOUNTS[1:], "predicted us", *["measured us"] * bool(self.launches)]
-        return _table(rows, headers)
+        return Table(headers, rows)
 
-    def _passes(self) -> str:
+    def _passes(self) -> "Table":
         rows = [
             [r.name, level, r.tier, r.sites, len(r.skipped), r.time_us / 1e3, _counts(r.added), _counts(r.removed)]
             for level, records in self.records.items()
             for r in records
         ]
-        headers = ["pass", "level", "tier", "sites", "left", "ms", "added", "removed"]
-        return tabulate(rows, headers, floatfmt=".1f", maxcolwidths=[None] * 6 + [48, 32]) if rows else ""
+        return Table(["pass", "level", "tier", "sites", "left", "ms", "added", "removed"], rows, (None,) * 6 + (48, 32))
 
-    def _left(self) -> str:
+    def left(self) -> list[str]:
+        """What passes left alone and why, and what no region claimed."""
         lines = [
             f"{r.name} left {site.where}: {site.reason}"
             for records in self.records.values()
@@ -168,7 +188,7 @@ class UnitReport:
         ]
         if self.unrecognised:
             lines.append(f"in no recognised region, compiled by Inductor as they are: {_counts(self.unrecognised)}")
-        return "\n".join(lines)
+        return lines
 
 
 @dataclass(frozen=True)
@@ -190,26 +210,44 @@ class Report:
         }
 
     def __str__(self) -> str:
-        head = [
+        return "\n\n".join(["\n".join(self.head()), self.summary(), *map(str, self.units)]) + "\n"
+
+    def head(self) -> list[str]:
+        measured = "Measured times are of kernels, from torch's profiler, in one module." if self.measured else ""
+        return [
             f"precision {self.precision}, target {self.target.name} ({self.target.device})",
             *(f"note: {note}" for note in self.notes),
             "Predicted times are rooflines at the rates that large kernels reach on the target, not measurements.",
+            *filter(None, [measured]),
         ]
-        return "\n\n".join(["\n".join(head), self.summary(), *map(str, self.units)]) + "\n"
-
-    def summary(self) -> str:
-        """One line a unit."""
-        rows = [
-            [u.name, u.modules, u.flops / 1e9, u.moved_bytes / 1e6, u.predicted_us, u.modules * u.predicted_us / 1e3,
-             *[u.measured_us] * self.measured]
-            for u in self.units
-        ]  # fmt: skip
-        headers = ["unit", "modules", "GFLOP/module", "MB/module", "predicted us/module", "predicted ms/all"]
-        return _table(rows, [*headers, *["measured us/module"] * self.measured])
 
     @property
     def measured(self) -> bool:
         return any(unit.launches for unit in self.units)
+
+    def summary(self) -> str:
+        return _text(self.overview())
+
+    def overview(self) -> "Table":
+        """One line a unit."""
+        rows = [
+            [u.name, u.modules, u.flops / 1e9, u.moved_bytes / 1e6, u.predicted_us, u.modules * u.predicted_us / 1e3]
+            + [u.measured_us] * self.measured
+            for u in self.units
+        ]
+        headers = ["unit", "modules", "GFLOP/module", "MB/module", "predicted us/module", "predicted ms/all"]
+        return Table([*headers, *["measured us/module"] * self.measured], rows)
+
+
+@dataclass(frozen=True)
+class Table:
+    headers: list[str]
+    rows: list[list[Any]]
+    widths: tuple[int | None, ...] = ()  # of text columns, at most
+
+
+def _text(table: Table) -> str:
+    return tabulate(table.rows, table.headers, floatfmt=".1f", maxcolwidths=list(table.widths) or None)
 
 
 def explain(compiled: nn.Module, *example_inputs: Tensor, measure: bool = False, trace: Path | None = None) -> Report:
@@ -300,7 +338,3 @@ def _launch_region(launch: Launch) -> dict[str, str | None]:
 
 def _counts(histogram: dict[str, int]) -> str:
     return ", ".join(f"{name.removesuffix('.default')} {count}" for name, count in sorted(histogram.items()))
-
-
-def _table(rows: list[list[Any]], headers: list[str]) -> str:
-    return tabulate(rows, headers, floatfmt=".1f")

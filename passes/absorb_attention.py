@@ -20,13 +20,15 @@ _END = 2**63 - 1
 
 @dataclass(frozen=True)
 class AbsorbAttention:
-    """Before: `attention(q, [latent w_k | rope], latent w_v)` of one new token and a cache, w the layer's kv_b_proj.
+    """Before: `attention(q, [latent w_k | rope], latent w_v)` of one new token and a cache, w the layer's kv_b_proj;
+    of several if the cache is in pages.
     After: `mla_decode([q w_k | q_rope], [latent | rope]) w_v`, associated the other way around; over the pages
     themselves if the latents and the mask are what `read_pages` found in them.
 
     The expanded form multiplies every cached token by kv_b_proj in every step (64 sequences of 4096: 8.8 TFLOP and
     21 GB a layer of V3), this one reads 576 values a token. NUMERIC because the products round elsewhere. Leaves alone:
-    masks, several new tokens, training, and a latent of other than V3's 512 + 64 values, which the kernel is for.
+    other masks, several new tokens without pages, training, and a latent of other than V3's 512 + 64 values, which the
+    kernel is for.
 
     Source: DeepSeek-V2 report, section 2.1.2 ("absorbed"); FlashMLA.
     """
@@ -40,13 +42,14 @@ class AbsorbAttention:
             if node.target is not torch.ops.dsv3c.attention.default:
                 continue
             q, k, v, mask, scale, is_causal = node.args
-            if is_causal or isinstance(value(q).shape[2], torch.SymInt) or value(q).shape[2] != 1:
+            one_token = isinstance(value(q).shape[2], int) and value(q).shape[2] == 1
+            if is_causal or not (one_token or _reads_pages(mask)):
                 continue  # a prefill
             expansion = _expansion(k, v)
             if expansion is None:
                 leave(node, "decoding, but not from a latent of 512 + 64 values")
                 continue
-            pages = _paged(expansion, mask)
+            pages = _pages_of(expansion, mask)
             if (mask is not None and pages is None) or any(user.args[1] != 0 for user in node.users):
                 leave(node, "decoding with a mask, or in training")
                 continue
@@ -115,39 +118,50 @@ def _concatenated(k: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return copies[0].args[1], copies[1].args[1]
 
 
-def _paged(expansion: _Expansion, mask: fx.Node | None) -> tuple[fx.Node, ...] | None:
-    """Pages, their table and the lengths, if the latents are read from pages and the mask came with them."""
+def _reads_pages(mask: fx.Node | None) -> bool:
+    """Whether the mask is the one that comes with the latents of pages."""
+    seen = mask and _under(mask)
+    return (
+        seen is not None
+        and seen.target is operator.getitem
+        and (seen.args[0].target, seen.args[1]) == (torch.ops.dsv3c.read_pages.default, 1)
+    )
+
+
+def _pages_of(expansion: _Expansion, mask: fx.Node | None) -> tuple[fx.Node, ...] | None:
+    """Pages, their table and the lengths, if latents and mask were read from them in one."""
     split = _half(expansion.latent, 0)
-    if split is None or _half(expansion.rope, 1) is not split or mask is None:
+    if split is None or _half(expansion.rope, 1) is not split or not _reads_pages(mask):
         return None
-    latents, seen = _under(split.args[0]), _under(mask)
-    read = latents.args[0]
-    is_read = latents.target is operator.getitem and read.target is torch.ops.dsv3c.read_pages.default
-    return read.args[:3] if is_read and (seen.target, seen.args) == (operator.getitem, (read, 1)) else None
+    read, latents = _under(mask).args[0], _under(split.args[0])
+    return read.args[:3] if (latents.target, latents.args) == (operator.getitem, (read, 0)) else None
 
 
 def _absorbed(
     at: fx.Node, q: fx.Node, scale: float, expansion: _Expansion, pages: tuple[fx.Node, ...] | None
 ) -> fx.Node:
-    """Nodes for the output [B, H, 1, v], before `at`."""
+    """Nodes for the output [B, H, T, v], before `at`. N = B * T."""
     latent, rope, weight, nope = expansion
     op = partial(insert, at)
-    w_HdL = op(aten.view.default, weight, [value(q).shape[1], -1, RANK])
+    B, H, T = (size(at, q, dim) for dim in range(3))
+    N = _compute(at, operator.mul, B, T)
+    w_HdL = op(aten.view.default, weight, [H, -1, RANK])
     w_k_HdL, w_v_HdL = (op(aten.slice.Tensor, w_HdL, 1, *part) for part in ((0, nope), (nope, _END)))
-    q_BHd = op(aten.select.int, q, 2, 0)
-    q_nope_BHd, q_rope_BHd = (op(aten.slice.Tensor, q_BHd, 2, *part) for part in ((0, nope), (nope, _END)))
-    q_HBL = op(aten.bmm.default, op(aten.permute.default, q_nope_BHd, [1, 0, 2]), w_k_HdL)
-    q_BHL = op(aten.cat.default, [op(aten.permute.default, q_HBL, [1, 0, 2]), q_rope_BHd], -1)
+    q_BTHd = op(aten.permute.default, q, [0, 2, 1, 3])
+    q_nope_BTHd, q_rope_BTHd = (op(aten.slice.Tensor, q_BTHd, 3, *part) for part in ((0, nope), (nope, _END)))
+    q_HNd = op(aten.view.default, op(aten.permute.default, q_nope_BTHd, [2, 0, 1, 3]), [H, N, nope])
+    q_HBTL = op(aten.view.default, op(aten.bmm.default, q_HNd, w_k_HdL), [H, B, T, RANK])
+    q_BTHL = op(aten.cat.default, [op(aten.permute.default, q_HBTL, [1, 2, 0, 3]), q_rope_BTHd], -1)
 
     paged = pages or _pages(at, _joined(at, latent, rope))
-    both = op(torch.ops.dsv3c.mla_decode.default, op(aten.unsqueeze.default, q_BHL, 1), *paged, scale)
-    out_BHL = op(aten.select.int, op(operator.getitem, both, 0), 1, 0)
-    out_HBL = op(aten.permute.default, out_BHL, [1, 0, 2])
-    out_HBv = op(aten.bmm.default, out_HBL, op(aten.permute.default, w_v_HdL, [0, 2, 1]))
-    out_BHv = op(
-        aten.clone.default, op(aten.permute.default, out_HBv, [1, 0, 2]), memory_format=torch.contiguous_format
+    out_BTHL = op(operator.getitem, op(torch.ops.dsv3c.mla_decode.default, q_BTHL, *paged, scale), 0)
+    out_HNL = op(aten.view.default, op(aten.permute.default, out_BTHL, [2, 0, 1, 3]), [H, N, RANK])
+    out_HNv = op(aten.bmm.default, out_HNL, op(aten.permute.default, w_v_HdL, [0, 2, 1]))
+    out_HBTv = op(aten.view.default, out_HNv, [H, B, T, value(w_v_HdL).shape[1]])
+    out_BTHv = op(
+        aten.clone.default, op(aten.permute.default, out_HBTv, [1, 2, 0, 3]), memory_format=torch.contiguous_format
     )
-    return op(aten.unsqueeze.default, out_BHv, 2)
+    return op(aten.permute.default, out_BTHv, [0, 2, 1, 3])
 
 
 def _joined(at: fx.Node, latent: fx.Node, rope: fx.Node) -> fx.Node:

@@ -66,14 +66,18 @@ def _fuse(swiglu: fx.Node) -> int:
 
 
 def _gradient(h: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(da, dh): whatever multiplies both halves' factors in backward, and what h's shape comes together in again."""
-    ups = [part for split in h.users if split.target is aten.split.Tensor for part in split.users if part.args[1] == 1]
-    products = [user for up in ups for user in up.users if is_backward(user) and user.target is aten.mul.Tensor]
-    for product in products:
-        da = product.args[0] if product.args[1] in ups else product.args[1]
-        dh = end_of(da, {h}, lambda node: node.target is aten.cat.default and value(node).shape == value(h).shape)
-        if dh is not None and value(dh).dtype == value(da).dtype == torch.bfloat16:
-            return da, dh
+    """(da, dh): what multiplies up in backward, and what the gradients of both halves come together in again."""
+    for split in (reader for reader in readers(h) if reader.target is aten.split.Tensor):
+        ups = [part for part in split.users if part.args[1] == 1]
+        shape = value(split.args[0]).shape
+        for product in (user for up in ups for user in up.users if is_backward(user)):
+            if product.target is aten.mul.Tensor:
+                da = product.args[0] if product.args[1] in ups else product.args[1]
+                dh = end_of(
+                    da, {h}, lambda node, shape=shape: node.target is aten.cat.default and value(node).shape == shape
+                )
+                if dh is not None and value(dh).dtype == value(da).dtype == torch.bfloat16:
+                    return da, dh
     return None
 
 

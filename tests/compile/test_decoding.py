@@ -6,34 +6,35 @@ import pytest
 import torch
 
 import dsv3c
+import dsv3c.errors
 from dsv3c.compiler import compilation_of
-from dsv3c.decoding import Choice, GraphStep, Step, step_of
+from dsv3c.decoding import Choice, Step, step_of
 from dsv3c.generation import generate
-from dsv3c.model import LatentCache
+from dsv3c.model import DeepseekV3, LatentCache
 from dsv3c.paged_cache import PagedCache
+from dsv3c.speculation import SPARE, SpeculativeStep
 
 GREEDY, SAMPLED = Choice(), Choice(do_sample=True, temperature=0.8, top_k=50, top_p=0.9)
 
 
-def tokens_of(step: Step, prompt, count, mask=None):
+def tokens_of(step, prompt, count, mask=None):
     with torch.no_grad():
-        return torch.cat([step.prefill(prompt, mask).clone(), *(step().clone() for _ in range(count - 1))], dim=1)
+        step.prefill(prompt, mask, count)
+        for _ in range(count - 1):
+            step()
+    return step.tokens()
 
 
 def plain(model, prompt, count, choice=GREEDY, mask=None):
     weight = model.model.embed_tokens.weight
-    size = len(prompt), prompt.shape[1] + count
-    return tokens_of(
-        Step(model, PagedCache(model.config, *size, device=weight.device, dtype=weight.dtype), choice),
-        prompt,
-        count,
-        mask,
+    cache = PagedCache(
+        model.config, len(prompt), prompt.shape[1] + count, mtp=model.mtp, device=weight.device, dtype=weight.dtype
     )
+    return tokens_of(Step(model, cache, choice), prompt, count, mask)
 
 
 def graphed(model, prompt, count, choice=GREEDY, mask=None):
-    step = step_of(model, len(prompt), prompt.shape[1] + count, choice)
-    assert isinstance(step, GraphStep)
+    step = step_of(model, Step, len(prompt), prompt.shape[1] + count, choice)
     tokens = tokens_of(step, prompt, count, mask)
     assert step.graph is not None
     return tokens
@@ -56,7 +57,7 @@ def test_a_replay_is_the_step(on_gpu):
     """Bit for bit, for several batch sizes over the same pages, short after long, greedy and sampled."""
     model = dsv3c.compile(on_gpu)
     for batch, prompt, count in ((3, 70, 70), (1, 5, 9), (3, 9, 40), (64, 60, 20), (3, 70, 70)):
-        for choice in (Choice(), SAMPLED):
+        for choice in (GREEDY, SAMPLED):
             ids = torch.randint(0, 512, (batch, prompt), device="cuda")
             out = []
             for run in (plain, graphed):
@@ -123,15 +124,40 @@ def test_a_changed_weight_is_captured_again(on_gpu):
 def test_no_copy_of_the_cache(on_gpu):
     """A step writes its tokens in place: it takes less memory than a layer's pages."""
     model = dsv3c.compile(on_gpu)
-    step = step_of(model, 4, 32768, Choice())
+    step = step_of(model, Step, 4, 32768, GREEDY)
     ids = torch.randint(0, 512, (4, 8), device="cuda")
     with torch.no_grad():
-        step.prefill(ids, None)
+        step.prefill(ids, None, 8)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        Step.__call__(step)
+        step.run()
         assert torch.cuda.max_memory_allocated() - before < step.cache.latents[0].nbytes / 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 5])
+def test_guesses_on_a_gpu(on_gpu, batch):
+    """The graph's tokens are those of its step launched kernel by kernel. Greedy ones they are up to rounding, so that
+    most sequences agree."""
+    torch.manual_seed(1)
+    with torch.device("cuda"):
+        model = dsv3c.DeepseekV3(replace(on_gpu.config, num_nextn_predict_layers=1, vocab_size=64), mtp=True)
+    model = dsv3c.compile(model.bfloat16().eval())
+    ids = torch.randint(0, 64, (batch, 12), device="cuda")
+    found = []
+    tokens = model.generate(ids, max_new_tokens=48, mtp=True, on_accepted=found.append)
+    step = step_of(model, SpeculativeStep, batch, 12 + 48 + SPARE, GREEDY)
+    assert step.graph is not None
+    with torch.no_grad():
+        step.prefill(ids, None, 48)
+        for _ in range(47):
+            step.run()
+    assert torch.equal(step.tokens(), tokens[:, 12:])
+    assert step.accepted() == found[0]
+    print(batch, found[0], found[0].rate)
+    greedy = model.generate(ids, max_new_tokens=48)
+    assert (tokens == greedy).all(dim=1).float().mean() > 0.5
 
 
 @pytest.mark.gpu
@@ -139,37 +165,80 @@ def test_what_cannot_be_captured_is_launched(on_gpu):
     """The mutant: a layer that asks the host."""
     model, ids = dsv3c.compile(on_gpu), torch.randint(0, 512, (2, 6), device="cuda")
     expected = plain(model, ids, 8)
-    model.model.layers[0].register_forward_hook(lambda module, args, out: bool(out[0].isnan().any()) and None)
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, out: print(end=str(bool(out[0].isnan().any()))[:0])
+    )
     with pytest.warns(UserWarning, match="launched one by one"):
         tokens = generate(model, ids, max_new_tokens=8)
     assert torch.equal(tokens[:, 6:], expected)
 
 
+def small(make_model, **changes):
+    """A dense and a MoE layer."""
+    return make_model(torch.float64, num_hidden_layers=2, hidden_size=32, intermediate_size=32,
+                      moe_intermediate_size=16, num_attention_heads=2, kv_lora_rank=16, q_lora_rank=16,
+                      qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=8, n_group=2, topk_group=1,
+                      num_experts_per_tok=2, eos_token_id=None, **changes)  # fmt: skip
+
+
 @pytest.mark.usefixtures("without_codegen")
 def test_pages_and_a_growing_cache_agree(make_model, compiled):
-    """Greedy tokens over pages are those over LatentCache, padded prompts included."""
-    model = make_model(torch.float64)  # no ties
-    ids, mask = torch.randint(0, 256, (3, 9)), torch.ones(3, 9, dtype=torch.long)
-    mask[1, :4] = 0
-    tokens, cache = ids, LatentCache(model.config, 3, 80, dtype=torch.float64)
-    with torch.no_grad():
-        new = ids
-        for _ in range(70):  # from one page to two
-            new = model(new, attention_mask=mask, cache=cache, logits_to_keep=1).argmax(dim=-1)
-            tokens, mask = torch.cat((tokens, new), dim=1), torch.cat((mask, mask.new_ones(3, 1)), dim=1)
-    for candidate in (model, compiled(model)):
-        assert torch.equal(
-            candidate.generate(ids, max_new_tokens=70, eos_token_id=(), attention_mask=mask[:, :9]), tokens
-        )
+    """Greedy tokens over pages are those over LatentCache, padded prompts included. A compiled step is compiled once,
+    whatever the lengths and the number of pages."""
+    model = small(make_model)
+    result = compiled(model)
+    for prompt in (60, 9):  # from one page to two
+        ids, mask = torch.randint(0, 256, (3, prompt)), torch.ones(3, prompt, dtype=torch.long)
+        mask[1, :4] = 0
+        tokens, new, masks, cache = ids, ids, mask, LatentCache(model.config, 3, prompt + 8, dtype=torch.float64)
+        with torch.no_grad():
+            for _ in range(8):
+                new = model(new, attention_mask=masks, cache=cache, logits_to_keep=1).argmax(dim=-1)
+                tokens, masks = torch.cat((tokens, new), dim=1), torch.cat((masks, masks.new_ones(3, 1)), dim=1)
+        for candidate in (model, result):
+            assert torch.equal(candidate.generate(ids, max_new_tokens=8, attention_mask=mask), tokens)
+    calls = {unit.name: backend.calls for unit, backend in compilation_of(result).backends.items()}
+    assert set(calls.values()) == {1}
+    assert sum("paged" in name for name in calls) == 2
+
+
+def accepted(model, tokens, prompt, limit) -> tuple[int, int]:
+    """Guesses and how many are right, from a pass over all tokens of one sequence."""
+    _, logits = model(tokens[None], return_mtp=True)
+    right = logits[0].argmax(dim=-1)[:-1] == tokens[2:]  # of token t + 2, guessed from t and t + 1
+    place, guesses, rights = prompt + 1, 0, 0
+    while place < prompt + limit:
+        guesses, rights = guesses + 1, rights + int(right[place - 2])
+        place += 1 + int(right[place - 2])
+    return guesses, rights
 
 
 @pytest.mark.usefixtures("without_codegen")
-def test_steps_compile_nothing_new(make_model, compiled):
-    """Whatever the lengths and the number of pages."""
-    model = compiled(make_model())
-    for prompt, count in ((5, 3), (90, 3), (200, 3)):
-        for batch in (1, 2, 5):
-            generate(model, torch.randint(0, 256, (batch, prompt)), max_new_tokens=count)
-    calls = {unit.name: backend.calls for unit, backend in compilation_of(model).backends.items()}
-    assert set(calls.values()) == {1}
-    assert sum("paged" in name for name in calls) == 2 * 2
+def test_guesses_change_no_token(make_model, compiled):
+    """Of few words, so that many guesses are right. Padded prompts; ends and limits in the middle of a pair."""
+    model = DeepseekV3(replace(small(make_model).config, vocab_size=5), mtp=True).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    ids, mask = torch.randint(0, 5, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    free = model.generate(ids, max_new_tokens=60, attention_mask=mask)
+    with torch.no_grad():
+        counts = [accepted(model, row[start:], 7 - start, 60) for row, start in zip(free, (3, 0, 0), strict=True)]
+    found, result = [], compiled(model)
+    for candidate in (model, result):
+        tokens = candidate.generate(ids, max_new_tokens=60, attention_mask=mask, mtp=True, on_accepted=found.append)
+        assert torch.equal(tokens, free)
+    assert found == [tuple(map(sum, zip(*counts, strict=True)))] * 2
+    assert 0 < found[0].accepted < found[0].guesses
+    for count, ends in ((1, None), (2, None), (23, None), (24, None), (40, 0), (40, (1, 2)), (40, 3), (40, 4)):
+        arguments = {"max_new_tokens": count, "eos_token_id": ends, "pad_token_id": 9, "attention_mask": mask}
+        assert torch.equal(model.generate(ids, mtp=True, **arguments), model.generate(ids, **arguments)), (count, ends)
+
+
+@pytest.mark.parametrize("arguments", [{"do_sample": True}, {}])
+def test_guessing_needs_a_guesser_and_greed(make_model, arguments):
+    model = small(make_model)
+    model.mtp = bool(arguments)
+    with pytest.raises(dsv3c.errors.Dsv3cError, match="mtp: expected"):
+        model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=2, mtp=True, **arguments)

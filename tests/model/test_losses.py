@@ -1,12 +1,14 @@
-"""Bias update, balance loss and MTP loss against their formulas, written as loops in float64."""
+"""Bias update, balance loss and MTP loss against their formulas, written as loops in float64; cross-entropy without
+logits against torch's with them."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dsv3c.losses import mtp_loss, sequence_balance_loss, update_bias
-from dsv3c.numerics import cross_entropy_bound, positive_sum_bound
+from dsv3c.losses import IGNORED, cross_entropy, mtp_loss, sequence_balance_loss, update_bias
+from dsv3c.numerics import cross_entropy_bound, distance, positive_sum_bound, reordered_bound
 
 
 def test_update_bias():
@@ -76,3 +78,37 @@ def test_mtp_loss_is_computed_in_float32():
     logits, labels = torch.randn(2, 6, 50).bfloat16(), torch.randint(50, (2, 7))
     assert torch.equal(mtp_loss(logits, labels), mtp_loss(logits.float(), labels))
     assert mtp_loss(logits, labels).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_cross_entropy_without_logits(dtype, chunk):
+    B, T, D, V = 2, 7, 32, 50
+    hidden, weight = torch.randn(B, T, D, dtype=dtype), torch.randn(V, D, dtype=dtype) / 8
+    labels = torch.randint(0, V, (B, T))
+    labels[0, 3:5] = IGNORED
+
+    def step(loss_of, *inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        loss = loss_of(*inputs)
+        return loss.detach(), *torch.autograd.grad(0.25 * loss, inputs)
+
+    found = step(lambda x, w: cross_entropy(x, w, labels, chunk=chunk), hidden, weight)
+    expected = step(
+        lambda x, w: F.cross_entropy((x @ w.t()).flatten(0, 1), labels.flatten(), ignore_index=IGNORED),
+        hidden.double(),
+        weight.double(),
+    )
+    for result, reference, kind in zip(found, expected, (torch.float32, dtype, dtype), strict=True):
+        assert result.dtype == kind
+        assert distance(result, reference)[1] <= reordered_bound(1, V, dtype)
+    with torch.no_grad():
+        assert distance(cross_entropy(hidden, weight, labels), expected[0])[1] <= reordered_bound(1, V, dtype)
+
+
+def test_cross_entropy_of_nothing_is_zero():
+    hidden, weight = torch.ones(3, 8, dtype=torch.bfloat16, requires_grad=True), torch.ones(5, 8, dtype=torch.bfloat16)
+    loss = cross_entropy(hidden, weight, torch.full((3,), IGNORED))
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
