@@ -5,6 +5,7 @@ gives them their region. Kernels that Inductor fused stand for operators of seve
 On a GPU times are the kernels'; on a CPU those of our operators' calls, and of nothing else.
 """
 
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -61,7 +62,9 @@ def measure(compiled: nn.Module, call: Callable[[], object], trace: Path | None 
                     torch.cuda.synchronize()
             rounds.append(tuple(_launches(profiler.events(), cuda)))
     if trace is not None:
-        profiler.export_chrome_trace(str(trace))
+        beside = trace.with_name(trace.name + ".tmp.json")
+        profiler.export_chrome_trace(str(beside))
+        os.replace(beside, trace)
     return min(rounds, key=lambda r: abs(_total(r) - statistics.median_low(map(_total, rounds))))
 
 
