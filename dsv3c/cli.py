@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from dsv3c.benchmarks.bench_model import bench
+from dsv3c.cli_explain import explain
 from dsv3c.cli_schedule import schedule
 from dsv3c.cli_tune import tune
 from dsv3c.errors import Dsv3cError
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="A compiler for DeepSeek-V3.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 app.command("bench")(bench)
+app.command("explain")(explain)
 app.command("schedule")(schedule)
 app.command("tune")(tune)
 

@@ -2,14 +2,17 @@
 
 One section a compiled unit: its regions and operators with FLOPs, bytes and roofline times (dsv3c/pricing.py says what
 is counted), the passes with the sites they rewrote and those they left, and the operators that no region claimed.
-Predicted times are rooflines at the target's achievable rates, and are called predicted wherever they appear.
+Predicted times are rooflines at the target's achievable rates, and are called predicted wherever they appear; measured
+ones (dsv3c/measure.py) are there if asked for.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -18,6 +21,8 @@ from dsv3c.backend import Lowered, lower
 from dsv3c.capture import Kind, Unit
 from dsv3c.compiler import compilation_of
 from dsv3c.errors import CompileError
+from dsv3c.measure import Launch, located
+from dsv3c.measure import measure as measured_launches
 from dsv3c.passes import Record
 from dsv3c.passes.regions import Region
 from dsv3c.pricing import FUSED, Cost, price, saved, unrecognised
@@ -40,9 +45,10 @@ class UnitReport:
     saved: dict[Region | None, int]  # bytes kept for backward, by the region that computed them
     records: dict[str, list[Record]]  # by level
     unrecognised: dict[str, int]
+    launches: tuple[Launch, ...] = ()  # of one module, if measured
 
     @classmethod
-    def of(cls, lowered: Lowered, modules: int, target: Target) -> "UnitReport":
+    def of(cls, lowered: Lowered, modules: int, target: Target, launches: tuple[Launch, ...] = ()) -> "UnitReport":
         return cls(
             lowered.unit.name,
             modules,
@@ -51,12 +57,18 @@ class UnitReport:
             saved(*lowered.halves) if len(lowered.halves) == 2 else {},
             lowered.records,
             dict(Counter(name for half in lowered.halves for name in unrecognised(half))),
+            located(launches, lowered.halves),
         )
 
     @property
     def predicted_us(self) -> float:
         """Of one module."""
         return sum(cost.predicted_us for cost in self.costs)
+
+    @property
+    def measured_us(self) -> float | None:
+        """Of one module; None if it was not measured."""
+        return sum(launch.time_us for launch in self.launches) if self.launches else None
 
     @property
     def flops(self) -> int:
@@ -80,10 +92,17 @@ class UnitReport:
             "inputs": list(self.inputs),
             **_sums(self.costs),
             "saved_bytes": self.saved_bytes,
+            "measured_us": self.measured_us,
             "regions": [
-                {**_region_dict(region), **_sums(costs), "saved_bytes": self.saved.get(region, 0)}
+                {
+                    **_region_dict(region),
+                    **_sums(costs),
+                    "saved_bytes": self.saved.get(region, 0),
+                    "measured_us": self._measured(region),
+                }
                 for region, costs in self.regions().items()
             ],
+            "launches": [{**asdict(launch), **_launch_region(launch)} for launch in self.launches],
             "operators": [
                 {
                     "operator": cost.operator,
@@ -97,42 +116,70 @@ class UnitReport:
             "unrecognised": self.unrecognised,
         }
 
-    def __str__(self) -> str:
-        title = f"{self.name}: of {self.modules} module{'s' if self.modules != 1 else ''}; {', '.join(self.inputs)}"
-        return "\n\n".join(filter(None, [title, self._regions(), self._operators(), self._passes(), self._left()]))
+    @property
+    def title(self) -> str:
+        return f"{self.name}: of {self.modules} module{'s' if self.modules != 1 else ''}; {', '.join(self.inputs)}"
 
-    def _regions(self) -> str:
+    def __str__(self) -> str:
+        tables = (_text(table) for table in self.tables() if table.rows)
+        return "\n\n".join(filter(None, [self.title, *tables, "\n".join(self.left())]))
+
+    def tables(self) -> tuple["Table", ...]:
+        return self._regions(), self._kernels(), self._passes()
+
+    def _measured(self, region: Region | None, backward: bool | None = None) -> float | None:
+        """Of its operators with a kernel of their own; None without any."""
+        times = [x.time_us for x in self.launches if x.region == region and backward in (None, x.backward)]
+        return sum(times) if times and region else None
+
+    def _regions(self) -> "Table":
         trained = any(cost.backward for cost in self.costs)
         times = {"forward us": False, "backward us": True} if trained else {"us": False}
-        rows = []
-        for region, costs in [*self.regions().items(), (Region("", "all"), list(self.costs))]:
-            path, kind = (region.path, region.kind) if region else ("(none)", "")
+
+        def row(path: str, kind: str, costs: list[Cost], kept: int, measured: list[float | None]) -> list[Any]:
             predicted = [sum(c.predicted_us for c in costs if c.backward is backward) for backward in times.values()]
-            kept = self.saved_bytes if path == "" else self.saved.get(region, 0)
-            rows.append([path, kind, *_amounts(costs), *([kept / 1e6] if trained else []), *predicted])
-        saved_mb = ["saved MB"] if trained else []
-        return _table(rows, ["region", "kind", *_AMOUNTS, *saved_mb, *(f"predicted {name}" for name in times)])
+            measured = measured if self.launches else []
+            return [path, kind, *_amounts(costs), *[kept / 1e6] * trained, *predicted, *measured]
 
-    def _operators(self) -> str:
+        rows = []
+        for region, costs in self.regions().items():
+            path, kind = (region.path, region.kind) if region else ("(none)", "")
+            measured = [self._measured(region, backward) for backward in times.values()]
+            rows.append(row(path, kind, costs, self.saved.get(region, 0), measured))
+        sums = {b: [x for x in self.launches if x.backward is b] for b in times.values()}
+        if self.launches:  # what Inductor fused, and what is in no graph: copies, fills
+            blank = [None] * (len(rows[0]) - 2 - len(times))
+            fused = [sum(x.time_us for x in launches if x.region is None) for launches in sums.values()]
+            rows.append(["(kernels across regions)", "", *blank, *fused])
+        whole = [sum(x.time_us for x in launches) for launches in sums.values()]
+        rows.append(row("", "all", list(self.costs), self.saved_bytes, whole))
+        kinds = ("predicted", *["measured"] * bool(self.launches))
+        headers = [*_AMOUNTS, *["saved MB"] * trained, *(f"{kind} {name}" for kind in kinds for name in times)]
+        return Table(["region", "kind", *headers], rows)
+
+    def _kernels(self) -> "Table":
         by_name = _grouped(self.costs, lambda cost: cost.operator)
-        by_time = sorted(by_name.items(), key=lambda item: -sum(cost.predicted_us for cost in item[1]))
-        rows = [
-            ["groups of fused operators" if name == FUSED else name, len(costs), *_amounts(costs)[1:],
-             sum(cost.predicted_us for cost in costs)]
-            for name, costs in by_time
-        ]  # fmt: skip
-        return _table(rows, ["kernel", "calls", *_AMOUNTS[1:], "predicted us"])
+        measured = _grouped(self.launches, lambda launch: launch.operator)
+        rows = []
+        for name in dict.fromkeys([*by_name, *measured]):
+            costs, launches = by_name.get(name, []), measured.get(name, [])
+            row = [name, len(costs) or len(launches), *_amounts(costs)[1:], sum(cost.predicted_us for cost in costs)]
+            rows.append([*row, *[sum(launch.time_us for launch in launches)] * bool(self.launches)])
+        rows.sort(key=lambda row: -row[-1])
+        rows = [["groups of fused operators" if row[0] == FUSED else row[0], *row[1:]] for row in rows]
+        headers = ["kernel", "calls", *_AMOUNTS[1:], "predicted us", *["measured us"] * bool(self.launches)]
+        return Table(headers, rows)
 
-    def _passes(self) -> str:
+    def _passes(self) -> "Table":
         rows = [
             [r.name, level, r.tier, r.sites, len(r.skipped), r.time_us / 1e3, _counts(r.added), _counts(r.removed)]
             for level, records in self.records.items()
             for r in records
         ]
-        headers = ["pass", "level", "tier", "sites", "left", "ms", "added", "removed"]
-        return tabulate(rows, headers, floatfmt=".1f", maxcolwidths=[None] * 6 + [48, 32]) if rows else ""
+        return Table(["pass", "level", "tier", "sites", "left", "ms", "added", "removed"], rows, (None,) * 6 + (48, 32))
 
-    def _left(self) -> str:
+    def left(self) -> list[str]:
+        """What passes left alone and why, and what no region claimed."""
         lines = [
             f"{r.name} left {site.where}: {site.reason}"
             for records in self.records.values()
@@ -141,7 +188,7 @@ class UnitReport:
         ]
         if self.unrecognised:
             lines.append(f"in no recognised region, compiled by Inductor as they are: {_counts(self.unrecognised)}")
-        return "\n".join(lines)
+        return lines
 
 
 @dataclass(frozen=True)
@@ -163,29 +210,54 @@ class Report:
         }
 
     def __str__(self) -> str:
-        head = [
+        return "\n\n".join(["\n".join(self.head()), self.summary(), *map(str, self.units)]) + "\n"
+
+    def head(self) -> list[str]:
+        measured = "Measured times are of kernels, from torch's profiler, in one module." if self.measured else ""
+        return [
             f"precision {self.precision}, target {self.target.name} ({self.target.device})",
             *(f"note: {note}" for note in self.notes),
             "Predicted times are rooflines at the rates that large kernels reach on the target, not measurements.",
+            *filter(None, [measured]),
         ]
-        return "\n\n".join(["\n".join(head), self.summary(), *map(str, self.units)]) + "\n"
+
+    @property
+    def measured(self) -> bool:
+        return any(unit.launches for unit in self.units)
 
     def summary(self) -> str:
+        return _text(self.overview())
+
+    def overview(self) -> "Table":
         """One line a unit."""
         rows = [
             [u.name, u.modules, u.flops / 1e9, u.moved_bytes / 1e6, u.predicted_us, u.modules * u.predicted_us / 1e3]
+            + [u.measured_us] * self.measured
             for u in self.units
         ]
         headers = ["unit", "modules", "GFLOP/module", "MB/module", "predicted us/module", "predicted ms/all"]
-        return _table(rows, headers)
+        return Table([*headers, *["measured us/module"] * self.measured], rows)
 
 
-def explain(compiled: nn.Module, *example_inputs: Tensor) -> Report:
+@dataclass(frozen=True)
+class Table:
+    headers: list[str]
+    rows: list[list[Any]]
+    widths: tuple[int | None, ...] = ()  # of text columns, at most
+
+
+def _text(table: Table) -> str:
+    return tabulate(table.rows, table.headers, floatfmt=".1f", maxcolwidths=list(table.widths) or None)
+
+
+def explain(compiled: nn.Module, *example_inputs: Tensor, measure: bool = False, trace: Path | None = None) -> Report:
     """What was compiled, how, and what it should cost on the model's target.
 
     With `example_inputs`, the model is called on them first, under the grad mode that is on; else the report is about
     the calls made so far. Regions and passes come from lowering each unit once more, so a warm compile cache hides
-    nothing; no code is generated and no weights are read.
+    nothing; no code is generated and no weights are read. With `measure`, that call, and where gradients are enabled
+    its backward (of the mean of squares of what it returns), is timed with torch's profiler too; `trace` is a file to
+    write what it saw to, for Perfetto.
 
     Raises:
         CompileError: `compiled` was not made by dsv3c.compile, or was neither called nor given inputs.
@@ -193,18 +265,38 @@ def explain(compiled: nn.Module, *example_inputs: Tensor) -> Report:
     compilation = compilation_of(compiled)
     if example_inputs:
         compiled(*example_inputs)
-    if not compilation.units.units:
+    if not compilation.units.units or ((measure or trace) and not example_inputs):
         raise CompileError(
             "dsv3c.explain: expected a compiled model that has been called, found one that has not; "
             "try dsv3c.explain(compiled, input_ids)"
         )
-    modules = Counter(Kind.of(module) for _, module in families.compiled_modules(compiled))
+    launches = _measured(compiled, example_inputs, trace) if measure or trace else ()
+    modules = dict(families.compiled_modules(compiled))
+    counts = Counter(map(Kind.of, modules.values()))
     weights = QuantizedWeights(compilation.weights.recipe) if compilation.weights else None
+
+    def of_first(unit: Unit) -> tuple[Launch, ...]:
+        """Those of the first module that the unit was measured in."""
+        is_called = unit.variant.gradients == torch.is_grad_enabled()
+        mine = [x for x in launches if is_called and Kind.of(modules[x.module]) == unit.kind]
+        return tuple(x for x in mine if x.module == mine[0].module)
+
     units = tuple(
-        UnitReport.of(lower(unit, compilation.pipeline, weights), modules[unit.kind], compilation.target)
+        UnitReport.of(lower(unit, compilation.pipeline, weights), counts[unit.kind], compilation.target, of_first(unit))
         for unit in compilation.units.units.values()
     )
     return Report(compilation.precision, compilation.target, (*compilation.notes, EAGER), units)
+
+
+def _measured(compiled: nn.Module, example_inputs: tuple[Tensor, ...], trace: Path | None) -> tuple[Launch, ...]:
+    def call() -> None:
+        out = compiled(*example_inputs)
+        out = getattr(out, "logits", out)
+        if out.requires_grad:
+            out.float().square().mean().backward()
+            compiled.zero_grad(set_to_none=True)
+
+    return measured_launches(compiled, call, trace)
 
 
 def _inputs(unit: Unit) -> Iterable[str]:
@@ -214,10 +306,10 @@ def _inputs(unit: Unit) -> Iterable[str]:
             yield f"{str(argument.dtype).removeprefix('torch.')}{list(shape)}"
 
 
-def _grouped(costs: Iterable[Cost], key: Callable[[Cost], Any]) -> dict[Any, list[Cost]]:
+def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
     groups = defaultdict(list)
-    for cost in costs:
-        groups[key(cost)].append(cost)
+    for item in items:
+        groups[key(item)].append(item)
     return dict(groups)
 
 
@@ -240,9 +332,9 @@ def _region_dict(region: Region | None) -> dict[str, str | None]:
     return {"path": region.path, "kind": region.kind} if region else {"path": None, "kind": None}
 
 
+def _launch_region(launch: Launch) -> dict[str, str | None]:
+    return {"region": launch.region.path if launch.region else None}
+
+
 def _counts(histogram: dict[str, int]) -> str:
     return ", ".join(f"{name.removesuffix('.default')} {count}" for name, count in sorted(histogram.items()))
-
-
-def _table(rows: list[list[Any]], headers: list[str]) -> str:
-    return tabulate(rows, headers, floatfmt=".1f")
