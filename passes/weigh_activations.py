@@ -29,7 +29,7 @@ class WeighActivations:
     token differ by their weights alone, is one tensor [T, H], cast once and gathered in FP8. NUMERIC: the weight
     gradient's dy is cast twice, as an activation is. Leaves alone: inference, which gains nothing.
 
-    Source: Megatron-LM, moe_utils and fused weighted SwiGLU ("probs" applied to the activation).
+    Source: Megatron-LM, megatron/core/transformer/moe/experts.py (weighted_bias_swiglu_impl).
     """
 
     tier: ClassVar[Tier] = Tier.NUMERIC
