@@ -98,7 +98,7 @@ def quantize_weights(
         host = torch.tensor(table, dtype=torch.int64, pin_memory=True)
         _quantize_weights_kernel[(blocks,)](
             host.to(w.device, non_blocking=True), w, len(table), amax_floor, pow2, transposed,
-            triton.next_power_of_2(len(table)), 16 if aligned else 1, ROWS,
+            max(16, triton.next_power_of_2(len(table))), 16 if aligned else 1, ROWS,
         )  # fmt: skip
 
 
@@ -121,5 +121,5 @@ def variants() -> Iterator[Variant]:
             yield Variant(
                 _quantize_weights_kernel,
                 {"table_ptr": "*i64", "like_ptr": like, "amax_floor": "fp32"},
-                {"POW2": False, "TRANSPOSED": transposed, "MOST": 8, "ALIGNMENT": 16, "ROWS": ROWS},
+                {"POW2": False, "TRANSPOSED": transposed, "MOST": 16, "ALIGNMENT": 16, "ROWS": ROWS},
             )
