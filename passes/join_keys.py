@@ -74,6 +74,8 @@ def _first_of_two(nope: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if nope.target is not operator.getitem or nope.args[1] != 0 or operator_name(nope.args[0]) != "split":
         return None
     split = nope.args[0]
+    if len(split.args) < 2 or not isinstance(split.args[1], (list, tuple)):
+        return None
     exchanged, last = split.args[0], split.args[0].meta["example_value"].dim() - 1
     dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
     if last != 3 or dim not in (-1, last) or len(split.args[1]) != 2 or operator_name(exchanged) != "transpose":

@@ -69,11 +69,12 @@ def _rotated_queries(joined: fx.Node) -> tuple[fx.Node, bool, fx.Node, fx.Node] 
     if split is None or not _is(split, "split") or not _is(parts[0], "getitem") or parts[0].args != (split, 0):
         return None
     q, last = split.args[0], _example(split.args[0]).dim() - 1
-    if last != 3 or len(_sizes(split)) != 2 or _dim(split) not in (-1, last):
+    sizes = split.args[1] if len(split.args) > 1 else None
+    if last != 3 or sizes not in (widths := [*map(_width, parts)], tuple(widths)) or _dim(split) not in (-1, last):
         return None
     by_head = _is(q, "transpose") and set(q.args[1:]) == {1, 2}
     heads = 1 if by_head else 2
-    if any(_example(angle).dim() != 4 or _example(angle).shape[heads] != 1 for angle in (cos, sin)):
+    if any(x.dim() != 4 or x.shape[heads] != 1 or x.requires_grad for x in map(_example, (cos, sin))):
         return None
     return q.args[0] if by_head else q, by_head, cos, sin
 
@@ -88,6 +89,8 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     products = [*parts[0].args, *parts[1].args]
     if len(products) != 4 or not all(_is(product, "mul") for product in products):
         return None
+    if any(node.kwargs for node in (*parts, *products)):
+        return None
     (even, cos), (odd, sin), *others = (product.args for product in products)
     if others != [(odd, cos), (even, sin)] or not _is(even, "getitem") or not _is(odd, "getitem"):
         return None
@@ -98,17 +101,17 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 def _pair(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two tensors that `node` puts one behind the other in their last dimension."""
-    if not _is(node, "cat") or len(node.args[0]) != 2 or _dim(node) not in (-1, _example(node).dim() - 1):
+    if not _is(node, "cat") or not node.args or len(node.args[0]) != 2:
         return None
-    return tuple(node.args[0])
+    return tuple(node.args[0]) if _dim(node) in (-1, _example(node).dim() - 1) else None
 
 
 def _is(node, name: str) -> bool:
     return isinstance(node, fx.Node) and operator_name(node) == name
 
 
-def _sizes(split: fx.Node) -> list[int]:
-    return split.args[1] if isinstance(split.args[1], (list, tuple)) else []
+def _width(node: fx.Node) -> int:
+    return _example(node).shape[-1]
 
 
 def _dim(node: fx.Node) -> int:

@@ -94,11 +94,19 @@ def other_angle(x, cos, sin):
     return torch.cat((even * cos - odd * sin, odd * sin + even * cos), dim=-1).to(x.dtype)
 
 
+def twice(x, cos, sin):
+    even, odd = x[..., 0::2], x[..., 1::2]
+    first = torch.sub(even * cos, odd * sin, alpha=2)
+    return torch.cat((first, odd * cos + even * sin), dim=-1).to(x.dtype)
+
+
 def wider(x, cos, sin):
     return our_rotate(x.float(), cos, sin)
 
 
-@pytest.mark.parametrize("rotation", [halves, other_sign, other_angle, wider, lambda x, cos, sin: x * cos[..., :1]])
+@pytest.mark.parametrize(
+    "rotation", [halves, other_sign, other_angle, twice, wider, lambda x, cos, sin: x * cos[..., :1]]
+)
 def test_leaves_other_rotations_alone(rotation):
     inputs = operands()
     before, after, sites, out = captured(lambda *inputs: ours(*inputs, rotate=rotation), *inputs)
