@@ -241,6 +241,6 @@ def variant(config: dict[str, Any], dw: str = BF16, accumulate: bool = False) ->
 
 
 def variants() -> Iterator[Variant]:
-    yield variant(KNOWN[0])
+    yield from (variant(config) for config in KNOWN)
     yield variant(KNOWN[0], F32)
     yield variant(KNOWN[0], F32, True)
