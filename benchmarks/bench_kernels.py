@@ -149,7 +149,7 @@ def ours_of_wgrad() -> Iterator[tuple[str, Callable[..., None]]]:
     for config in wgrad.KNOWN:
         yield describe(**config), partial(wgrad.launch, **config)
     for config in wgrad_specialized.KNOWN:
-        yield f"specialized {config['columns']} s{config['num_stages']}", partial(wgrad_specialized.launch, **config)
+        yield f"specialized s{config['num_stages']} band {config['band']}", partial(wgrad_specialized.launch, **config)
 
 
 def accumulated(P: int, N: int, K: int) -> Case:

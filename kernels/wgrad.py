@@ -295,25 +295,26 @@ def variant(config: dict[str, Any], dw: str = F32, accumulate: bool = False) -> 
     return Variant(_wgrad_kernel, operands, constants, c.num_warps, c.num_stages)
 
 
-def _implementations(plain_or_grouped: Callable[..., None]) -> tuple[Implementation, ...]:
-    specialized = partial(plain_or_grouped, launch=wgrad_specialized.launch)
+def _implementations(plain_or_grouped: Callable[..., None], dw: str) -> tuple[Implementation, ...]:
+    """`dw`: of the types of result, the one that the tuner measures (tuning/workloads.py)."""
     return (
         Implementation(
-            "triton", SPACE, partial(plain_or_grouped, launch=launch), valid=valid, variant=variant, known=KNOWN
+            "triton", SPACE, partial(plain_or_grouped, launch=launch), valid=valid, variant=partial(variant, dw=dw),
+            known=KNOWN,
         ),
         Implementation(
-            "warp_specialized", wgrad_specialized.SPACE, specialized, wgrad_specialized.takes,
-            variant=partial(wgrad_specialized.variant, dw=F32), known=wgrad_specialized.KNOWN,
+            "warp_specialized", wgrad_specialized.SPACE, partial(plain_or_grouped, launch=wgrad_specialized.launch),
+            wgrad_specialized.takes, variant=partial(wgrad_specialized.variant, dw=dw), known=wgrad_specialized.KNOWN,
         ),
     )  # fmt: skip
 
 
 IMPLEMENTATIONS = {
     "gemm_wgrad": (
-        *_implementations(launch_plain),
+        *_implementations(launch_plain, F32),
         Implementation("cublaslt", {}, partial(cublaslt, w_tiled=True), takes=wgrad_cublaslt_takes),
     ),
-    "grouped_gemm_wgrad": _implementations(launch_grouped),
+    "grouped_gemm_wgrad": _implementations(launch_grouped, BF16),
 }
 
 

@@ -4,7 +4,7 @@ dw = dyᵀ x of one weight or of each group's. One warp copies operands and both
 groups of four warps each compute 64 rows of a tile, two products of 64×128 beside each other, one of which is
 multiplied while the other consumer promotes. Both operands have a scale per row (`wgrad.py`), so that promotion takes
 two instructions a value. Order of sums and roundings are those of `wgrad.py`, and so are the bits of the result.
-(H200, 4096 rows, float32: 740–950 TFLOPS, 0.96 of cuBLASLt as a geometric mean over V3's shapes; plain Triton 0.78.)
+(H200, 4096 rows, float32: 740–950 TFLOPS, 0.96 of cuBLASLt as a geometric mean over V3's shapes; plain Triton 0.79.)
 
 A half of a result leaves through shared memory while the next one is computed. In BF16 there is room for two a
 consumer: all programs finish a tile at the same time, and the memory takes longer than a half does (8 groups of 4096
@@ -241,6 +241,6 @@ def variant(config: dict[str, Any], dw: str = BF16, accumulate: bool = False) ->
 
 
 def variants() -> Iterator[Variant]:
-    yield variant(KNOWN[0])
+    yield from (variant(config) for config in KNOWN)
     yield variant(KNOWN[0], F32)
     yield variant(KNOWN[0], F32, True)

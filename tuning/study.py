@@ -16,6 +16,8 @@ from random import Random
 from typing import Any
 
 import optuna
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from dsv3c.benchmarks.timing import Timing
@@ -58,6 +60,35 @@ def name_of(problem: Problem, target: str, space: Space) -> str:
     return f"{target} triton-{triton_version()} {problem.operator} {rows}x{problem.N}x{problem.K} {knobs:08x}"
 
 
+class _Kept(InMemoryStorage):
+    """In memory, and a copy of each measured trial in a file. Optuna itself would write each parameter of all that are
+    proposed: a minute of commits for 20 measurements on a slow disk."""
+
+    def __init__(self, file: BaseStorage, name: str):
+        super().__init__()
+        self._file = file
+        optuna.create_study(storage=file, study_name=name, load_if_exists=True)
+        self._of_file = file.get_study_id_from_name(name)
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        """With the trials of the file."""
+        study_id = super().create_new_study(directions, study_name)
+        for trial in self._file.get_all_trials(self._of_file):
+            super().create_new_trial(study_id, trial)
+        return study_id
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        super().set_study_user_attr(study_id, key, value)
+        self._file.set_study_user_attr(self._of_file, key, value)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        told = super().set_trial_state_values(trial_id, state, values)
+        trial = self.get_trial(trial_id)
+        if "measured" in trial.user_attrs:
+            self._file.create_new_trial(self._of_file, trial)
+        return told
+
+
 def open_study(problem: Problem, target: str, space: Space, storage: Path | None, seed: int = 0) -> optuna.Study:
     """In the SQLite file `storage`, where an earlier one of the same name goes on; None: in memory.
 
@@ -65,14 +96,15 @@ def open_study(problem: Problem, target: str, space: Space, storage: Path | None
         TuneError: the file cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = None if storage is None else f"sqlite:///{storage}"
+    name, kept = name_of(problem, target, space), None
     try:
         if storage is not None:
             storage.parent.mkdir(parents=True, exist_ok=True)
-        study = optuna.create_study(storage=url, study_name=name_of(problem, target, space), load_if_exists=True)
+            kept = _Kept(optuna.storages.RDBStorage(f"sqlite:///{storage}"), name)
     except Exception as error:  # of SQLAlchemy, SQLite, or the file system, by what is wrong with the file
         reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
         raise TuneError(f"{storage}: expected an Optuna storage, found: {reason}; try another --storage") from error
+    study = optuna.create_study(storage=kept, study_name=name)
     # A study that goes on must not propose again what it began with.
     study.sampler = sampler(seed + len(study.trials))
     study.set_user_attr("problem", problem._asdict())
