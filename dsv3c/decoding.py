@@ -8,6 +8,7 @@ anew, it is captured again.
 
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,41 +135,43 @@ class Step:
                 tensor.copy_(before)
             self.cache.length = length
 
-        side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
-        graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side):
-                self.run()  # compiles, quantises weights, makes libraries allocate
-                restore()
-                # A capture that fails leaves torch's allocator and generator in disorder; this tells before.
-                _refuse_waiting()
-                self.run()
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-            reason = "a step waits for the GPU (a hook that looks at values, or experts that are not bfloat16)"
-            warnings.warn(
-                f"dsv3c.generate: kernels are launched one by one, without CUDA graph: {reason}", stacklevel=4
-            )
-            graph = None
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.stream(side):
+            self.run()  # compiles, quantises weights, makes libraries allocate
             restore()
-        if graph is not None:
+            capturable = not _waits(self.run)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = None
+        if capturable:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=decoder.pool()):
                 self.run()
-            self.cache.length = length
+        else:
+            reason = "a step waits for the GPU (a hook that looks at values, or experts that are not bfloat16)"
+            warnings.warn(f"dsv3c.generate: launches kernels one by one, without CUDA graph: {reason}", stacklevel=4)
+        restore()
         torch.cuda.set_rng_state(seed)
         decoder.note_weights()
         return graph
 
 
-def _refuse_waiting() -> None:
+def _waits(run: Callable[[], None]) -> bool:
+    """Whether `run` waits for the GPU. To be known before: a capture that fails leaves torch's allocator and generator
+    in disorder."""
+    mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that not all that waits is detected
+        warnings.simplefilter("ignore")  # that torch does not notice all that waits
         torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
 
 
 class Decoder:
@@ -206,7 +209,7 @@ class Decoder:
         """Drops all graphs if a weight is not where it was, or its FP8 copy is another; says whether it did."""
         now = self._weights()
         fresh = len(now) == len(self.addresses) and all(
-            there == address and pair is (ref and ref())
+            there == address and (ref is None if pair is None else ref is not None and ref() is pair)
             for (there, pair), (address, ref) in zip(now, self.addresses, strict=True)
         )
         if not fresh:
