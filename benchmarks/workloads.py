@@ -115,7 +115,7 @@ class Workload:
             arguments, reset = (_our_cache if self.family == "ours" else _their_cache)(model, self, generator)
         if self.mode == "backward":
             model.lm_head = nn.Identity()
-        call = partial(_train if self.mode == "backward" else _infer, ids=ids, arguments=arguments, reset=reset)
+        call: Any = partial(_train if self.mode == "backward" else _infer, ids=ids, arguments=arguments, reset=reset)
         try:
             if self.mode == "decode" and self.family == "ours":
                 yield self._steps(model, call)
@@ -125,7 +125,7 @@ class Workload:
         finally:
             model.lm_head = head
 
-    def _steps(self, model: Model, call: Callable[..., Tensor]) -> Prepared:
+    def _steps(self, model: Model, call: Any) -> Prepared:
         """`call` for models whose kernels are launched one by one; pages for those that `generate` captures, and for
         checks."""
         cache, steps = call.keywords["arguments"]["cache"], {}

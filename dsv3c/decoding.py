@@ -8,7 +8,9 @@ anew, it is captured again.
 
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,13 +69,12 @@ class Step:
         self.model, self.cache, self.choice, self.decoder = model, cache, choice, decoder
         self.graph: torch.cuda.CUDAGraph | None = None
         batch, room = cache.batch_size, cache.table_BM.shape[1] * PAGE
-        ints = {"dtype": torch.int64, "device": cache.lengths_B.device}
-        self.tokens_B1 = torch.zeros(batch, 1, **ints)  # the last ones
-        self.out_BS = torch.zeros(batch, room, **ints)  # all new ones
-        self.count_B1 = torch.zeros(batch, 1, **ints)  # how many of them
-        self.limit = torch.zeros(1, **ints)
-        self.ends = torch.tensor(choice.ends, **ints)
-        self.ended_B1 = torch.zeros(batch, 1, dtype=torch.bool, device=ints["device"])
+        self.ends = torch.tensor(choice.ends, dtype=torch.int64, device=cache.lengths_B.device)
+        self.tokens_B1 = self.ends.new_zeros(batch, 1)  # the last ones
+        self.out_BS = self.ends.new_zeros(batch, room)  # all new ones
+        self.count_B1 = self.ends.new_zeros(batch, 1)  # how many of them
+        self.limit = self.ends.new_zeros(1)
+        self.ended_B1 = self.ends.new_zeros(batch, 1, dtype=torch.bool)
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, limit: int) -> None:
         """The first token after prompts [B, T], of up to `limit`. The cache is empty before."""
@@ -82,10 +83,14 @@ class Step:
         self.ended_B1.zero_()
         logits = self.model(input_ids, attention_mask=attention_mask, cache=self.cache, logits_to_keep=1)
         self._choose(logits[:, -1])
-        self.make_fresh()
+        if limit > 1:
+            self.make_fresh()
 
     def __call__(self) -> None:
-        self.graph.replay() if self.graph else self.run()
+        if self.graph is None:
+            self.run()
+        else:
+            self.graph.replay()
 
     def run(self) -> None:
         """A step, kernel by kernel."""
@@ -130,35 +135,43 @@ class Step:
                 tensor.copy_(before)
             self.cache.length = length
 
-        side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
-        graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side):
-                self.run()  # compiles, quantises weights, makes libraries allocate
-                restore()
-                # A capture that fails leaves torch's allocator and generator in disorder; this tells before.
-                torch.cuda.set_sync_debug_mode("error")
-                self.run()
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-            reason = "a step waits for the GPU (a hook that looks at values, or experts that are not bfloat16)"
-            warnings.warn(
-                f"dsv3c.generate: kernels are launched one by one, without CUDA graph: {reason}", stacklevel=4
-            )
-            graph = None
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.stream(side):
+            self.run()  # compiles, quantises weights, makes libraries allocate
             restore()
-        if graph is not None:
+            capturable = not _waits(self.run)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = None
+        if capturable:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=decoder.pool()):
                 self.run()
-            self.cache.length = length
+        else:
+            reason = "a step waits for the GPU (a hook that looks at values, or experts that are not bfloat16)"
+            warnings.warn(f"dsv3c.generate: launches kernels one by one, without CUDA graph: {reason}", stacklevel=4)
+        restore()
         torch.cuda.set_rng_state(seed)
         decoder.note_weights()
         return graph
+
+
+def _waits(run: Callable[[], None]) -> bool:
+    """Whether `run` waits for the GPU. To be known before: a capture that fails leaves torch's allocator and generator
+    in disorder."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch does not notice all that waits
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
 
 
 class Decoder:
@@ -188,7 +201,7 @@ class Decoder:
         self.steps[key].cache.reset(max_tokens)
         return self.steps[key]
 
-    def pool(self) -> tuple[int, int] | None:
+    def pool(self) -> Any:
         """Where the graphs take their memory from: one for all, as only one runs at a time."""
         return next((step.graph.pool() for step in self.steps.values() if step.graph), None)
 
@@ -196,7 +209,7 @@ class Decoder:
         """Drops all graphs if a weight is not where it was, or its FP8 copy is another; says whether it did."""
         now = self._weights()
         fresh = len(now) == len(self.addresses) and all(
-            there == address and pair is (ref and ref())
+            there == address and (ref is None if pair is None else ref is not None and ref() is pair)
             for (there, pair), (address, ref) in zip(now, self.addresses, strict=True)
         )
         if not fresh:
@@ -209,9 +222,11 @@ class Decoder:
 
     def _weights(self) -> list[tuple[int, Tensor | None]]:
         """Where each tensor of the model is, and its FP8 copy as it has to be now."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        copies = self.weights.copies if self.weights else ()
-        return [(t.data_ptr(), self.weights.pair(t)[0] if id(t) in copies else None) for t in tensors]
+
+        def copy(weight: Tensor) -> Tensor | None:
+            return self.weights.pair(weight)[0] if self.weights and id(weight) in self.weights.copies else None
+
+        return [(t.data_ptr(), copy(t)) for t in (*self.model.parameters(), *self.model.buffers())]
 
 
 def step_of(model: DeepseekV3, kind: type[Step], batch_size: int, max_tokens: int, choice: Choice) -> Step:

@@ -50,11 +50,8 @@ def generate(
     choice = Choice(do_sample, temperature, top_k, top_p, ends, pad) if do_sample else Choice(ends=ends, pad=pad)
 
     batch, room = len(input_ids), input_ids.shape[1] + max_new_tokens
-    step = (
-        step_of(model, SpeculativeStep, batch, room + SPARE, choice)
-        if mtp
-        else step_of(model, Step, batch, room, choice)
-    )
+    kind, spare = (SpeculativeStep, SPARE) if mtp else (Step, 0)
+    step = step_of(model, kind, batch, room + spare, choice)
     step.prefill(input_ids, attention_mask, max_new_tokens)
     look = LOOK if step.graph else 1
     for number in range(1, max_new_tokens):

@@ -417,16 +417,16 @@ class DeepseekV3(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rotary angles and mask of new tokens."""
         (batch, num_new), cached = x_BTD.shape[:2], cache.length if cache is not None else 0
-        paged = isinstance(cache, PagedCache) and cached > 0
+        paged = cache if isinstance(cache, PagedCache) and cached else None
         if position_ids is not None:
             position_ids = position_ids.expand(batch, -1)
-        elif paged:
-            position_ids = positions(cache.lengths_B, num_new)
+        elif paged is not None:
+            position_ids = positions(paged.lengths_B, num_new)
         elif attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, cached:]
         else:
             position_ids = torch.arange(cached, cached + num_new, device=x_BTD.device).expand(batch, -1)
-        mask = None if paged else attend(attention_mask, position_ids, cached)
+        mask = None if paged is not None else attend(attention_mask, position_ids, cached)
         return *self.model.rotary_emb(x_BTD, position_ids), mask
 
     def _layers(

@@ -52,7 +52,8 @@ class SpeculativeStep(Step):
         x_BTD = self.model.draft(x_BTD, next_BT, attention_mask, self.cache)
         self.guess_B1.copy_(self._best(x_BTD[:, -1:]))
         self.cache.advance(input_ids.shape[1], attention_mask)
-        self.make_fresh()
+        if limit > 1:
+            self.make_fresh()
 
     def run(self) -> None:
         x_B2D = self.model.hidden(torch.cat((self.tokens_B1, self.guess_B1), dim=1), None, self.cache)

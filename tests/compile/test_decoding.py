@@ -1,6 +1,8 @@
 """Decode steps of compiled models: over pages, and on a GPU as CUDA graphs, which change no token."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import dsv3c
 import dsv3c.errors
 from dsv3c.cache import LatentCache, PagedCache
 from dsv3c.compiler import compilation_of
-from dsv3c.decoding import Choice, Step, step_of
+from dsv3c.decoding import Choice, Decoder, Step, step_of
 from dsv3c.generation import generate
 from dsv3c.model import DeepseekV3
 from dsv3c.speculation import SPARE, SpeculativeStep
@@ -238,3 +240,99 @@ def test_guessing_needs_a_guesser_and_greed(make_model, arguments):
     model.mtp = bool(arguments)
     with pytest.raises(dsv3c.errors.Dsv3cError, match="mtp: expected"):
         model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=2, mtp=True, **arguments)
+
+
+class FakeGraph:
+    """Replays by running again."""
+
+    def pool(self):
+        return (1, 0)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Streams and graphs that do nothing, and the mode in which waiting is an error; for the protocol alone."""
+
+    class Mode:
+        now = 0
+
+    def set_mode(mode):
+        Mode.now = mode
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda stream: nullcontext(),
+        "CUDAGraph": FakeGraph, "graph": lambda graph, pool: nullcontext(), "get_rng_state": torch.get_rng_state,
+        "set_rng_state": torch.set_rng_state, "get_sync_debug_mode": lambda: Mode.now, "set_sync_debug_mode": set_mode,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return Mode
+
+
+@pytest.mark.parametrize(("kind", "choice"), [(Step, GREEDY), (Step, SAMPLED), (SpeculativeStep, GREEDY)])
+def test_a_capture_leaves_no_trace(make_model, fake_cuda, kind, choice):
+    """Nor does the second use of a step's buffers; a step that waits is not captured, and goes on."""
+    model = DeepseekV3(replace(small(make_model).config, vocab_size=64), mtp=True).double().eval()
+    ids, tokens = torch.randint(0, 64, (2, 5)), []
+    decoder = Decoder(model, None)
+
+    def hook(module, args, out):
+        if fake_cuda.now == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def generated(step):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            step.prefill(ids, None, 20)
+            if step.graph:
+                step.graph.replay = step.run
+            for _ in range(19):
+                step()
+        assert fake_cuda.now == 0
+        return step.tokens()
+
+    cache = PagedCache(model.config, 2, 25 + SPARE, mtp=True, dtype=torch.float64)
+    tokens = generated(kind(model, cache, choice))
+    for _ in range(2):
+        step = decoder.step(kind, 2, 25 + SPARE, choice)
+        assert torch.equal(generated(step), tokens)
+        assert step.graph
+    model.model.layers[0].register_forward_hook(hook)
+    decoder = Decoder(model, None)
+    step = decoder.step(kind, 2, 25 + SPARE, choice)
+    with pytest.warns(UserWarning, match="one by one"):
+        assert torch.equal(generated(step), tokens)
+    assert step.graph is None
+
+
+def test_what_makes_a_graph_stale(make_model, compiled):
+    model = make_model(num_hidden_layers=1)
+    compilation = compilation_of(compiled(model, "fp8"))
+    decoder, weights = Decoder(model, compilation.weights), compilation.weights
+    attention = model.model.layers[0].self_attn
+    step = decoder.step(Step, 1, 8, GREEDY)
+
+    def stale():
+        step.graph = FakeGraph()
+        found = decoder.forget_stale()
+        assert found == (step.graph is None)
+        weights.pair(attention.o_proj.weight)  # what running a layer does
+        decoder.note_weights()
+        return found
+
+    stale()
+    assert not stale()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)  # read where it is
+        assert not stale()
+        attention.o_proj.weight.mul_(2)  # its FP8 copy is another now
+        assert stale()
+        model.model.norm.weight.data = torch.ones_like(model.model.norm.weight)
+        assert stale()
+    attention.o_proj.weight.data.mul_(2)
+    assert not stale()  # no trace
+    weights.forget()
+    assert stale()
+    attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight.detach().clone())
+    assert stale()
+    assert not stale()

@@ -94,6 +94,12 @@ def test_filters(top_k, top_p, left):
     assert {int(order[token]) for token in drawn.flatten()} == left
 
 
+@pytest.mark.parametrize("vocabulary", [1, 101, 256, 1024])
+def test_greedy_takes_the_first_of_the_largest(vocabulary):
+    logits = torch.randint(-3, 4, (50, vocabulary)).bfloat16()
+    assert torch.equal(Choice()(logits), logits.argmax(dim=-1, keepdim=True))
+
+
 def test_temperature_sharpens():
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0]).expand(4000, -1)
