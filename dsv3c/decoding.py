@@ -221,12 +221,10 @@ class Decoder:
         self.addresses = [(there, pair if pair is None else weakref.ref(pair)) for there, pair in self._weights()]
 
     def _weights(self) -> list[tuple[int, Tensor | None]]:
-        """Where each tensor of the model is, and its FP8 copy as it has to be now."""
-
-        def copy(weight: Tensor) -> Tensor | None:
-            return self.weights.pair(weight)[0] if self.weights and id(weight) in self.weights.copies else None
-
-        return [(t.data_ptr(), copy(t)) for t in (*self.model.parameters(), *self.model.buffers())]
+        """Where each tensor of the model is, and the FP8 copies as they have to be now."""
+        tensors = [(t.data_ptr(), None) for t in (*self.model.parameters(), *self.model.buffers())]
+        copies = self.weights.refreshed() if self.weights else []
+        return [*tensors, *((w_fp8.data_ptr(), w_fp8) for w_fp8 in copies)]
 
 
 def step_of(model: DeepseekV3, kind: type[Step], batch_size: int, max_tokens: int, choice: Choice) -> Step:

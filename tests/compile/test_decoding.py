@@ -316,7 +316,7 @@ def test_what_makes_a_graph_stale(make_model, compiled):
         step.graph = FakeGraph()
         found = decoder.forget_stale()
         assert found == (step.graph is None)
-        weights.pair(attention.o_proj.weight)  # what running a layer does
+        weights.copies_of([[attention.o_proj.weight]], training=False)  # what running a layer does
         decoder.note_weights()
         return found
 
