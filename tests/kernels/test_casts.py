@@ -133,6 +133,15 @@ def test_e5m6(check, shape):
     np.testing.assert_array_equal(np.signbit(back), np.signbit(x.numpy()))
 
 
+def test_every_tie_of_e5m6(check):
+    x = check.e5m6_ties()
+    packed, scale_inv = ops.quantize_e5m6(x, FLOOR)
+    assert bool((scale_inv == 1).all())
+    back = ops.dequantize_e5m6(packed, scale_inv, torch.float32).numpy()
+    np.testing.assert_array_equal(back, e5m6(x.double().numpy()))
+    np.testing.assert_array_equal(np.signbit(back), np.signbit(x.numpy()))
+
+
 def test_e5m6_is_two_values_in_three_bytes():
     x = torch.zeros(1, 8)
     x[0, :3] = torch.tensor([65024.0, -1.0, 2.0**-20])

@@ -94,6 +94,14 @@ def test_e5m6(check, shape):
         assert_same_bits((back,), (reference.dequantize_e5m6_ref(packed, scale_inv, dtype),))
 
 
+def test_every_tie_of_e5m6(check):
+    x = check.e5m6_ties("cuda")
+    packed, scale_inv = ops.quantize_e5m6(x, FLOOR)
+    assert_same_bits((packed, scale_inv), reference.quantize_e5m6_ref(x, FLOOR))
+    back = ops.dequantize_e5m6(packed, scale_inv, torch.float32)
+    assert_same_bits((back,), (reference.dequantize_e5m6_ref(packed, scale_inv, torch.float32),))
+
+
 def test_every_scale_near_every_tie():
     """All 2^23 significands of scale_inv, and quotients on both sides of ties of E4M3 and on them."""
     amax = (torch.arange(1 << 23, dtype=torch.int32, device="cuda") + (127 << 23)).view(torch.float32)
