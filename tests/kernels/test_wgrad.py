@@ -86,35 +86,35 @@ def test_what_is_not_aligned_is_left_to_the_plain_kernel():
 
 
 @pytest.mark.parametrize(
-    ("rows", "N", "dtype", "expected"),
+    ("groups", "rows", "N", "dtype", "expected", "accumulating"),
     [
-        (4096, 256, torch.float32, "warp_specialized"),
-        (128, 256, torch.bfloat16, "warp_specialized"),
-        (128, 256, torch.float32, "triton"),
-        (4096, 192, torch.float32, "triton"),
-        (4096, 256, torch.float64, "triton"),
+        (1, 4096, 256, torch.float32, "cublaslt", "warp_specialized"),  # a library cannot add
+        (4, 4096, 256, torch.float32, "warp_specialized", "warp_specialized"),
+        (4, 128, 256, torch.bfloat16, "warp_specialized", "warp_specialized"),
+        (4, 128, 256, torch.float32, "triton", "triton"),  # the result is the traffic, and written more slowly
+        (4, 4096, 192, torch.float32, "triton", "triton"),
+        (4, 4096, 256, torch.float64, "triton", "triton"),
     ],
 )
-def test_which_kernel(monkeypatch, rows, N, dtype, expected):
-    """By rule: the specialised one, but not for few rows in float32, which it writes more slowly."""
+def test_which_kernel_by_rule(monkeypatch, groups, rows, N, dtype, expected, accumulating):
     launched = []
+    found = {
+        name: replace(one, launch=lambda *_, name=name, **config: launched.append((name, config)))
+        for operator in ("grouped_gemm_wgrad", "gemm_wgrad")
+        for name, one in implementations(operator).items()
+    }
     monkeypatch.setattr(specialized, "hopper", lambda: True)
-    monkeypatch.setattr(wgrad, "choose", choose_by_rule)
-    monkeypatch.setattr(wgrad, "implementations", lambda operator: {
-        name: replace(found, launch=lambda *_, name=name, **config: launched.append((name, config)))
-        for name, found in implementations(operator).items()
-    })  # fmt: skip
-    dw = torch.empty(4, N, 256, dtype=dtype)
+    monkeypatch.setattr(wgrad, "wgrad_cublaslt_takes", lambda problem: True)
+    monkeypatch.setattr(wgrad, "implementations", lambda operator: found)
+    monkeypatch.setattr(wgrad, "choose", lambda problem: (found[wgrad.default(problem)[0]], wgrad.default(problem)[1]))
+    operator = "gemm_wgrad" if groups == 1 else "grouped_gemm_wgrad"
+    dw = torch.empty(groups, N, 256, dtype=dtype)
     for accumulate in (False, True):
-        wgrad._launch(Problem("grouped_gemm_wgrad", 4 * rows, N, 256, 4), (dw.view(-1, 1024),), dw, accumulate)
-    assert [name for name, _ in launched] == [expected] * 2
+        wgrad._launch(Problem(operator, groups * rows, N, 256, groups), (dw.view(-1, 1024),), dw, accumulate)
+    assert [name for name, _ in launched] == [expected, accumulating]
+    assert "accumulate" not in launched[0][1]
     assert launched[1][1].pop("accumulate")
-    assert implementations("grouped_gemm_wgrad")[expected].holds(launched[1][1])
-
-
-def choose_by_rule(problem):
-    name, config = wgrad.default(problem)
-    return wgrad.implementations(problem.operator)[name], config
+    assert all(found[name].holds(config) for name, config in launched)
 
 
 @pytest.mark.gpu
