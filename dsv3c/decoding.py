@@ -7,7 +7,6 @@ anew, it is captured again.
 """
 
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +180,7 @@ class Decoder:
         self.model, self.weights = model, weights
         self.latents: list[Tensor] = []
         self.steps: dict[tuple[type[Step], int, int, Choice], Step] = {}
-        self.addresses: list[tuple[int, weakref.ref[Tensor] | None]] = []
+        self.addresses: list[tuple[Any, int]] = []
 
     def step(self, kind: type[Step], batch_size: int, max_tokens: int, choice: Choice) -> Step:
         """A step with an empty cache of room for max_tokens a sequence."""
@@ -206,25 +205,22 @@ class Decoder:
         return next((step.graph.pool() for step in self.steps.values() if step.graph), None)
 
     def forget_stale(self) -> bool:
-        """Drops all graphs if a weight is not where it was, or its FP8 copy is another; says whether it did."""
-        now = self._weights()
-        fresh = len(now) == len(self.addresses) and all(
-            there == address and (ref is None if pair is None else ref is not None and ref() is pair)
-            for (there, pair), (address, ref) in zip(now, self.addresses, strict=True)
-        )
+        """Drops all graphs if a weight or an FP8 copy is not where it was; says whether it did. After a call of the
+        model, which makes stale copies anew."""
+        fresh = self.addresses == self._addresses()
         if not fresh:
             for step in self.steps.values():
                 step.graph = None
         return not fresh
 
     def note_weights(self) -> None:
-        self.addresses = [(there, pair if pair is None else weakref.ref(pair)) for there, pair in self._weights()]
+        self.addresses = self._addresses()
 
-    def _weights(self) -> list[tuple[int, Tensor | None]]:
-        """Where each tensor of the model is, and the FP8 copies as they have to be now."""
-        tensors = [(t.data_ptr(), None) for t in (*self.model.parameters(), *self.model.buffers())]
-        copies = self.weights.refreshed() if self.weights else []
-        return [*tensors, *((w_fp8.data_ptr(), w_fp8) for w_fp8 in copies)]
+    def _addresses(self) -> list[tuple[Any, int]]:
+        """Of each tensor of the model and each FP8 copy."""
+        copies = self.weights.copies.items() if self.weights else ()
+        weights = [(None, t.data_ptr()) for t in (*self.model.parameters(), *self.model.buffers())]
+        return weights + [(key, t.data_ptr()) for key, copy in copies for t in copy.tensors]
 
 
 def step_of(model: DeepseekV3, kind: type[Step], batch_size: int, max_tokens: int, choice: Choice) -> Step:

@@ -63,11 +63,6 @@ class QuantizedWeights:
             found = [self.copies[key] for key in keys]
         return [tensor for copy in found for tensor in copy.tensors[:size]]
 
-    def refreshed(self) -> list[Tensor]:
-        """Of each copy that there is w_fp8, made anew if its weights changed: whoever keeps addresses compares these."""
-        there = [([alive() for alive, *_ in copy.sources], len(copy.tensors) > 2) for copy in self.copies.values()]
-        return [self.copies_of([stack], training=training)[0] for stack, training in there]
-
     def _make(self, stale: list[tuple[tuple[int, ...], Sequence[Tensor]]], training: bool) -> None:
         copies = self.copies
         for key, _ in stale:

@@ -307,16 +307,16 @@ def test_a_capture_leaves_no_trace(make_model, fake_cuda, kind, choice):
 
 def test_what_makes_a_graph_stale(make_model, compiled):
     model = make_model(num_hidden_layers=1)
-    compilation = compilation_of(compiled(model, "fp8"))
-    decoder, weights = Decoder(model, compilation.weights), compilation.weights
-    attention = model.model.layers[0].self_attn
+    weights = compilation_of(compiled(model, "fp8")).weights
+    decoder, attention = Decoder(model, weights), model.model.layers[0].self_attn
     step = decoder.step(Step, 1, 8, GREEDY)
+    kept = []  # so that no address is used again
 
     def stale():
+        kept.append(weights.copies_of([[attention.o_proj.weight]], training=False))  # what running a layer does
         step.graph = FakeGraph()
         found = decoder.forget_stale()
         assert found == (step.graph is None)
-        weights.copies_of([[attention.o_proj.weight]], training=False)  # what running a layer does
         decoder.note_weights()
         return found
 
