@@ -1,21 +1,23 @@
 """Our FP8 products against DeepGEMM's, on the same operands and in the same run, at V3's sizes.
 
-    python -m dsv3c.benchmarks.bench_deepgemm --out results/
+    python -m dsv3c.benchmarks.bench_deepgemm [--record]
 
 Needs `deep_gemm`, which is no dependency of ours: build it from its repository. *best* is the fastest of all
 implementations here, cuBLASLt included, *own* the fastest of our kernels. Every contender is checked before any is
-timed. Skewed groups hold the same rows in Zipf's proportions (s = 1), 5 % of them none; DeepGEMM wants groups of whole
-tiles, so those are compared with ours when balanced. The last line is JSON.
+timed, in replays of a CUDA graph, so that nobody's host counts. Skewed groups hold the same rows in Zipf's proportions
+(s = 1), 5 % of them none; DeepGEMM wants groups of whole tiles, so those are compared with ours when balanced. The last
+line is JSON; --record appends it to `results/`, with the times of DeepGEMM, cuBLASLt and the fastest of ours.
 """
 
 import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import product
 from statistics import geometric_mean
+from typing import Any
 
 import deep_gemm
 import torch
@@ -23,8 +25,14 @@ from tabulate import tabulate
 from torch import Tensor
 
 from dsv3c.benchmarks.bench_kernels import DENSE, EXPERTS, FLOOR, GROUPS, close, normal, ops
+from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import Timing, interleaved
-from dsv3c.kernels import gemm, grouped_gemm, warp_specialized
+from dsv3c.kernels import gemm, small_gemm
+from dsv3c.kernels.implementations import Problem, implementations
+from dsv3c.numerics import ceil_div
+
+MULTIPROCESSORS = 132  # of a Hopper GPU
+THEIRS = ("deepgemm", "cublaslt")
 
 
 @dataclass(frozen=True)
@@ -39,14 +47,26 @@ class Contest:
     flops: int
 
 
-def ours(launch: dict[str, Callable[..., None]], *operands: Tensor) -> dict[str, Callable[[], None]]:
+def ours(operator: str, *operands: Tensor) -> dict[str, Callable[[], None]]:
     """Our kernels in the configurations that are known to be good somewhere."""
-    known = {"triton": gemm.KNOWN[1:], "warp_specialized": warp_specialized.KNOWN}
+    found = implementations(operator)
     return {
-        f"{name} {' '.join(map(str, config.values()))}": partial(launch[name], *operands, **config)
-        for name, configs in known.items()
-        for config in configs
+        f"{name} {' '.join(map(str, config.values()))}": partial(found[name].launch, *operands, **config)
+        for name in ("triton", "warp_specialized")
+        for config in found[name].known
     }
+
+
+def few_rows(M: int, N: int, K: int, *operands: Tensor) -> dict[str, Callable[[], None]]:
+    """Splits that give each multiprocessor a program or two, in the configurations for so many rows."""
+    calls = {}
+    for splits, config in product(small_gemm.SPLITS, small_gemm.KNOWN):
+        programs = splits * ceil_div(N, config["columns"]) * ceil_div(M, config["rows"])
+        fill = splits == 1 or 0.8 * MULTIPROCESSORS <= programs <= 2 * MULTIPROCESSORS
+        if fill and config["rows"] in (64, M) and small_gemm.takes(splits, Problem("gemm", M, N, K)):
+            name = f"split {splits} {' '.join(map(str, config.values()))}"
+            calls[name] = partial(small_gemm.launch, *operands, splits=splits, **config)
+    return calls
 
 
 def dense(M: int) -> Iterator[Contest]:
@@ -54,7 +74,10 @@ def dense(M: int) -> Iterator[Contest]:
         x, w = ops.quantize_tile(normal(M, K), FLOOR, False), ops.quantize_block(normal(N, K), FLOOR, False)
         out = torch.empty(M, N, dtype=torch.bfloat16)
         calls = {"deepgemm": partial(deep_gemm.fp8_gemm_nt, x, w, out), "cublaslt": partial(gemm.cublaslt, *x, *w, out)}
-        calls |= ours({"triton": gemm.launch, "warp_specialized": warp_specialized.launch}, *x, *w, out)
+        if M <= 128:
+            calls |= few_rows(M, N, K, *x, *w, out)
+        else:
+            calls |= ours("gemm", *x, *w, out)
         yield Contest(f"dense M={M}", f"{M}x{N}x{K}", calls, partial(close, out, *x, *w), out, 2 * M * N * K)
 
 
@@ -65,10 +88,9 @@ def grouped() -> Iterator[Contest]:
             x, w = ops.quantize_tile(normal(R, K), FLOOR, False), ops.quantize_block(normal(E, N, K), FLOOR, False)
             out = torch.empty(R, N, dtype=torch.bfloat16)
             experts = torch.arange(E, dtype=torch.int32).repeat_interleave(rows)
-            launch = {"triton": grouped_gemm.launch, "warp_specialized": warp_specialized.launch_grouped}
             for section, sizes in {"grouped": torch.full((E,), rows), "zipf": zipf(E, R)}.items():
                 offs = sizes.cumsum(0).int()
-                calls = ours(launch, *x, *w, offs, out)
+                calls = ours("grouped_gemm", *x, *w, offs, out)
                 if section == "grouped":
                     deepgemm = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
                     calls["deepgemm"] = partial(deepgemm, x, w, out, experts)
@@ -80,7 +102,7 @@ def zipf(E: int, R: int) -> Tensor:
     """R rows to E experts as 1, 1/2, 1/3, ..., in an order drawn from a fixed seed; the last 5 % get none."""
     share = 1 / torch.arange(1, E + 1, dtype=torch.float64)
     share[E - E // 20 :] = 0
-    share = share[torch.randperm(E, generator=torch.Generator("cuda").manual_seed(0))]
+    share = share[torch.randperm(E, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(share.device)]
     sizes = (share / share.sum() * R).long()
     sizes[sizes.argmax()] += R - sizes.sum()
     return sizes
@@ -101,40 +123,49 @@ def measure(contest: Contest) -> dict[str, Timing]:
             contest.check()
         except AssertionError as error:
             raise SystemExit(f"{contest.section} {contest.name} {name}: {error}") from None
-    return interleaved(contest.calls, rounds=15)
+    return interleaved({name: captured(call) for name, call in contest.calls.items()}, rounds=15)
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for deepgemm.json")
+    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
     arguments = parser.parse_args()
     torch.set_default_device("cuda")
     torch.manual_seed(0)
-    rows, results, ratios, balanced = [], [], defaultdict(list), {}
+    rows, cases, ratios, balanced = [], [], defaultdict(list), {}
     for contests in (dense(4096), dense(64), dense(128), grouped()):
         for contest in contests:
             timings = measure(contest)
             us = {name: t.median_us for name, t in timings.items()}
-            own = min(t for name, t in us.items() if name not in ("deepgemm", "cublaslt"))
+            own = min((name for name in us if name not in THEIRS), key=us.__getitem__)
             best = min(t for name, t in us.items() if name != "deepgemm")
             if "deepgemm" in us:
-                balanced[contest.name] = own
+                balanced[contest.name] = us[own]
                 ratios[f"{contest.section}: best"].append(us["deepgemm"] / best)
-                ratios[f"{contest.section}: own"].append(us["deepgemm"] / own)
+                ratios[f"{contest.section}: own"].append(us["deepgemm"] / us[own])
             else:
-                ratios["zipf: own balanced / own"].append(balanced[contest.name] / own)
+                ratios["zipf: own balanced / own"].append(balanced[contest.name] / us[own])
             for name, t in timings.items():
                 tflops = contest.flops / t.median_us / 1e6
                 rows.append([contest.section, contest.name, name, t.median_us, t.p20_us, t.p80_us, tflops])
-                case = {"section": contest.section, "case": contest.name, "contender": name}
-                results.append(case | asdict(t) | {"tflops": tflops})
-            print(f"{contest.section} {contest.name}", flush=True)
-    print(tabulate(rows, ["section", "case", "contender", "µs", "p20", "p80", "TFLOPS"], floatfmt=".0f"))
+            kept = {"own" if name == own else name: timings[name] for name in (*THEIRS, own) if name in us}
+            case: dict[str, Any] = {"section": contest.section, "case": contest.name, "own": own}
+            cases.append(case | {f"{name}_us": [t.median_us, t.p20_us, t.p80_us] for name, t in kept.items()})
+            print(contest.section, contest.name, *(f"{n} {us[n]:.1f}" for n in (*THEIRS, own) if n in us), flush=True)
+    print(tabulate(rows, ["section", "case", "contender", "µs", "p20", "p80", "TFLOPS"], floatfmt=".1f"))
     means = {name: round(geometric_mean(values), 3) for name, values in ratios.items()}
-    document = {"gpu": torch.cuda.get_device_name(), "deep_gemm": deep_gemm.__version__, "geometric_means": means}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "deepgemm.json").write_text(json.dumps(document | {"rows": results}, indent=1))
-    print(json.dumps(document))
+    result = {"benchmark": "deepgemm", "deep_gemm": deep_gemm.__version__, "geometric_means": means}
+    if arguments.record:
+        command = "python -m dsv3c.benchmarks.bench_deepgemm"
+        append([result | {"command": command, "environment": environment("cuda"), "cases": cases}])
+    print(json.dumps(result))
     return 0
 
 

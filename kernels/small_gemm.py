@@ -193,22 +193,19 @@ def _implementation(splits: int) -> Implementation:
     )
 
 
-# With at most a program for each of 132 multiprocessors, or with more.
-KNOWN = tuple(
-    dict(zip(SPACE, values, strict=True))
-    for values in (
-        *((16, 64, 1, 4, 4, 3), (32, 64, 1, 4, 4, 3), (64, 64, 1, 4, 4, 3), (128, 64, 1, 2, 4, 4)),
-        *((16, 64, 1, 2, 4, 3), (32, 64, 1, 2, 4, 3), (64, 64, 1, 2, 4, 2), (128, 64, 1, 1, 4, 3)),
-    )
-)
+# By the rows of x (16, 32, 64, 128): where one wave of the 132 multiprocessors holds all programs, and where not.
+ONE_WAVE = ((16, 64, 1, 4, 4, 3), (32, 64, 1, 4, 4, 3), (64, 64, 1, 4, 4, 3), (64, 64, 1, 2, 4, 3))
+MORE = ((16, 64, 1, 2, 4, 3), (32, 64, 1, 2, 4, 3), (64, 64, 1, 2, 4, 2), (128, 64, 1, 1, 4, 3))
+KNOWN = tuple(dict(zip(SPACE, values, strict=True)) for values in ONE_WAVE + MORE)
 
 
 def default(problem: Problem) -> tuple[str, dict[str, Any]]:
-    """Without a table: as many splits as leave each multiprocessor a program."""
-    tiles = ceil_div(problem.N, 64)
-    splits = max(s for s in SPLITS if s == 1 or (s * tiles <= 132 and takes(s, problem)))
+    """Without a table: as many splits as leave each multiprocessor a program, or two that are half as tall as x."""
     size = sum(problem.rows > rows for rows in SPACE["rows"][:-1])
-    config = KNOWN[size if splits * tiles <= 132 else size + len(SPACE["rows"])]
+    tall = size == len(ONE_WAVE) - 1
+    programs, wave = ceil_div(problem.N, 64) * (1 + tall), 132 * (1 + tall)
+    splits = max(s for s in SPLITS if s == 1 or (s * programs <= wave and takes(s, problem)))
+    config = KNOWN[size if splits * programs <= wave else size + len(ONE_WAVE)]
     return "few_rows" if splits == 1 else f"split_{splits}", config
 
 
