@@ -14,9 +14,9 @@ def compiled(monkeypatch):
     """Compiles for FP8 and returns the model, whose graphs are run as they are after the passes, without Inductor."""
     monkeypatch.setattr(compiler, "Backend", backend.Recorder)
 
-    def compiled(model):
+    def compiled(model, **options):
         with pytest.warns(UserWarning, match="emulated"):
-            return compiler.compile(model, precision="fp8")
+            return compiler.compile(model, precision="fp8", **options)
 
     return compiled
 
@@ -31,7 +31,8 @@ def joint_text(model) -> str:
 def test_same_products_as_from_bf16(make, compiled):
     """Quantised when read, or by the compiler: the same bits, the same GEMMs, and no dequantisation is left."""
     folder = make("moonlight", **ONE_LAYER).folder
-    kept, plain = compiled(dsv3c.load(folder, dtype="fp8")), compiled(dsv3c.load(folder))
+    kept = compiled(dsv3c.load(folder, dtype="fp8"))
+    plain = compiled(dsv3c.load(folder), skip=["MergeLinear"])  # which leaves weights kept in FP8 apart
     ids = torch.randint(96, (2, 9))
     assert torch.equal(kept(ids), plain(ids))
     assert "dequantize_block" not in joint_text(kept)
