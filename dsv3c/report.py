@@ -92,17 +92,16 @@ class UnitReport:
             "inputs": list(self.inputs),
             **_sums(self.costs),
             "saved_bytes": self.saved_bytes,
-            "measured_us": self.measured_us,
             "regions": [
                 {
                     **_region_dict(region),
                     **_sums(costs),
                     "saved_bytes": self.saved.get(region, 0),
-                    "measured_us": self._measured(region),
+                    **({"measured_us": self._measured(region)} if self.launches else {}),
                 }
                 for region, costs in self.regions().items()
             ],
-            "launches": [{**asdict(launch), **_launch_region(launch)} for launch in self.launches],
+            **({"measured_us": self.measured_us, "launches": self._launches()} if self.launches else {}),
             "operators": [
                 {
                     "operator": cost.operator,
@@ -126,6 +125,9 @@ class UnitReport:
 
     def tables(self) -> tuple["Table", ...]:
         return self._regions(), self._kernels(), self._passes()
+
+    def _launches(self) -> list[dict[str, Any]]:
+        return [{**asdict(x), "region": x.region.path if x.region else None} for x in self.launches]
 
     def _measured(self, region: Region | None, backward: bool | None = None) -> float | None:
         """Of its operators with a kernel of their own; None without any."""
@@ -330,10 +332,6 @@ def _amounts(costs: Iterable[Cost]) -> list[float]:
 
 def _region_dict(region: Region | None) -> dict[str, str | None]:
     return {"path": region.path, "kind": region.kind} if region else {"path": None, "kind": None}
-
-
-def _launch_region(launch: Launch) -> dict[str, str | None]:
-    return {"region": launch.region.path if launch.region else None}
 
 
 def _counts(histogram: dict[str, int]) -> str:

@@ -135,7 +135,7 @@ def test_check_in_a_process_of_its_own(v3):
 def test_check_in_words(dsv3c, v3):
     code, out, _ = dsv3c("check", v3[0].path)
     assert code == 0
-    assert "15 units with 88 FP8 products" in out
+    assert "15 units with 68 FP8 products" in out
 
 
 def test_a_damaged_artifact_is_one_line_without_a_traceback(damageable):
