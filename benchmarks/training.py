@@ -69,7 +69,7 @@ class Trainer:
     def __init__(self, model: Any, input_ids: Tensor, *, peak: float = 1e-3) -> None:
         self.model, self.input_ids, self.peak = model.train(), input_ids, peak
         device = next(model.parameters()).device
-        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+        self.routers: list[Any] = [module for module in model.modules() if isinstance(module, Router)]
         self.rate = torch.zeros((), device=device)
         self.optimizer = MainGradOptimizer(
             model,
