@@ -14,6 +14,7 @@ import json
 import sys
 import warnings
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -23,7 +24,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 import dsv3c
-from dsv3c.benchmarks.training import VOCABULARY, Trainer, batches
+from dsv3c.benchmarks.training import VOCABULARY, Trainer, batches, text
 from dsv3c.config import ModelConfig
 from dsv3c.errors import Dsv3cError
 from dsv3c.model import DeepseekV3, Experts
@@ -81,22 +82,29 @@ def loss_parity(
     """Trains in BF16 and in FP8, and compares the losses."""
     if size not in SIZES:
         raise Dsv3cError(f"--size: expected {' or '.join(SIZES)}, found {size!r}")
+    for option, number in (("steps", steps), ("seeds", seeds)):
+        if number < 1:
+            raise Dsv3cError(f"--{option}: expected at least 1, found {number}")
+    if find_spec("matplotlib") is None:  # hours before it is needed
+        raise Dsv3cError("loss_parity: expected matplotlib, found none; try pip install 'dsv3c[plot]'")
     runs = [f"{run}-{seed}" for seed in range(seeds) for run in RUNS if run != "shifted" or seed == 0]
     if only and only not in runs:
         raise Dsv3cError(f"--only: expected one of {', '.join(runs)}, found {only!r}")
     output.mkdir(parents=True, exist_ok=True)
-    digest = ""
+    files = {run: output / f"{size}-{steps}-{run}.csv" for run in runs}  # what another setting left is not taken for it
     for run in [only] if only else runs:
-        digest = train(SIZES[size], run, steps, output / f"{run}.csv") or digest
+        if not files[run].exists():
+            train(SIZES[size], run, steps, files[run])
     if only:
         return
-    curves = {run: read(output / f"{run}.csv", steps) for run in runs}
+    curves = {run: read(file) for run, file in files.items()}
+    _, digest = text(steps * SIZES[size].batch * SIZES[size].tokens)
     found = verdict(curves)
     config = SIZES[size].config
     summary = {
         "steps": steps,
         "tokens": steps * SIZES[size].batch * SIZES[size].tokens,
-        "text_sha256": digest or None,
+        "text_sha256": digest,
         "parameters": _parameters(config),
         "linear_flops_in_fp8": flops_in_fp8(config),
         "runs": found,
@@ -111,13 +119,11 @@ def loss_parity(
         raise typer.Exit(1)
 
 
-def train(size: Size, run: str, steps: int, path: Path) -> str | None:
-    """Writes `path`; None if it is there, else the SHA-256 of the text."""
-    if path.exists():
-        return None
+def train(size: Size, run: str, steps: int, path: Path) -> None:
+    """Writes `path`, at the end."""
     kind, seed = run.split("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    input_ids, digest = batches(size.batch, size.tokens, steps, int(seed))
+    input_ids = batches(size.batch, size.tokens, steps, int(seed))
     torch.manual_seed(int(seed))
     model = DeepseekV3(size.config, mtp=True).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     trainer = Trainer(compiled(model, kind), input_ids, peak=size.peak)
@@ -131,7 +137,6 @@ def train(size: Size, run: str, steps: int, path: Path) -> str | None:
         writer.writerow(["step", "loss", "heaviest_expert"])
         writer.writerows([step, *map(float, row)] for step, row in enumerate(trainer.curve.tolist()))
     beside.rename(path)
-    return digest
 
 
 def compiled(model: nn.Module, kind: str) -> nn.Module:
@@ -144,13 +149,10 @@ def compiled(model: nn.Module, kind: str) -> nn.Module:
         return dsv3c.compile(model, precision=kind)
 
 
-def read(path: Path, steps: int) -> torch.Tensor:
-    """The losses, float64 [steps]. Raises Dsv3cError if the file holds another number of them."""
+def read(path: Path) -> torch.Tensor:
+    """The losses, float64 [steps]."""
     with path.open(newline="", encoding="utf-8") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    if len(losses) != steps:
-        raise Dsv3cError(f"{path}: expected {steps} steps, found {len(losses)}; try another -o")
-    return torch.tensor(losses, dtype=torch.float64)
+        return torch.tensor([float(row["loss"]) for row in csv.DictReader(file)], dtype=torch.float64)
 
 
 def verdict(curves: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -239,4 +241,5 @@ if __name__ == "__main__":
     try:
         typer.run(loss_parity)
     except Dsv3cError as error:
-        raise SystemExit(f"error: {error}") from None
+        typer.echo(f"loss_parity: {error}", err=True)
+        raise SystemExit(2) from None

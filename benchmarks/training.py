@@ -47,12 +47,12 @@ def _sources() -> Iterator[Path]:
                 yield file
 
 
-def batches(size: int, tokens: int, steps: int, seed: int) -> tuple[Tensor, str]:
+def batches(size: int, tokens: int, steps: int, seed: int) -> Tensor:
     """input_ids int64 [steps, size, tokens]: each byte of the text at most once, sequences in an order that `seed`
-    chooses; and the text's SHA-256."""
-    bytes_, digest = text(steps * size * tokens)
+    chooses."""
+    bytes_, _ = text(steps * size * tokens)
     order = torch.randperm(steps * size, generator=torch.Generator().manual_seed(seed))
-    return bytes_.view(steps * size, tokens)[order].view(steps, size, tokens).long(), digest
+    return bytes_.view(steps * size, tokens)[order].view(steps, size, tokens).long()
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -78,7 +78,7 @@ class Trainer:
             ),
         )
         self.ids = torch.empty_like(input_ids[0], device=device)
-        self.losses = torch.zeros(2, device=device)  # of the next token, and of the heaviest expert over the mean
+        self.losses = torch.zeros(2, device=device)  # the next token's, and the heaviest expert's load over the mean
         self.curve = torch.zeros(len(input_ids), 2)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.done = 0

@@ -29,7 +29,9 @@ def quick(without_codegen, monkeypatch):
 def test_every_mode_is_checked_and_timed(quick, family, modes, tmp_path):
     if family == "hf":
         pytest.importorskip("transformers", reason="their model: pip install 'dsv3c[hf]'")
-    document = measure("tiny", layers=2, tokens=16, modes=modes, family=family, precisions=("exact", "fp8"))
+    document = measure("tiny", layers=2, experts=4, tokens=16, modes=modes, family=family, precisions=("exact", "fp8"))
+    assert (document["layers"], document["experts"]) == (2, 4)
+    assert "--layers 2 --experts 4 --tokens 16" in document["command"]
     assert [row["mode"] for row in document["modes"]] == list(modes)
     for row in document["modes"]:
         assert row["passed"]
