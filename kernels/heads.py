@@ -28,7 +28,9 @@ from dsv3c.kernels.tiles import (
     as_words,
     divide,
     high,
+    larger,
     low,
+    magnitude,
     pack,
     reciprocal,
     scale_inv,
@@ -37,14 +39,6 @@ from dsv3c.kernels.tiles import (
 from dsv3c.numerics import TILE, ceil_div
 
 HALF, WARPS = 64, 8
-
-
-@triton.jit
-def _larger(a, b):
-    """The larger of the magnitudes of two pairs, each half for itself; NaN if one is. Signs mean nothing."""
-    return tl.inline_asm_elementwise(
-        "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-    )
 
 
 @triton.jit
@@ -98,9 +92,7 @@ def _load_half(
 def _cast_rows(left, right, first_row, q_ptr, scale_inv_ptr, rows, halves, K_words, amax_floor, POW2: tl.constexpr):
     """A quarter of the rows of a tile, of both halves, along the rows."""
     row = first_row + 4 * tl.arange(0, 32)
-    amax = tl.reduce(_larger(left, right), 1, _larger)
-    amax = tl.maximum(tl.abs(low(amax)), tl.abs(high(amax)), propagate_nan=tl.PropagateNan.ALL)
-    scale = scale_inv(amax, amax_floor, POW2)
+    scale = scale_inv(magnitude(tl.reduce(larger(left, right), 1, larger)), amax_floor, POW2)
     first, second = reciprocal(scale)
     at = q_ptr + (row[:, None] * K_words + tl.arange(0, 32)[None, :])  # two FP8 values each
     tl.store(at, to_fp8(left, first[:, None], second[:, None]), mask=row[:, None] < rows)
@@ -111,7 +103,7 @@ def _cast_rows(left, right, first_row, q_ptr, scale_inv_ptr, rows, halves, K_wor
 @triton.jit
 def _cast_columns(x0, x1, x2, x3, t_ptr, scale_inv_ptr, halves, P_words, amax_floor, POW2: tl.constexpr):
     """64 columns of 128 rows, transposed."""
-    amax = tl.reduce(_larger(_larger(x0, x1), _larger(x2, x3)), 0, _larger)[None, :]
+    amax = tl.reduce(larger(larger(x0, x1), larger(x2, x3)), 0, larger)[None, :]
     even, odd = scale_inv(tl.abs(low(amax)), amax_floor, POW2), scale_inv(tl.abs(high(amax)), amax_floor, POW2)
     first, second = reciprocal(even)
     evens = pack_rows(

@@ -28,6 +28,18 @@ def _seed(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that must be written holds NaN before."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(self, *args, **kwargs):
+        out = new_empty(self, *args, **kwargs)
+        return out.view(torch.uint8).fill_(0xFF).view(out.dtype) if out.is_contiguous() and out.numel() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
 def varied(rows: int, columns: int, dtype=torch.float32, device="cpu") -> Tensor:
     """Normal numbers; each 128×128 block and each row has its own magnitude, or an index error could go unseen."""
     x = torch.randn(rows, columns, device=device)

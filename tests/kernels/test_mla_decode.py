@@ -145,22 +145,10 @@ def test_kernels_on_the_cpu():
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-@pytest.fixture
-def _poison(monkeypatch):
-    """Memory that a kernel must write holds NaN before."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        out = new_empty(self, *args, **kwargs)
-        return out.view(torch.uint8).fill_(0xFF).view(out.dtype)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-
-
 class TestOnGpu:
     pytestmark = gpu
 
-    @pytest.mark.usefixtures("_poison")
+    @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("growth", [0.0, 0.02, 0.2])
     @pytest.mark.parametrize("case", CASES)
     def test_kernel(self, case, growth):

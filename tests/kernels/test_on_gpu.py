@@ -10,7 +10,11 @@ from dsv3c.kernels.reference import casts as reference
 from dsv3c.numerics import Recipe
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 gemm = pytest.importorskip("dsv3c.kernels.gemm", reason="needs Triton")
 wgrad = pytest.importorskip("dsv3c.kernels.wgrad", reason="needs Triton")
@@ -19,18 +23,6 @@ ops = torch.ops.dsv3c
 FLOOR, GRADIENT_FLOOR = Recipe().amax_floor, Recipe().gradient_amax_floor
 DTYPES = [torch.bfloat16, torch.float32]
 GROUPS = [[5, 0, 128, 129], [0, 0, 640, 0], [64] * 16, [300, 1, 1000, 77, 0, 513]]
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Memory that a kernel must write holds NaN before."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        out = new_empty(self, *args, **kwargs)
-        return out.view(torch.uint8).fill_(0xFF).view(out.dtype) if out.is_contiguous() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 def assert_same_bits(found, expected):
