@@ -42,7 +42,7 @@ def explain(
         if number < 1:
             raise Dsv3cError(f"--{name}: expected at least 1, found {number}")
     for option, path in (("html", html), ("trace", trace)):
-        if path is not None and not path.parent.is_dir():
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise Dsv3cError(f"--{option}: expected a file in a folder that is there, found {path}")
     report = _report(source, layers, experts, tokens, batch, mode, model, precision, target, measure, trace)
     if html is not None:

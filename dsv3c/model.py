@@ -389,6 +389,8 @@ class DeepseekV3(nn.Module):
             routing += [tuple(routed)] if routed else []
             results.append(self.lm_head(x_BTD[:, -logits_to_keep:]))
         if return_routing:
+            if len(routing) < sum(self.config.moe_layers[: self.config.num_hidden_layers + return_mtp]):
+                raise Dsv3cError("return_routing: expected gradients to be enabled, since it is compiled for training")
             results.append(routing)
         return tuple(results) if len(results) > 1 else results[0]
 

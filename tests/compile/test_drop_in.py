@@ -9,7 +9,7 @@ import torch
 
 from dsv3c.capture import Units
 from dsv3c.compiler import compilation_of, compile
-from dsv3c.errors import CompileError
+from dsv3c.errors import CompileError, Dsv3cError
 from dsv3c.generation import generate
 from dsv3c.model import DeepseekV3, LatentCache
 from dsv3c.numerics import MODEL_DISTANCE, distance
@@ -130,6 +130,8 @@ def test_mtp_layer_is_compiled(make_model, compiled, units):
         _, out = result(tokens, return_mtp=True)
         _, eager = model(tokens, return_mtp=True)
         _, exact = float64(model)(tokens, return_mtp=True)
+        with pytest.raises(Dsv3cError, match="return_routing: expected gradients"):
+            result(tokens, return_routing=True)
     assert close(out, eager, exact)
     assert {unit.kind.name for unit in units(result).values()} == {
         "rotary", "dense_layer", "moe_layer", "mtp_layer", "final_norm", "head",

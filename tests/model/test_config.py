@@ -98,6 +98,16 @@ def test_yarn_factors():
     assert Yarn(1.0, 4096, mscale=2.0, mscale_all_dim=1.0).attention_factor() == 1.0
 
 
+def test_with_experts():
+    config = preset("v3-671b")
+    share = config.with_experts(8)
+    assert (share.n_routed_experts, share.num_experts_per_tok, share.n_group, share.topk_group) == (8, 8, 1, 1)
+    assert config.with_experts(64).num_experts_per_tok == 8
+    assert replace(share, n_routed_experts=256, n_group=8, topk_group=4) == config
+    with pytest.raises(ConfigError, match="n_routed_experts"):
+        config.with_experts(0)
+
+
 def test_with_layers():
     config = preset("v3-671b")
     assert config.with_layers(61) == config

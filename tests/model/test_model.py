@@ -284,6 +284,18 @@ def test_positions_and_logits_to_keep():
     assert_same(mtp_kept, mtp_logits[:, -3:])
 
 
+def test_routing_is_what_the_gates_returned():
+    model, gates = model_of(SMALL, mtp=True), []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda module, args, out: gates.append(out))
+    _, _, routing = model(torch.randint(SMALL.vocab_size, (2, 8)), return_mtp=True, return_routing=True)
+    assert len(routing) == sum(SMALL.moe_layers)
+    for (logits, topk_idx), (expected, _, chosen) in zip(routing, gates, strict=True):
+        assert logits is expected
+        assert topk_idx is chosen
+
+
 def test_cached_latents_need_no_gradient():
     model = model_of(SMALL)
     cache = LatentCache(SMALL, 1, 8)
