@@ -4,6 +4,8 @@ stream.
 Every group is cut into tiles of `block` rows, the last one short; groups without rows have no tile. Tiles are numbered
 through all groups. There are at most ⌈R/block⌉ + min(E, R) of them, which is what the host allocates and launches for:
 few where few rows meet many groups, as in decoding.
+
+For who computes tiles in an order of his own, `tiles_by_length` puts those of short groups first.
 """
 
 from collections.abc import Iterator
@@ -51,10 +53,42 @@ def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
     return tiles, first
 
 
+@triton.jit(do_not_specialize=["E", "bound"])
+def _tiles_by_length_kernel(offs_ptr, tiles_ptr, counts_ptr, E, bound, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
+    """Program e places the tiles of group e; program E writes the counts."""
+    e = tl.program_id(0)
+    group = tl.arange(0, GROUPS)
+    end = tl.load(offs_ptr + group, mask=group < E, other=0)
+    start = tl.load(offs_ptr + group - 1, mask=(group > 0) & (group < E), other=0)
+    count = tl.cdiv(end - start, BLOCK)
+    num_short = tl.sum(tl.where(count > 1, 0, count))
+    tl.store(counts_ptr, tl.sum(count), mask=e == E)
+    tl.store(counts_ptr + 1, num_short, mask=e == E)
+    tl.store(counts_ptr + 2, 0, mask=e == E)
+    start = tl.sum(tl.where(group == e, start, 0))
+    end = tl.sum(tl.where(group == e, end, 0))
+    mine = tl.cdiv(end - start, BLOCK)
+    alike = (count > 1) == (mine > 1)
+    first = tl.sum(tl.where((group < e) & alike, count, 0)) + tl.where(mine > 1, num_short, 0)
+    for i in range(0, mine, 32):
+        tile = i + tl.arange(0, 32)
+        tl.store(tiles_ptr + first + tile, e, mask=tile < mine)
+        tl.store(tiles_ptr + bound + first + tile, start + tile * BLOCK, mask=tile < mine)
+        tl.store(tiles_ptr + 2 * bound + first + tile, end, mask=tile < mine)
+
+
+def tiles_by_length(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
+    """`tiles` as `tile_map` has them, those of short groups (of one tile) first; `counts` int32 [3]: the number of
+    tiles, that of short groups' tiles, and zero, for programs to count the tiles that they have drawn."""
+    E = len(offs)
+    bound = ceil_div(rows, block) + min(E, rows)
+    tiles = torch.empty(3, bound, dtype=torch.int32, device=offs.device)
+    counts = torch.empty(3, dtype=torch.int32, device=offs.device)
+    _tiles_by_length_kernel[(E + 1,)](offs, tiles, counts, E, bound, block, triton.next_power_of_2(E), num_warps=1)
+    return tiles, counts
+
+
 def variants() -> Iterator[Variant]:
-    yield Variant(
-        _tile_map_kernel,
-        {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32},
-        {"BLOCK": 128, "GROUPS": 256},
-        num_warps=1,
-    )
+    constants = {"BLOCK": 128, "GROUPS": 256}
+    for kernel, counts in ((_tile_map_kernel, "first_ptr"), (_tiles_by_length_kernel, "counts_ptr")):
+        yield Variant(kernel, {"offs_ptr": I32, "tiles_ptr": I32, counts: I32}, constants, num_warps=1)

@@ -3,16 +3,20 @@
 What plain Triton (`gemm.py`) cannot say: one warp only starts copies, two groups of four warps only compute, and they
 wait for each other through barriers in shared memory. A program computes tiles of 128 rows one after the other, each
 consumer 64 rows of them. So one consumer multiplies while the other promotes, copies for the next tile run while the
-last one is stored, and 128×256 fits, whose operands are 48 KiB for 8.4 MFLOP (twice 128×128: 64). The size counts: the
-products take 7 to 8.5 TB/s of operands from the L2 cache. (H200, V3's shapes at M = 4096: 983–1182 TFLOPS, 0.87 of
-DeepGEMM 2.6.1, which shares copies between two multiprocessors; 0.91 by group. The loop alone, without copies: 1331.)
+last one is stored, and 128×256 fits, whose operands are 48 KiB for 8.4 MFLOP (twice 128×128: 64). The size counts: what
+the L2 cache gives and what memory puts into it is 9 to 9.7 TB/s together, by group at any length. (H200, V3's shapes at
+M = 4096: 983–1182 TFLOPS, 0.87 of DeepGEMM 2.6.1, which shares copies between two multiprocessors.)
+
+By group a program draws its next tile from a counter: tiles take different times, and only those that are begun
+together find each other's x and w in the L2 cache. Groups of one tile, where reading w is the time, and longer ones,
+where the products are, take turns in lots. (Zipf's counts over 256 groups: 9 to 15 % less time than tiles dealt out.)
 
 A half of a consumer's part is one tensor core product, 64×128 (or 64×64). It must lie in one column of the weight's
 blocks, and only one half's product is alive at a time: the promotion is volatile, as in `gemm.py`. The order of sums
 and the roundings are those of `gemm.py` too, and so are the bits of the result.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,13 +34,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv3c.kernels import gemm, grouped_gemm
-from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.groups import tiles_by_length
 from dsv3c.kernels.implementations import Implementation, Problem
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS = 128  # of a tile: 64 for each of two consumers
+LOT = gl.constexpr(64)  # tiles of short groups, or of long ones, that are drawn one after the other
 FP8_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 BF16_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
@@ -44,21 +49,23 @@ BF16_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, r
 class Config(NamedTuple):
     """Changes the speed and never the numbers."""
 
-    columns: int  # of a tile: a half of 128, and another of 0, 64 or 128 beside it
+    columns: int  # of a tile: a half of 128, and another of 64 or 128 beside it
     num_stages: int  # blocks of the contraction in flight
     band: int  # rows of tiles that are walked together; 0: all, and each program takes tiles that follow each other
 
     @property
     def narrow(self) -> int:
-        """Columns of the other half; where there is none, what an unused descriptor says."""
-        return 64 if self.columns == 192 else 128
+        """Columns of the other half."""
+        return self.columns - 128
 
 
-SPACE = {"columns": (128, 192, 256), "num_stages": (3, 4, 5), "band": (0, 4, 8, 16, 32)}
+SPACE = {"columns": (192, 256), "num_stages": (3, 4, 5), "band": (0, 4, 8, 16, 32)}
+GROUPED_SPACE = SPACE | {"band": SPACE["band"][1:]}  # a program's tiles are drawn one by one
 # On an H200, in this order: most dense shapes; grouped, 4096 rows and more each; K = 512; N = 2112, and few rows each.
 KNOWN = tuple(
     config._asdict() for config in (Config(256, 3, 16), Config(256, 4, 8), Config(256, 4, 0), Config(192, 4, 8))
 )
+GROUPED_KNOWN = tuple(config for config in KNOWN if config["band"])
 
 
 @gluon.jit
@@ -71,28 +78,51 @@ def _promote(product, scale_inv, acc):
 
 
 @gluon.jit
-def _walk(num_tiles, BAND: gl.constexpr):
-    """A program's tiles as first, end and step."""
+def _walk(problem, BAND: gl.constexpr):
+    """A program's tiles as first, end and step; by group it takes the first, and draws the others."""
+    num_m, num_n, _M, _N, _blocks = problem
     program, programs = gl.program_id(0), gl.num_programs(0)
-    first, end, step = program, num_tiles, programs
+    first, end, step = program, num_m * num_n, programs
     if BAND == 0:
-        first, end, step = program * num_tiles // programs, (program + 1) * num_tiles // programs, 1
+        first, end, step = program * end // programs, (program + 1) * end // programs, 1
     return first, end, step
+
+
+@gluon.jit
+def _take_turns(tile, short, long):
+    """Lots of `short` tiles of one kind and of `long` ones of another, spread evenly; then what is left of either.
+    Whether a tile is a long one, and its number among its kind."""
+    lots, long_lots = short // LOT + long // LOT, long // LOT
+    lot, rest = tile // LOT, tile - lots * LOT
+    before = lot * long_lots // gl.maximum(lots, 1)
+    is_long = (lot + 1) * long_lots // gl.maximum(lots, 1) > before
+    number = gl.where(is_long, before, lot - before) * LOT + tile % LOT
+    left = short % LOT
+    is_long = gl.where(rest < 0, is_long, rest >= left)
+    number = gl.where(rest < 0, number, rest + gl.where(is_long, long_lots * LOT - left, short - left))
+    return is_long, number
 
 
 @gluon.jit
 def _locate(tile, problem, groups, COLUMNS: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr):
     """A tile's first row and the end of its group's rows, its group, and the first columns of its halves."""
     num_m, num_n, M, _N, _blocks = problem
-    tile = gl.maximum(gl.minimum(tile, num_m * num_n - 1), 0)  # there may be no next, or none at all
-    first, height = 0, gl.maximum(num_m, 1)
+    first_m, num, band = 0, num_m, BAND
+    if GROUPED:
+        _tiles_ptr, _bound, _drawn_ptr, num_short = groups
+        num_long = num_m - num_short
+        is_long, tile = _take_turns(tile, num_short * num_n, num_long * num_n)
+        first_m, num = gl.where(is_long, num_short, 0), gl.where(is_long, num_long, num_short)
+        band = gl.where(is_long, BAND, BAND // 2)
+    tile = gl.maximum(gl.minimum(tile, num * num_n - 1), 0)  # there may be no next, or none at all
+    first, height = 0, gl.maximum(num, 1)
     if BAND > 0:
-        first = tile // (BAND * num_n) * BAND
-        height = gl.maximum(gl.minimum(num_m - first, BAND), 1)
-    m, n = first + (tile - first * num_n) % height, (tile - first * num_n) // height
+        first = tile // (band * num_n) * band
+        height = gl.maximum(gl.minimum(num - first, band), 1)
+    m, n = first_m + first + (tile - first * num_n) % height, (tile - first * num_n) // height
     row, end, e = m * 128, M, 0
     if GROUPED:
-        tiles_ptr, bound = groups
+        tiles_ptr, bound, _drawn_ptr, _num_short = groups
         there = m < num_m
         e = gl.load(tiles_ptr + m, mask=there, other=0)
         row = gl.load(tiles_ptr + bound + m, mask=there, other=0)
@@ -107,15 +137,21 @@ def _locate(tile, problem, groups, COLUMNS: gl.constexpr, BAND: gl.constexpr, GR
 def _produce(
     shared, descs, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr
 ):  # fmt: skip
-    """Copies blocks of x, and those of w unless they are the same as in the tile before and still there."""
+    """Copies blocks of x, and those of w unless they are the same as in the tile before and still there. By group it
+    draws the next tile, and leaves it to the consumers beside a tile's last block."""
     problem, groups, operands, barriers = shared
     x_desc, w0_desc, w1_desc = descs
-    x_buf, w0_buf, w1_buf = operands
+    x_buf, w0_buf, w1_buf, next_buf = operands
     full, empty = barriers
-    num_m, num_n, _M, N, blocks = problem
+    _num_m, _num_n, _M, N, blocks = problem
+    _tiles_ptr, _bound, drawn_ptr, _num_short = groups
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     block, last_w = 0, -N  # where no w begins, and no constant: see `block` in `_consume`
-    first, end, step = _walk(num_m * num_n, BAND)
-    for tile in range(first, end, step):
+    tile, end, step = _walk(problem, BAND)
+    while tile < end:
+        next_tile = tile + step
+        if GROUPED:
+            next_tile = step + gl.atomic_add(drawn_ptr, 1, sem="relaxed")
         row, _end, e, column0, column1 = _locate(tile, problem, groups, COLUMNS, BAND, GROUPED)
         w = e * N + column0
         new = (w != last_w) | (blocks != STAGES)
@@ -125,14 +161,16 @@ def _produce(
             stage = block % STAGES
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), block // STAGES % 2 ^ 1)
+            if GROUPED and k == blocks - 1:
+                next_buf.index(stage).store(gl.full((1,), next_tile, gl.int32, ONE))
             mbarrier.expect(ready, (128 + COLUMNS) * 128, pred=new)
             mbarrier.expect(ready, 128 * 128, pred=kept)
             tma.async_copy_global_to_shared(x_desc, [row, k * 128], ready, x_buf.index(stage))
             tma.async_copy_global_to_shared(w0_desc, [w, k * 128], ready, w0_buf.index(stage), pred=new)
-            if COLUMNS > 128:
-                w1 = e * N + column1
-                tma.async_copy_global_to_shared(w1_desc, [w1, k * 128], ready, w1_buf.index(stage), pred=new)
+            w1 = e * N + column1
+            tma.async_copy_global_to_shared(w1_desc, [w1, k * 128], ready, w1_buf.index(stage), pred=new)
             block += 1
+        tile = next_tile
 
 
 @gluon.jit
@@ -151,7 +189,8 @@ def _begin(
     w_ptr0 = w_ptr + gl.minimum(column0 // 128, last) * blocks
     w_ptr1 = w_ptr + gl.minimum(column1 // 128, last) * blocks
     next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
-    return row, end, column0, column1, x_ptr, w_ptr0, w_ptr1, next_x, gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
+    following = (next_x, gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero))
+    return (row, end, column0, column1), (x_ptr, w_ptr0, w_ptr1), following
 
 
 @gluon.jit
@@ -170,6 +209,12 @@ def _store(acc, y_desc, y_ptr, y_buf, row, end, column, N, GROUPED: gl.constexpr
 
 
 @gluon.jit
+def _drawn(slot):
+    """The tile that the producer left there."""
+    return gl.max(slot.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def _consume(
     shared, scales, y, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
     MINE: gl.constexpr,
@@ -178,9 +223,9 @@ def _consume(
     problem, groups, operands, barriers = shared
     _x_scale_inv_ptr, x_step, _w_scale_inv_ptr = scales
     y_ptr, y0_desc, y1_desc, y0_buf, y1_buf = y
-    x_buf, w0_buf, w1_buf = operands
+    x_buf, w0_buf, w1_buf, next_buf = operands
     full, empty = barriers
-    num_m, num_n, M, N, blocks = problem
+    _num_m, _num_n, M, N, blocks = problem
     WIDTH: gl.constexpr = 64 if COLUMNS == 192 else 128
     L0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     L1: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32])
@@ -190,22 +235,25 @@ def _consume(
     # Nought, but not known to be the same for all threads: else the compiler would load w's scales into uniform
     # registers, and wait for them at once.
     zero = gl.minimum(N + rows, 0)
-    first, last, step = _walk(num_m * num_n, BAND)
-    row, end, column0, column1, x_ptr, w_ptr0, w_ptr1, next_x, next0, next1 = _begin(
-        first, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE
-    )
+    tile, last, step = _walk(problem, BAND)
+    place, pointers, following = _begin(tile, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE)
     block = 0  # counted one by one: Triton folds away what a loop adds if it was not made in the partition (3.6, 3.7)
-    for tile in range(first, last, step):
-        this_row, this_end, this_column0, this_column1 = row, end, column0, column1
-        if GROUPED and this_row >= this_end:
-            for _ in range(blocks):
-                mbarrier.wait(full.index(block % STAGES), block // STAGES % 2)
-                mbarrier.arrive(empty.index(block % STAGES), count=1)
-                block += 1
-            row, end, column0, column1, x_ptr, w_ptr0, w_ptr1, next_x, next0, next1 = _begin(
-                tile + step, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE
-            )
+    while tile < last:
+        tile += step
+        row, end, column0, column1 = place
+        if GROUPED and row >= end:
+            for LAST in gl.static_range(2):
+                for _ in range(1 if LAST else blocks - 1):
+                    stage = block % STAGES
+                    mbarrier.wait(full.index(stage), block // STAGES % 2)
+                    if LAST:
+                        tile = _drawn(next_buf.index(stage))
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    block += 1
+            place, pointers, following = _begin(tile, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE)
         else:
+            x_ptr, w_ptr0, w_ptr1 = pointers
+            next_x, next0, next1 = following
             acc0 = gl.zeros((64, 128), gl.float32, L0)
             acc1 = gl.zeros((64, WIDTH), gl.float32, L1)
             for LAST in gl.static_range(2):  # the last block apart: one half is stored while the other is multiplied
@@ -220,61 +268,61 @@ def _consume(
                         next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
                         next0, next1 = gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero)
                     mbarrier.wait(full.index(stage), block // STAGES % 2)
+                    if GROUPED and LAST:
+                        tile = _drawn(next_buf.index(stage))
                     x = x_buf.index(stage).slice(MINE, 64)
                     w0 = w0_buf.index(stage).permute((1, 0))
                     product0 = warpgroup_mma(x, w0, product0, use_acc=False, is_async=True)
                     product0 = warpgroup_mma_wait(0, deps=[product0])
-                    if COLUMNS == 128:
-                        mbarrier.arrive(empty.index(stage), count=1)
                     acc0 = _promote(product0, scale0, acc0)
-                    if COLUMNS > 128:
-                        w1 = w1_buf.index(stage).permute((1, 0))
-                        other = product0 if COLUMNS == 256 else product1
-                        other = warpgroup_mma(x, w1, other, use_acc=False, is_async=True)
+                    w1 = w1_buf.index(stage).permute((1, 0))
+                    other = product0 if COLUMNS == 256 else product1
+                    other = warpgroup_mma(x, w1, other, use_acc=False, is_async=True)
                     if LAST:
-                        _store(acc0, y0_desc, y_ptr, y0_buf, this_row, this_end, this_column0, N, GROUPED)
-                        row, end, column0, column1, x_ptr, w_ptr0, w_ptr1, next_x, next0, next1 = _begin(
-                            tile + step, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE
+                        _store(acc0, y0_desc, y_ptr, y0_buf, row, end, column0, N, GROUPED)
+                        place, pointers, following = _begin(
+                            tile, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE
                         )
-                    if COLUMNS > 128:
-                        other = warpgroup_mma_wait(0, deps=[other])
-                        mbarrier.arrive(empty.index(stage), count=1)
-                        acc1 = _promote(other, scale1, acc1)
-                        if COLUMNS == 256:
-                            product0 = other
-                        else:
-                            product1 = other
+                    other = warpgroup_mma_wait(0, deps=[other])
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    acc1 = _promote(other, scale1, acc1)
+                    if COLUMNS == 256:
+                        product0 = other
+                    else:
+                        product1 = other
                     block += 1
-            if COLUMNS > 128:
-                _store(acc1, y1_desc, y_ptr, y1_buf, this_row, this_end, this_column1, N, GROUPED)
+            _store(acc1, y1_desc, y_ptr, y1_buf, row, end, column1, N, GROUPED)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "E", "bound", "x_step"])
+@gluon.jit(do_not_specialize=["M", "bound", "x_step"])
 def _warp_specialized_gemm_kernel(
-    x_desc, w0_desc, w1_desc, y0_desc, y1_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, tiles_ptr, first_ptr, M, N, K,
-    E, bound, x_step, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
+    x_desc, w0_desc, w1_desc, y0_desc, y1_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, tiles_ptr, counts_ptr, M, N, K,
+    bound, x_step, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     num_m, num_n, blocks = gl.cdiv(M, 128), gl.cdiv(N, COLUMNS), gl.cdiv(K, 128)
+    groups = (tiles_ptr, bound, None, 0)
     if GROUPED:
-        num_m = gl.load(first_ptr + E)
+        num_m = gl.load(counts_ptr)
+        groups = (tiles_ptr, bound, counts_ptr + 2, gl.load(counts_ptr + 1))
     x_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), x_desc.layout)
     w0_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), w0_desc.layout)
     above0_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 128), y0_desc.layout)
     below0_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 128), y0_desc.layout)
-    w1_buf, above1_buf, below1_buf = w0_buf, above0_buf, below0_buf
+    above1_buf, below1_buf = above0_buf, below0_buf
     if COLUMNS == 256:
         w1_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), w1_desc.layout)
     if COLUMNS == 192:
         w1_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 64, 128), w1_desc.layout)
         above1_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 64), y1_desc.layout)
         below1_buf = gl.allocate_shared_memory(gl.bfloat16, (64, 64), y1_desc.layout)
+    next_buf = gl.allocate_shared_memory(gl.int32, (STAGES, 1), gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    shared = ((num_m, num_n, M, N, blocks), (tiles_ptr, bound), (x_buf, w0_buf, w1_buf), (full, empty))
+    shared = ((num_m, num_n, M, N, blocks), groups, (x_buf, w0_buf, w1_buf, next_buf), (full, empty))
     scales = (x_scale_inv_ptr, x_step, w_scale_inv_ptr)
     above, below = (y_ptr, y0_desc, y1_desc, above0_buf, above1_buf), (y_ptr, y0_desc, y1_desc, below0_buf, below1_buf)
     gl.warp_specialize(
@@ -301,15 +349,15 @@ def launch_grouped(
 ) -> None:
     """y = x wᵀ by group."""
     if out.dtype == torch.bfloat16:
-        tiles, first = tile_map(offs, len(out), ROWS)
-        _launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, Config(**knobs), tiles.shape[1], tiles, first)
+        tiles, count = tiles_by_length(offs, len(out), ROWS)
+        _launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, Config(**knobs), tiles.shape[1], tiles, count)
     else:
         grouped_gemm.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, offs, out, **gemm.KNOWN[-1])
 
 
 def _launch(
     x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, config: Config, num_m: int,
-    tiles: Tensor | None = None, first: Tensor | None = None,
+    tiles: Tensor | None = None, count: Tensor | None = None,
 ) -> None:  # fmt: skip
     (M, N), K = out.shape, x_fp8.shape[1]
     x_scale_inv = column_major(x_scale_inv)
@@ -322,14 +370,15 @@ def _launch(
         describe(w_fp8, [config.narrow, TILE], FP8_TILES),
         describe(out, [ROWS // 2, TILE], BF16_TILES),
         describe(out, [ROWS // 2, config.narrow], BF16_TILES),
-        out, x_scale_inv, w_scale_inv.contiguous(), tiles, first, M, N, K, len(w_scale_inv), num_m,
+        out, x_scale_inv, w_scale_inv.contiguous(), tiles, count, M, N, K, num_m,
         x_scale_inv.stride(1), config.columns, config.num_stages, config.band, tiles is not None, num_warps=4,
     )  # fmt: skip
 
 
 def takes(problem: Problem) -> bool:
-    """The copy engine stores rows of y whose length is a multiple of 16 bytes."""
-    return problem.N % 8 == 0 and gemm.hopper()
+    """The copy engine stores rows of y whose length is a multiple of 16 bytes; lots are counted with 32 bits."""
+    tiles = (ceil_div(problem.rows, ROWS) + problem.groups) * ceil_div(problem.N, min(SPACE["columns"]))
+    return problem.N % 8 == 0 and (tiles // LOT.value + 2) ** 2 < 2**31 and gemm.hopper()
 
 
 def variant(grouped: bool, config: dict[str, Any]) -> Variant:
@@ -346,22 +395,22 @@ def variant(grouped: bool, config: dict[str, Any]) -> Variant:
     }
     constants = {"COLUMNS": c.columns, "STAGES": c.num_stages, "BAND": c.band, "GROUPED": grouped}
     if grouped:
-        arguments |= {"tiles_ptr": I32, "first_ptr": I32}
+        arguments |= {"tiles_ptr": I32, "counts_ptr": I32}
     else:
-        constants |= {"tiles_ptr": None, "first_ptr": None}
+        constants |= {"tiles_ptr": None, "counts_ptr": None}
     return Variant(_warp_specialized_gemm_kernel, arguments, constants, num_stages=c.num_stages)
 
 
+_DENSE, _GROUPED = (
+    Implementation("warp_specialized", space, call, takes, variant=partial(variant, grouped), known=known)
+    for space, call, grouped, known in (
+        (SPACE, launch, False, KNOWN),
+        (GROUPED_SPACE, launch_grouped, True, GROUPED_KNOWN),
+    )
+)
+IMPLEMENTATIONS = {"gemm": (_DENSE,), "grouped_gemm": (_GROUPED,)}
+
+
 def variants() -> Iterator[Variant]:
-    for config in KNOWN:
-        yield from (variant(grouped, config) for grouped in (False, True))
-
-
-def _implementation(launch: Callable[..., None], grouped: bool) -> Implementation:
-    return Implementation("warp_specialized", SPACE, launch, takes, variant=partial(variant, grouped), known=KNOWN)
-
-
-IMPLEMENTATIONS = {
-    "gemm": (_implementation(launch, False),),
-    "grouped_gemm": (_implementation(launch_grouped, True),),
-}
+    for implementation in (_DENSE, _GROUPED):
+        yield from map(implementation.variant, implementation.known)

@@ -13,6 +13,7 @@ from dsv3c.errors import CompileError
 # Kernel, as an artifact calls it -> Triton function and the constants that make it that one.
 _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "tile_map": ("tile_map_kernel", {}),
+    "tiles_by_length": ("tiles_by_length_kernel", {}),
     "quantize_tile": ("quantize_tile_kernel", {}),
     "quantize_tile_t": ("retile_kernel", {"DEQUANTIZE": False, "ROWWISE": False, "GROUPED": False}),
     "quantize_tile_t_grouped": ("retile_kernel", {"DEQUANTIZE": False, "ROWWISE": False, "GROUPED": True}),
@@ -79,10 +80,11 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.gemm_wgrad_accumulate.default": ("wgrad_accumulate", "wgrad_specialized_accumulate"),
     "dsv3c.gemm.default": ("gemm", "small_gemm", "add_splits", "warp_specialized_gemm"),
     "dsv3c.gemm_dgrad.default": ("gemm", "small_gemm", "add_splits", "warp_specialized_gemm", "transpose"),
-    "dsv3c.grouped_gemm.default": ("grouped_gemm", "warp_specialized_grouped_gemm", "tile_map"),
+    "dsv3c.grouped_gemm.default": ("grouped_gemm", "warp_specialized_grouped_gemm", "tile_map", "tiles_by_length"),
     "dsv3c.grouped_gemm_dgrad.default": (
         "grouped_gemm",
         "warp_specialized_grouped_gemm",
+        "tiles_by_length",
         "transpose",
         "tile_map",
     ),

@@ -51,6 +51,10 @@ class Shared:
     def __init__(self, data) -> None:
         self.data = data
 
+    @property
+    def shape(self):
+        return self.data.shape
+
     def index(self, i):
         found = self.data[int(i)]
         return found if isinstance(found, Barrier) else Shared(found)
@@ -69,8 +73,15 @@ class Shared:
 
 
 class Pointer:
+    """To an element of `data`, all that a tensor spans in memory."""
+
     def __init__(self, data, offset=0) -> None:
         self.data, self.offset, self.dtype = data, offset, SimpleNamespace(element_ty=data.dtype)
+
+    @classmethod
+    def to(cls, x):
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return cls(x.as_strided((extent if x.numel() else 0,), (1,)))
 
     def __add__(self, offset):
         return Pointer(self.data, self.offset + offset)
@@ -90,43 +101,79 @@ class Product:
         return self.acc
 
 
-def _mma(a, b, acc, is_async):
+def _mma(a, b, acc, is_async, use_acc=True):
     acc = acc if isinstance(acc, Product) else Product(acc, [])
-    product = Product(acc.acc, [*acc.pending, (a, b)])
+    product = Product(acc.acc, [*acc.pending, (a, b)] if use_acc else [(a, b)])
+    if not use_acc:
+        product.acc = torch.zeros_like(acc.acc)
     if _random.random() < 0.5:
         product.settle()
     return product
 
 
-def _copy(desc, coordinates, barrier, shared) -> None:
-    (row, column), (rows, columns) = (int(c) for c in coordinates), shared.data.shape
+def _box(desc, coordinates, shared):
+    """The part of a bulk copy that lies inside the matrix, as a view of it, and in shared memory."""
+    (row, column), (rows, columns) = (int(c) for c in coordinates), shared.shape
     assert list(desc.block_shape) == [rows, columns]
-    source = desc.base
+    assert column >= 0
+    above = max(-row, 0)
+    inside = desc.base[max(row, 0) : max(row + rows, 0), column : column + columns]
+    return inside, shared.data[above : above + inside.shape[0], : inside.shape[1]]
+
+
+def _copy(desc, coordinates, barrier, shared, pred=True) -> None:
+    if not pred:
+        return
+    source, target = _box(desc, coordinates, shared)
     with _here.engine:
         shared.data.fill_(math.nan)
 
     def run() -> None:
-        taken = torch.zeros(rows, columns, dtype=source.dtype)
-        inside = [r for r in range(rows) if 0 <= row + r < len(source)]
-        taken[inside] = source[[row + r for r in inside], column : column + columns]
-        shared.data.copy_(taken)
-        barrier.arrive(0, -taken.numel() * taken.element_size())
+        shared.data.zero_()
+        target.copy_(source)
+        barrier.arrive(0, -shared.data.numel() * shared.data.element_size())
 
     _here.jobs.append(run)
+
+
+def _copy_back(desc, coordinates, shared) -> None:
+    """It reads shared memory some time before `_wait_for_copies_back`."""
+    target, source = _box(desc, coordinates, shared)
+    done = threading.Event()
+
+    def run() -> None:
+        target.copy_(source)
+        done.set()
+
+    _here.jobs.append(run)
+    _here.__dict__.setdefault("stores", []).append(done)
+
+
+def _wait_for_copies_back(pendings) -> None:
+    stores = _here.__dict__.setdefault("stores", [])
+    while len(stores) > pendings:
+        assert stores.pop(0).wait(PATIENCE), "a copy back is never done"
 
 
 def _gather(pointer, mask=None, other=0):
     at = torch.as_tensor(pointer.offset)
     inside = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand_as(at)
     assert bool(((at >= 0) & (at < pointer.data.numel()))[inside].all()), "read out of bounds"
-    return torch.where(inside, pointer.data.flatten()[at.where(inside, torch.zeros_like(at))], other)
+    return torch.where(inside, pointer.data[at.where(inside, torch.zeros_like(at))], other)
 
 
 def _scatter(pointer, value, mask=None) -> None:
     at = pointer.offset
     inside = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand_as(at)
     assert bool(((at >= 0) & (at < pointer.data.numel()))[inside].all()), "written out of bounds"
-    pointer.data.view(-1)[at[inside]] = value[inside]
+    pointer.data[at[inside]] = value[inside]
+
+
+def _atomic_add(pointer, value, sem):
+    with _ready:
+        before = pointer.data[pointer.offset].clone()
+        pointer.data[pointer.offset] += value
+    return before
 
 
 def _scan(x, axis, combine):
@@ -179,7 +226,8 @@ GL = SimpleNamespace(
     minimum=_elementwise(torch.minimum), maximum=_elementwise(torch.maximum), cdiv=lambda a, b: (a + b - 1) // b,
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-    full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+    full=lambda shape, value, dtype, layout: torch.full(shape, float(value)).to(dtype), float8e4nv=torch.float8_e4m3fn,
+    atomic_add=_atomic_add,
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=torch.unsqueeze,
     convert_layout=lambda x, layout: x, static_range=range, load=_gather, store=_scatter, associative_scan=_scan,
     program_id=lambda axis: torch.tensor(_here.program), num_programs=lambda axis: _here.programs,
@@ -192,12 +240,14 @@ NAMES = {
     "gl": GL,
     "gluon": SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g)),
     "fence_async_shared": lambda: None,
-    "tma": SimpleNamespace(async_copy_global_to_shared=_copy),
+    "tma": SimpleNamespace(
+        async_copy_global_to_shared=_copy, async_copy_shared_to_global=_copy_back, store_wait=_wait_for_copies_back
+    ),
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: None,
         init=lambda bar, count: bar.init(count),
         wait=lambda bar, phase: bar.wait(phase),
-        expect=lambda bar, num_bytes: bar.arrive(1, num_bytes),
+        expect=lambda bar, num_bytes, pred=True: bar.arrive(1, num_bytes) if pred else None,
         arrive=lambda bar, count, pred=True: bar.arrive(count, 0) if pred else None,
     ),
     "warpgroup_mma": _mma,
@@ -213,19 +263,30 @@ class _NotInPlace(ast.NodeTransformer):
         return ast.Assign([node.target], ast.BinOp(before, node.op, node.value))
 
 
-class Kernel:
-    """The kernel `name` of a file: `Kernel(path, name)[grid](*arguments)`, on CPU tensors; constants by position."""
+def _belongs(node) -> bool:
+    """Whether it is a kernel's: its functions and layouts, not the launcher's."""
+    if isinstance(node, ast.FunctionDef):
+        return any(ast.unparse(decorator).startswith("gluon.jit") for decorator in node.decorator_list)
+    return isinstance(node, ast.Assign) and "gl." in ast.unparse(node.value)
 
-    def __init__(self, path: str, name: str) -> None:
+
+class Kernel:
+    """The kernel `name` of a file: `Kernel(path, name)[grid](*arguments)`, on CPU tensors; constants by position.
+
+    `replaced` are functions of the file that cannot run here: those that are inline assembly.
+    """
+
+    def __init__(self, path: str, name: str, **replaced) -> None:
         tree = ast.parse(Path(path).read_text())
-        tree.body = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+        tree.body = [node for node in tree.body if _belongs(node)]
         names = dict(NAMES)
         exec(compile(ast.fix_missing_locations(_NotInPlace().visit(tree)), path, "exec"), names)
+        names.update(replaced)
         self.function = names[name]
 
     def __getitem__(self, grid):
         def launch(*arguments, num_warps) -> None:
-            values = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            values = [Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in arguments]
             for _here.program in range(grid[0]):
                 _here.programs = grid[0]
                 self.function(*values)
