@@ -13,6 +13,7 @@ from dsv3c.speculation import SPARE, Accepted, SpeculativeStep
 LOOK = 8  # steps between looks at whether all sequences have ended, for each of which the GPU stands still
 
 
+@torch.no_grad()
 def generate(
     model: DeepseekV3,
     input_ids: Tensor,

@@ -39,6 +39,15 @@ def test_greedy_is_the_argmax_of_a_full_pass(model, prompt):
     assert torch.equal(generate(model, prompt, max_new_tokens=0), prompt)
 
 
+def test_no_step_keeps_gradients(model, prompt):
+    """A compiled model would run its training form, which takes other kernels and saves activations."""
+    kept = []
+    handle = model.model.norm.register_forward_hook(lambda module, args, out: kept.append(out.requires_grad))
+    generate(model, prompt, max_new_tokens=3)
+    handle.remove()
+    assert kept == [False] * 3
+
+
 def test_padding_on_the_left_changes_nothing(model, prompt):
     padded = torch.cat([F.pad(prompt[i : i + 1, i:], (i, 0)) for i in range(3)])
     mask = torch.cat([F.pad(torch.ones(1, 5 - i), (i, 0)) for i in range(3)])
