@@ -49,7 +49,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(replace(dsv3c.preset("v3-120m"), vocab_size=VOCABULARY), 8, 512, 1e-3),
+    "full": Size(replace(dsv3c.preset("v3-120m"), vocab_size=VOCABULARY), 8, 512, 4e-4),
     "tiny": Size(replace(dsv3c.preset("tiny").with_layers(2), vocab_size=VOCABULARY), 2, 32, 3e-3),
 }
 

@@ -4,6 +4,7 @@ from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.cast_heads import CastHeads
 from dsv3c.passes.choose_saved import ChooseSaved
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
+from dsv3c.passes.drop_sentinels import DropSentinels
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
@@ -29,6 +30,7 @@ __all__ = [
     "AbsorbAttention",
     "CastHeads",
     "ChooseSaved",
+    "DropSentinels",
     "FoldLinear",
     "FuseNormBackward",
     "FusePermute",

@@ -8,6 +8,7 @@ from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.cast_heads import CastHeads
 from dsv3c.passes.choose_saved import ChooseSaved, Memory
 from dsv3c.passes.contract import Level, Pass, select
+from dsv3c.passes.drop_sentinels import DropSentinels
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
@@ -33,7 +34,7 @@ def default(precision: str, recipe: Recipe = Recipe(), memory: Memory = "default
     """The passes of a precision, `"exact"` or `"fp8"`. Each knows its level: the captured graph (L0), or the joint
     graph of forward and backward, in inference the forward graph (L1)."""
     if precision == "exact":
-        return (RaiseAttention(), RaiseGroupedLinear(), ChooseSaved(memory))
+        return (RaiseAttention(), RaiseGroupedLinear(), DropSentinels(), ChooseSaved(memory))
     return (
         RaiseAttention(),
         JoinKeys(),
@@ -42,6 +43,7 @@ def default(precision: str, recipe: Recipe = Recipe(), memory: Memory = "default
         MergeLinear(),
         FoldLinear(),
         AbsorbAttention(),
+        DropSentinels(),
         QuantizeLinear(recipe),
         QuantizeGroupedLinear(recipe),
         QuantizeBeforeGather(),
