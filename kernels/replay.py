@@ -125,7 +125,10 @@ class Replay:
 def _returned(out) -> Callable[[list[Tensor]], Any]:
     if out is None:
         return lambda made: None
-    return itemgetter(0) if isinstance(out, Tensor) else itemgetter(slice(len(out)))
+    if isinstance(out, Tensor):
+        return itemgetter(0)
+    number = len(out)
+    return lambda made: tuple(made[:number])
 
 
 class _Watch(TorchDispatchMode):

@@ -33,18 +33,23 @@ def _seed(request):
 def poisoned(monkeypatch):
     """Memory that must be written holds NaN before."""
 
-    def poison(owner, name):
-        allocate = getattr(owner, name)
+    new_empty = torch.Tensor.new_empty
 
-        def filled(*args, **kwargs):
-            out = allocate(*args, **kwargs)
-            return out.view(torch.uint8).fill_(0xFF).view(out.dtype) if out.is_contiguous() and out.numel() else out
+    def filled(self, *args, **kwargs):
+        out = new_empty(self, *args, **kwargs)
+        return out.view(torch.uint8).fill_(0xFF).view(out.dtype) if out.is_contiguous() and out.numel() else out
 
-        monkeypatch.setattr(owner, name, filled)
-
-    poison(torch.Tensor, "new_empty")
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
     if torch.cuda.is_available():
-        poison(import_module("dsv3c.kernels.replay"), "_empty")
+        replay = import_module("dsv3c.kernels.replay")
+        empty = replay._empty
+
+        def filled_storage(*spec):
+            out = empty(*spec)
+            out.untyped_storage().fill_(0xFF)
+            return out
+
+        monkeypatch.setattr(replay, "_empty", filled_storage)
 
 
 @pytest.fixture(autouse=True)
