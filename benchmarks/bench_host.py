@@ -117,7 +117,8 @@ def check(contenders: dict[str, Callable]) -> None:
         elsewhere = torch.empty(1 << 20, device="cuda")
         found = contenders[name]()
         for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (expected, found)), strict=True):
-            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"{name} differs"
+            a, b = (x.contiguous().view(torch.uint8) for x in (a, b))
+            assert torch.equal(a, b), f"{name} differs"
         del elsewhere
 
 

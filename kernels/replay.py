@@ -137,7 +137,6 @@ class _Watch(TorchDispatchMode):
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
         self.tensors, self.exact = tensors, True
-        self.views: list[Tensor] = []  # kept, so that no other gets the id of one
         self.places: dict[int, Place] = {id(x): (source, 0) for source, x in enumerate(tensors)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -148,7 +147,6 @@ class _Watch(TorchDispatchMode):
         elif func.is_view and isinstance(out, Tensor) and id(args[0]) in self.places:
             source, offset = self.places[id(args[0])]
             self.places[id(out)] = source, offset + out.data_ptr() - args[0].data_ptr()
-            self.views.append(out)
         else:
             self.exact = False
         return out

@@ -54,15 +54,18 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _replayed(request, monkeypatch):
-    """On a GPU a result is that of the third call with a signature: replayed, if the launcher can be."""
+    """On a GPU a result is that of the third call with a signature: replayed, if the launcher can be. The first two are
+    on copies, since an operator may write to its arguments."""
     if not request.node.get_closest_marker("gpu") or not torch.cuda.is_available():
         return
     replay = import_module("dsv3c.kernels.replay").Replay
     call = replay.__call__
 
     def third(self, *args):
-        out = call(self, *args)
-        return out if out is None else [call(self, *args) for _ in range(2)][-1]
+        if sum(x.nbytes for x in args if isinstance(x, Tensor)) < 1 << 30:
+            for _ in range(2):
+                call(self, *[x.clone() if isinstance(x, Tensor) else x for x in args])
+        return call(self, *args)
 
     monkeypatch.setattr(replay, "__call__", third)
 

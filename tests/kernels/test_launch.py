@@ -34,24 +34,25 @@ class Compiled:
 
     def __init__(self, function, num_descs, what=None) -> None:
         self.metadata = SimpleNamespace(tensordesc_meta=[{}] * num_descs)
-        self.function, self.packed_metadata, self.run, self.what = function, None, Run(function), what
+        self.function, self.packed_metadata, self.run, self.what = function, None, Run(function, num_descs), what
 
 
 class Run:
-    """As Triton's: with descriptors, `launch` is made around the launcher."""
+    """As Triton's: with descriptors, `launch` encodes them, and is made around the launcher."""
 
-    def __init__(self, function) -> None:
-        launcher = self.function = function
+    def __init__(self, function, num_descs) -> None:
+        def launcher(*arguments):
+            function(*addresses(arguments))
 
-        def launch(*arguments):
+        def encoding(*arguments):
             raise AssertionError("descriptors were encoded again")
             launcher(*arguments)
 
-        self.launch = launch
+        self.launch = encoding if num_descs else launcher
 
     def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
         assert stream == "stream"
-        self.function(*addresses(arguments))
+        self.launch(*arguments)
 
 
 def addresses(arguments):
@@ -66,8 +67,9 @@ def fake(kernel, monkeypatch, function=lambda *arguments: None):
     launcher = launch._Launcher(kernel)
 
     def first(*args, grid, warmup, **options):
-        knobs.runtime.launch_enter_hook(None)
-        function(*addresses(args))
+        if not warmup:
+            knobs.runtime.launch_enter_hook(None)
+            function(*addresses(args))
         return Compiled(function, launcher.num_descs, binder(*args, **options)[1:])
 
     monkeypatch.setattr(launcher, "first", first)
@@ -135,8 +137,13 @@ def test_launches_with_descriptors(monkeypatch):
 def test_what_is_compiled_only_is_not_launched(monkeypatch):
     started = []
     fake(_plain, monkeypatch, lambda *arguments: started.append(arguments))
-    _plain.run(None, None, 1, 1, 1.0, True, grid=(1,), warmup=True)
+    arguments = None, None, 1, 1, 1.0, True
+    _plain.run(*arguments, grid=(1,), warmup=True)
     assert _plain.run.loaded == {}
+    _plain[(1,)](*arguments)
+    monkeypatch.setattr(_plain.run, "first", lambda *args, **options: "compiled")
+    assert _plain.run(*arguments, grid=(1,), warmup=True) == "compiled"
+    assert len(started) == 1
 
 
 # Calls of operators. `_axpy` computes y += scale · x, for n values in float32.
@@ -177,6 +184,7 @@ def scaled(x, scale, out):
     _zero(half)
     _zero(out)
     _axpy[(1,)](x, half[4:], n, scale / 2)
+    _zero(half[:4])
     _axpy[(1,)](half[4:].view(x.shape), out, n, 2.0)
 
 
@@ -253,6 +261,39 @@ class TestReplay:
             operator(torch.randn(15))
             assert operator.asked == turn + 1
 
+    def test_a_launch_with_a_tuple_is_not_replayed(self, monkeypatch):
+        fake(_stranger, monkeypatch, lambda xy, out, n, scale: [axpy(at, out, n, scale) for at in addresses(xy)])
+        operator = Operator(lambda x, y, out: (_zero(out), _stranger[(1,)]((x, y), out, 15, 2.0)))
+        for _ in range(5):
+            x, y = torch.randn(2, 15).unbind()
+            torch.testing.assert_close(operator(x, y), 2 * (x + y))
+
+    def test_another_device_is_not_replayed(self, monkeypatch):
+        monkeypatch.setattr(replay.driver.active, "get_current_device", lambda: 0)
+        monkeypatch.setattr(_axpy, "device_caches", {0: _axpy.device_caches[CPU]})
+        monkeypatch.setattr(_clear, "device_caches", {0: _clear.device_caches[CPU]})
+        operator = Operator(scaled)
+        for turn in range(4):
+            operator(torch.randn(3, 5), 0.5)
+            assert operator.asked == turn + 1
+
+    def test_descriptors(self, monkeypatch):
+        started = []
+        fake(_described, monkeypatch, lambda *arguments: started.append(arguments))
+
+        def launcher(x, out):
+            _described[(1,)](Descriptor(x, (64, 64)), Descriptor(x[8:], (64, 64)), out, 1, 2, 3)
+
+        operator = Operator(launcher)
+        for _ in range(5):
+            x = torch.randn(64, 64)
+            out = operator(x)
+        assert operator.asked == 2
+        rest = (64, 64), (64, 1)
+        assert started[-1] == (
+            (x.data_ptr(), *rest), (x.data_ptr() + 8 * 256, (56, 64), (64, 1)), out.data_ptr(), 1, 2, 3
+        )  # fmt: skip
+
     def test_one_tensor_in_two_places(self):
         def launcher(x, y, out):
             _zero(out)
@@ -298,7 +339,7 @@ class TestReplay:
             operator(x, 0.5)
         finally:
             knobs.runtime.launch_enter_hook.remove(hook)
-        assert (operator.asked, len(seen)) == (3, 4)
+        assert (operator.asked, len(seen)) == (3, 5)
 
     def test_lists_and_wrong_arguments_are_not_remembered(self):
         def allocate(xs, *rest):
