@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv3c.kernels.gemm import multiprocessors
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, Variant
 from dsv3c.kernels.reference.cross_entropy import IGNORED
 
@@ -29,6 +30,7 @@ def _exp(x):
     return tl.exp2(x * 1.4426950408889634)
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])
 def _cross_entropy_kernel(
     logits_ptr, labels_ptr, loss_ptr, scale_ptr, R, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr

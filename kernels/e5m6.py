@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import _maximum, _readable, _reciprocal, _scale_inv, column_major
 from dsv3c.numerics import TILE, ceil_div
@@ -67,6 +68,7 @@ def _words(ptr, row_words, first, tile, R, LAYOUT: gl.constexpr, ROWS: gl.conste
     return ptr + (row[:, None] * row_words + word[None, :]), mask
 
 
+@launched
 @gluon.jit(do_not_specialize=["R"])
 def _quantize_e5m6_kernel(x_ptr, packed_ptr, scale_inv_ptr, R, K, row_words, x_stride, amax_floor, ROWS: gl.constexpr):
     WARPS: gl.constexpr = gl.num_warps()
@@ -109,6 +111,7 @@ def _value(code):
     return bits.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
 
 
+@launched
 @gluon.jit(do_not_specialize=["R", "scale_stride"])
 def _dequantize_e5m6_kernel(packed_ptr, scale_inv_ptr, x_ptr, R, K, row_words, scale_stride, ROWS: gl.constexpr):
     WARPS: gl.constexpr = gl.num_warps()

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType, pad
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv3c.kernels.implementations import Implementation, Problem, choose
+from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import E4M3, TILE, ceil_div, round_up
@@ -157,6 +157,7 @@ def swizzle(tile, num_m, num_n, band=8):
 
 
 # Numbers of tokens are not specialised: many would compile anew, and where loads of scales get vectorised, it spills.
+@launched
 @triton.jit(do_not_specialize=["M", "x_scale_inv_step"])
 def _gemm_kernel(
     x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, M, N, K, x_scale_inv_step,
@@ -172,6 +173,7 @@ def _gemm_kernel(
         )  # fmt: skip
 
 
+@launched
 @triton.jit
 def _transpose_kernel(w_ptr, t_ptr, rows4, columns4, ROWS4: tl.constexpr, COLUMNS4: tl.constexpr):
     """Bytes of w [4·rows4, 4·columns4], as words of 4 columns, to its transpose as words of 4 rows; one matrix a z."""
@@ -210,8 +212,8 @@ def aligned(x: Tensor) -> Tensor:
     return x.new_empty(*batch, R, round_up(K, 16))[..., :K].copy_(x)
 
 
-def descriptor(x_RK: Tensor, rows: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x_RK, [rows, TILE])
+def descriptor(x_RK: Tensor, rows: int) -> Descriptor:
+    return Descriptor(x_RK, (rows, TILE))
 
 
 def transpose(w_NK: Tensor) -> Tensor:

@@ -34,11 +34,13 @@ from dsv3c.kernels.gemm import (
 )
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.implementations import Implementation, Problem, choose
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import ceil_div
 
 
+@launched
 @triton.jit(do_not_specialize=["E", "bound", "x_scale_inv_step"])
 def _grouped_gemm_kernel(
     x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, tiles_ptr, first_ptr, E, bound, N, K, x_scale_inv_step,

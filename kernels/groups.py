@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import I32, Variant
 from dsv3c.numerics import ceil_div
 
 
+@launched
 @triton.jit(do_not_specialize=["E", "bound"])
 def _tile_map_kernel(offs_ptr, tiles_ptr, first_ptr, E, bound, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """Program e numbers the tiles of group e; program E writes the total."""
@@ -53,6 +55,7 @@ def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
     return tiles, first
 
 
+@launched
 @triton.jit(do_not_specialize=["E", "bound"])
 def _tiles_by_length_kernel(offs_ptr, tiles_ptr, counts_ptr, E, bound, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """Program e places the tiles of group e; program E writes the counts."""

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import F32, I16, I32, Variant
 from dsv3c.kernels.quantize import _pack as pack_rows
 from dsv3c.kernels.rotary import _turn as turn
@@ -123,6 +124,7 @@ def _cast_columns(x0, x1, x2, x3, t_ptr, scale_inv_ptr, halves, P_words, amax_fl
     tl.store(scale_inv_ptr + column, tl.reshape(tl.join(even, odd), (64,)), mask=column < columns)
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])
 def _cast_heads_kernel(
     x_ptr, y_ptr, cos_ptr, sin_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, R, K_words, x_row, x_head, y_row,

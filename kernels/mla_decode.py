@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv3c.kernels.gemm import aligned
+from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.mla_decode_gluon import BUFFER, mla_decode_kernel
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.reference.mla_decode import LATENT, RANK, read_pages_ref
@@ -34,6 +34,7 @@ LOG2_E = 1.4426950408889634
 COMBINED = ((8, 1), (1, 16))  # rows of a program and parts at a time: of many rows; of few, which have many parts
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "groups"])
 def _combine_kernel(
     partial_ptr, partial_lse_ptr, lengths_ptr, out_ptr, lse_ptr, B, R, groups, BATCH: tl.constexpr, ROWS: tl.constexpr,
@@ -87,7 +88,7 @@ def mla_decode(
     partial_lse = q.new_empty((groups, 2, rows), dtype=torch.float32)
     block_table, lengths = block_table.contiguous(), lengths.contiguous()
     flat = (aligned(x.contiguous()).view(-1, LATENT) for x in (q, cache))
-    descs = [TensorDescriptor.from_tensor(x, [64, 64], BUFFER) for x in flat]
+    descs = [Descriptor(x, (64, 64), BUFFER) for x in flat]
     mla_decode_kernel[(groups * rows // ROWS,)](
         *descs, block_table, lengths, out, lse, partial, partial_lse, B, T, H, block_table.shape[1],
         softmax_scale * LOG2_E, batch, num_warps=4,

@@ -19,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dsv3c.kernels.launch import launched
+
 BUFFER = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 OUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
@@ -323,6 +325,7 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
     return bars
 
 
+@launched
 @gluon.jit(do_not_specialize=["B", "max_pages"])
 def mla_decode_kernel(
     q_desc, cache_desc, table_ptr, lengths_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, B, T, H, max_pages,

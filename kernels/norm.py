@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, plus, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
@@ -39,6 +40,7 @@ def scaled(words, factor):
     return pack(low(words) * factor, high(words) * factor)
 
 
+@launched
 @gluon.jit(do_not_specialize=["R"])
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, q_ptr, scale_inv_ptr, rstd_ptr, R, x_stride, eps, amax_floor,
@@ -73,6 +75,7 @@ def _norm_kernel(
         store_tiles(y, q_ptr + at + chunk * 64 * TILES, scale_at, inside_tile, amax_floor, POW2)
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])
 def _norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, dsum_ptr, dx_ptr, partial_ptr, R, K, ADD: tl.constexpr, BLOCK: tl.constexpr
@@ -96,6 +99,7 @@ def _norm_backward_kernel(
     tl.store(partial_ptr + program.to(tl.int64) * K + column, dweight, mask=inside)
 
 
+@launched
 @triton.jit(do_not_specialize=["P"])
 def _sum_programs_kernel(partial_ptr, out_ptr, P, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

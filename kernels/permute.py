@@ -17,11 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import ceil_div
 
 
+@launched
 @triton.jit(do_not_specialize=["R", "scale_stride", "num_scales"])
 def _permute_kernel(
     x_ptr, scale_inv_ptr, permutation_ptr, inverse_ptr, out_ptr, out_scale_inv_ptr, R, H, x_stride, scale_stride,
@@ -46,6 +48,7 @@ def _permute_kernel(
             tl.store(out_ptr + row * H + columns, x, mask=columns < H)
 
 
+@launched
 @triton.jit
 def _unpermute_kernel(
     y_ptr, inverse_ptr, weights_ptr, added_ptr, residual_ptr, out_ptr, H, y_stride, added_stride, residual_stride,
@@ -67,6 +70,7 @@ def _unpermute_kernel(
     tl.store(out_ptr + wide_token * H + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@launched
 @triton.jit
 def _unpermute_backward_kernel(
     dout_ptr, y_ptr, inverse_ptr, weights_ptr, dy_ptr, dweights_ptr, H, dout_stride, y_stride,

@@ -30,6 +30,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, FP8, I32, Variant
 from dsv3c.numerics import TILE, ceil_div
 
@@ -86,6 +87,7 @@ def _divide(x, scale_inv, reciprocal):
     )
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])  # numbers of tokens: each would otherwise be compiled anew
 def _quantize_tile_kernel(
     x_ptr, q_ptr, scale_inv_ptr, R, K, x_stride, amax_floor, POW2: tl.constexpr, ROWS: tl.constexpr
@@ -149,6 +151,7 @@ def _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words
     gl.store(t_scale_inv_ptr + column, scale_inv, mask=column < columns)
 
 
+@launched
 @gluon.jit(do_not_specialize=["R", "scale_stride", "E", "bound"])
 def _retile_kernel(
     x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, tiles_ptr, first_ptr, R, K,
@@ -227,6 +230,7 @@ def _retile_kernel(
     _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, K - column_tile * COLUMNS, P_words)
 
 
+@launched
 @triton.jit
 def _quantize_block_kernel(w_ptr, q_ptr, scale_inv_ptr, N, K, amax_floor, POW2: tl.constexpr):
     batch = tl.program_id(2)
@@ -242,6 +246,7 @@ def _quantize_block_kernel(w_ptr, q_ptr, scale_inv_ptr, N, K, amax_floor, POW2: 
     tl.store(scale_inv_ptr + block, scale_inv)
 
 
+@launched
 @triton.jit
 def _dequantize_block_kernel(q_ptr, scale_inv_ptr, w_ptr, N, K):
     batch = tl.program_id(2)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, Variant
 from dsv3c.kernels.quantize import _divide, _maximum, _readable, _reciprocal, _scale_inv
 from dsv3c.numerics import TILE, ceil_div
@@ -32,6 +33,7 @@ def _size(weight_ptr, FIELD: tl.constexpr, ALIGNMENT: tl.constexpr):
     return tl.multiple_of(tl.load(weight_ptr + FIELD).to(tl.int32), ALIGNMENT)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_weights"])
 def _quantize_weights_kernel(
     table_ptr, like_ptr, num_weights, amax_floor, POW2: tl.constexpr, TRANSPOSED: tl.constexpr, MOST: tl.constexpr,

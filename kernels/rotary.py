@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.norm import scaled, squares, sum_programs
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, store_tiles, times
@@ -29,6 +30,7 @@ def _turn(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
 
+@launched
 @triton.jit
 def _rotate_heads_kernel(
     x_ptr, cos_ptr, sin_ptr, H, row_stride, head_stride, PAIRS: tl.constexpr, INVERSE: tl.constexpr, HEADS: tl.constexpr
@@ -55,6 +57,7 @@ def _rotate_heads_kernel(
         tl.store(halves + PAIRS, second.to(tl.bfloat16), mask=inside)
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])
 def _latent_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, latent_ptr, q_ptr, scale_inv_ptr, rstd_ptr, R, K, x_stride, eps, amax_floor,
@@ -84,6 +87,7 @@ def _latent_kernel(
     tl.store(rstd_ptr + row, rstd)
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])
 def _latent_backward_kernel(
     dy_ptr, drope_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, rstd_ptr, dx_ptr, partial_ptr, R, K, x_stride, dy_stride,
@@ -116,6 +120,7 @@ def _latent_backward_kernel(
     tl.store(partial_ptr + program * K + column, tl.sum(dweight, 0), mask=column < K)
 
 
+@launched
 @triton.jit
 def _join_keys_kernel(
     kv_ptr, rope_ptr, k_ptr, H, NOPE, ROPE, row_stride, head_stride, rope_stride, BLOCK: tl.constexpr,
@@ -133,6 +138,7 @@ def _join_keys_kernel(
     tl.store(out + NOPE + column, tl.broadcast_to(rope, (HEADS, ROPE_BLOCK)), mask=(head < H) & (column < ROPE))
 
 
+@launched
 @triton.jit
 def _split_keys_kernel(
     dk_ptr, dv_ptr, dkv_ptr, drope_ptr, H, NOPE, ROPE, V, dk_row, dk_head, dv_row, dv_head, BLOCK: tl.constexpr,

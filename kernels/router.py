@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import F32, I32, Variant
 from dsv3c.numerics import ceil_div, round_up
 
@@ -50,6 +51,7 @@ def _sigmoid(x):
     return tl.div_rn(1.0, 1.0 + libdevice.exp(-x))
 
 
+@launched
 @triton.jit(do_not_specialize=["T"])
 def _gate_kernel(
     logits_ptr, bias_ptr, weights_ptr, idx_ptr, T, logits_stride, factor, E: tl.constexpr, N_GROUP: tl.constexpr,
@@ -109,6 +111,7 @@ def _gate_kernel(
     tl.store(idx_ptr + out, chosen, mask=filled)
 
 
+@launched
 @triton.jit(do_not_specialize=["T"])
 def _gate_backward_kernel(
     dweights_ptr, logits_ptr, idx_ptr, dlogits_ptr, T, logits_stride, factor, E: tl.constexpr, TOP_K: tl.constexpr,
@@ -148,6 +151,7 @@ def _gate_backward_kernel(
     tl.store(dlogits_ptr + row * E + expert, dlogits, mask=inside)
 
 
+@launched
 @triton.jit(do_not_specialize=["R", "tile"])
 def _count_experts_kernel(idx_ptr, counts_ptr, R, tile, E: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr):
     expert = tl.arange(0, PLACES)
@@ -161,6 +165,7 @@ def _count_experts_kernel(idx_ptr, counts_ptr, R, tile, E: tl.constexpr, PLACES:
     tl.store(counts_ptr + tl.program_id(0) * E + expert, counts, mask=expert < E)
 
 
+@launched
 @triton.jit(do_not_specialize=["R", "tiles", "tile"])
 def _sort_by_expert_kernel(
     idx_ptr, counts_ptr, num_tokens_ptr, offs_ptr, permutation_ptr, inverse_ptr, R, tiles, tile,

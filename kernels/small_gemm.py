@@ -26,6 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv3c.kernels.gemm import aligned, descriptor, promote
 from dsv3c.kernels.implementations import Implementation, Problem
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
@@ -89,6 +90,7 @@ def _store(y_ptr, acc, rows, columns, M, N, SWAP: tl.constexpr):
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "x_scale_inv_step"])
 def _small_gemm_kernel(
     x_desc, w_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, M, N, K, x_scale_inv_step,
@@ -132,6 +134,7 @@ def _small_gemm_kernel(
         _store(y_ptr, acc1, rows, columns + COLUMNS, M, N, SWAP)
 
 
+@launched
 @triton.jit(do_not_specialize=["size"])
 def _add_splits_kernel(parts_ptr, y_ptr, size, SPLITS: tl.constexpr, SUMS: tl.constexpr):
     """y [size]: the sum of parts [SPLITS, size], first to last."""

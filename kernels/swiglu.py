@@ -22,6 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, FP8, I16, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.kernels.tiles import (
@@ -61,6 +62,7 @@ def _sigmoid(x):
     )
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])
 def _swiglu_kernel(
     h_ptr, weight_ptr, a_ptr, a_scale_inv_ptr, h_fp8_ptr, h_scale_inv_ptr, R, width, amax_floor, POW2: tl.constexpr,
@@ -161,6 +163,7 @@ def _store_columns(parts, q_ptr, scale_inv_ptr, tile, column_tile, P, amax_floor
     gl.store(scale_inv_ptr + column, scale)
 
 
+@launched
 @gluon.jit(do_not_specialize=["R", "E", "bound"])
 def _swiglu_backward_kernel(
     h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, dh_ptr, dh_scale_inv_ptr, dht_ptr, dht_scale_inv_ptr, at_ptr,
@@ -224,6 +227,7 @@ def _swiglu_backward_kernel(
     _store_columns(activations, at_ptr, at_scale_inv_ptr, tile, column_tile, P, amax_floor, POW2)
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])
 def _sum_tiles_kernel(
     partial_ptr, out_ptr, last_ptr, R, G, GROUPED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr

@@ -31,11 +31,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv3c.kernels import gemm, grouped_gemm
 from dsv3c.kernels.groups import tiles_by_length
 from dsv3c.kernels.implementations import Implementation, Problem
+from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
@@ -295,6 +295,7 @@ def _consume(
     tma.store_wait(0)
 
 
+@launched
 @gluon.jit(do_not_specialize=["M", "bound", "x_step"])
 def _warp_specialized_gemm_kernel(
     x_desc, w0_desc, w1_desc, y0_desc, y1_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, tiles_ptr, counts_ptr, M, N, K,
@@ -362,14 +363,13 @@ def _launch(
     (M, N), K = out.shape, x_fp8.shape[1]
     x_scale_inv = column_major(x_scale_inv)
     x_fp8, w_fp8 = gemm.aligned(x_fp8), gemm.aligned(w_fp8.contiguous()).reshape(-1, K)
-    describe = TensorDescriptor.from_tensor
     grid = (min(num_m * ceil_div(N, config.columns), gemm.multiprocessors()),)
     _warp_specialized_gemm_kernel[grid](
-        describe(x_fp8, [ROWS, TILE], FP8_TILES),
-        describe(w_fp8, [TILE, TILE], FP8_TILES),
-        describe(w_fp8, [config.narrow, TILE], FP8_TILES),
-        describe(out, [ROWS // 2, TILE], BF16_TILES),
-        describe(out, [ROWS // 2, config.narrow], BF16_TILES),
+        Descriptor(x_fp8, (ROWS, TILE), FP8_TILES),
+        Descriptor(w_fp8, (TILE, TILE), FP8_TILES),
+        Descriptor(w_fp8, (config.narrow, TILE), FP8_TILES),
+        Descriptor(out, (ROWS // 2, TILE), BF16_TILES),
+        Descriptor(out, (ROWS // 2, config.narrow), BF16_TILES),
         out, x_scale_inv, w_scale_inv.contiguous(), tiles, count, M, N, K, num_m,
         x_scale_inv.stride(1), config.columns, config.num_stages, config.band, tiles is not None, num_warps=4,
     )  # fmt: skip

@@ -37,6 +37,7 @@ from dsv3c.kernels.gemm import (
 )
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.implementations import Implementation, Problem, choose, implementations
+from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
@@ -83,6 +84,7 @@ def _finish(
         tl.store(there, acc1.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
+@launched
 @triton.jit
 def _wgrad_kernel(
     dyt_desc, xt_desc, dw_ptr, dyt_scale_inv_ptr, xt_scale_inv_ptr, first_ptr, N, K, dyt_step, xt_step,

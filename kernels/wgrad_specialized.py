@@ -28,10 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dsv3c.kernels.gemm import aligned, hopper, multiprocessors, swizzle
 from dsv3c.kernels.implementations import Problem
+from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
@@ -171,6 +171,7 @@ def _consume(
     tma.store_wait(0)
 
 
+@launched
 @gluon.jit(do_not_specialize=["E"])
 def _wgrad_specialized_kernel(
     dyt_desc, xt_desc, row_desc, column_desc, dw_desc, first_ptr, N, K, E, STAGES: gl.constexpr, BAND: gl.constexpr,
@@ -219,13 +220,12 @@ def launch(
 ) -> None:  # fmt: skip
     """Group e's blocks of 128 rows are first[e] to first[e + 1]."""
     config, (E, N, K) = Config(**knobs), out.shape
-    describe = TensorDescriptor.from_tensor
     scales = (column_major(s).t().reshape(-1) for s in (dyt_scale_inv, xt_scale_inv))
     grid = (min(E * ceil_div(N, TILE) * ceil_div(K, 2 * TILE), multiprocessors()),)
     _wgrad_specialized_kernel[grid](
-        describe(aligned(dyt_fp8), [TILE, TILE], FP8_TILES), describe(aligned(xt_fp8), [TILE, TILE], FP8_TILES),
-        *(describe(s.clone() if s.data_ptr() % 16 else s, [TILE], FLOATS) for s in scales),
-        describe(out.view(E * N, K), [64, TILE], tiles_of(out.dtype)), first, N, K, E,
+        Descriptor(aligned(dyt_fp8), (TILE, TILE), FP8_TILES), Descriptor(aligned(xt_fp8), (TILE, TILE), FP8_TILES),
+        *(Descriptor(s.clone() if s.data_ptr() % 16 else s, (TILE,), FLOATS) for s in scales),
+        Descriptor(out.view(E * N, K), (64, TILE), tiles_of(out.dtype)), first, N, K, E,
         config.num_stages, config.band, accumulate, num_warps=4,
     )  # fmt: skip
 

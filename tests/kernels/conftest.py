@@ -1,6 +1,7 @@
 """Inputs that can fail, and oracles written from the definition rather than from the code."""
 
 import zlib
+from importlib import import_module
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ def _seed(request):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that must be written holds NaN before."""
+
     new_empty = torch.Tensor.new_empty
 
     def filled(self, *args, **kwargs):
@@ -38,6 +40,34 @@ def poisoned(monkeypatch):
         return out.view(torch.uint8).fill_(0xFF).view(out.dtype) if out.is_contiguous() and out.numel() else out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    if torch.cuda.is_available():
+        replay = import_module("dsv3c.kernels.replay")
+        empty = replay._empty
+
+        def filled_storage(*spec):
+            out = empty(*spec)
+            out.untyped_storage().fill_(0xFF)
+            return out
+
+        monkeypatch.setattr(replay, "_empty", filled_storage)
+
+
+@pytest.fixture(autouse=True)
+def _replayed(request, monkeypatch):
+    """On a GPU a result is that of the third call with a signature: replayed, if the launcher can be. The first two are
+    on copies, since an operator may write to its arguments."""
+    if not request.node.get_closest_marker("gpu") or not torch.cuda.is_available():
+        return
+    replay = import_module("dsv3c.kernels.replay").Replay
+    call = replay.__call__
+
+    def third(self, *args):
+        if sum(x.nbytes for x in args if isinstance(x, Tensor)) < 1 << 30:
+            for _ in range(2):
+                call(self, *[x.clone() if isinstance(x, Tensor) else x for x in args])
+        return call(self, *args)
+
+    monkeypatch.setattr(replay, "__call__", third)
 
 
 def varied(rows: int, columns: int, dtype=torch.float32, device="cpu") -> Tensor:

@@ -1,0 +1,154 @@
+"""What a call costs the host: of an operator, and of a forward of one dense and one MoE layer of V3's sizes.
+
+    python -m dsv3c.benchmarks.bench_host [--tokens 4096]
+
+Contenders: `triton`, each launcher asked and each launch through Triton; `launch`, launches through kernels/launch.py;
+`replay`, calls through kernels/replay.py besides, which is how it is. Of the forward also a CUDA graph, which hardly
+needs the host. First the contenders' results are compared, bit for bit. An operator's numbers are microseconds of the
+host for a call among others of its kind; a forward's are milliseconds on a GPU that is idle before, and of the host.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median, quantiles
+
+import torch
+
+import dsv3c
+from dsv3c.benchmarks.timing import interleaved
+from dsv3c.config import preset
+from dsv3c.kernels import launch
+from dsv3c.kernels.replay import Replay
+from dsv3c.model import DeepseekV3
+
+CONTENDERS = ("triton", "launch", "replay")
+CAST = 1e-12, False  # amax_floor, pow2
+
+
+class Switch:
+    """Which contender the next calls are."""
+
+    def __init__(self) -> None:
+        self.now = "replay"
+        replay, launcher = Replay.__call__, launch._Launcher.__call__
+
+        def call(operator, *args):
+            return replay(operator, *args) if self.now == "replay" else operator._call(None, args, [])
+
+        def run(kernel, *args, grid, warmup, **options):
+            if self.now != "triton":
+                return launcher(kernel, *args, grid=grid, warmup=warmup, **options)
+            args = [arg.full() if isinstance(arg, launch.Descriptor) else arg for arg in args]
+            return kernel.first(*args, grid=grid, warmup=warmup, **options)
+
+        Replay.__call__, launch._Launcher.__call__ = call, run
+
+    def contenders(self, call: Callable) -> dict[str, Callable]:
+        def as_one(name: str) -> Callable:
+            def contender():
+                self.now = name
+                return call()
+
+            return contender
+
+        return {name: as_one(name) for name in CONTENDERS}
+
+
+def operators(rows: int = 256) -> dict[str, Callable]:
+    """Calls of operators that take the GPU less time than the host."""
+    ops, options = torch.ops.dsv3c, {"device": "cuda", "dtype": torch.bfloat16}
+    x, weight, h = torch.randn(rows, 1024, **options), torch.ones(1024, **options), torch.randn(rows, 2048, **options)
+    q = ops.quantize_tile.default(x, *CAST)
+    wide, narrow = (ops.quantize_block.default(torch.randn(n, 1024, **options), *CAST) for n in (2048, 2056))
+    return {
+        "quantize_tile": lambda: ops.quantize_tile.default(x, *CAST),
+        "rms_norm_quantize": lambda: ops.rms_norm_quantize.default(x, weight, 1e-6, *CAST),
+        "swiglu_quantize": lambda: ops.swiglu_quantize.default(h, None, *CAST),
+        "gemm, cuBLASLt's": lambda: ops.gemm.default(*q, *wide, torch.bfloat16),
+        "gemm, ours": lambda: ops.gemm.default(*q, *narrow, torch.bfloat16),
+    }
+
+
+def host_us(contenders: dict[str, Callable], batches: int = 15, calls: int = 40) -> dict[str, list[float]]:
+    """Of a call, in each batch; the contenders in turns."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(batches):
+        for name, call in contenders.items():
+            call()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            times[name].append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize()
+    return times
+
+
+def forward_of(tokens: int) -> Callable[[], torch.Tensor]:
+    """Two layers of a GPU's share at EP32, without the head."""
+    config = replace(
+        preset("v3-671b").with_layers(2), n_routed_experts=8, num_experts_per_tok=8, n_group=1, topk_group=1
+    )
+    with torch.device("meta"):
+        model = DeepseekV3(config)
+    model = model.to(torch.bfloat16).to_empty(device="cuda")
+    model.init_weights()
+    model.lm_head = torch.nn.Identity()
+    compiled = dsv3c.compile(model.eval(), precision="fp8")
+    ids = torch.randint(config.vocab_size, (1, tokens), device="cuda")
+    return torch.no_grad()(lambda: compiled(ids))
+
+
+def graph_of(call: Callable) -> Callable:
+    graph = torch.cuda.CUDAGraph()
+    call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def check(contenders: dict[str, Callable]) -> None:
+    """The same bits, on other memory too."""
+    expected = contenders["triton"]()
+    for name in ("launch", "replay", "replay", "replay"):
+        elsewhere = torch.empty(1 << 20, device="cuda")
+        found = contenders[name]()
+        for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (expected, found)), strict=True):
+            a, b = (x.contiguous().view(torch.uint8) for x in (a, b))
+            assert torch.equal(a, b), f"{name} differs"
+        del elsewhere
+
+
+def row(name: str, times: list[float]) -> str:
+    p20, *_, p80 = quantiles(times, n=5, method="inclusive")
+    return f"  {name:8} {median(times):8.2f}  ({p20:.2f}-{p80:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    switch = Switch()
+    for name, call in operators().items():
+        contenders = switch.contenders(call)
+        check(contenders)
+        print(f"{name}, host us a call", *(row(*item) for item in host_us(contenders).items()), sep="\n", flush=True)
+    forward = forward_of(args.tokens)
+    contenders = switch.contenders(forward)
+    check(contenders)
+    host = host_us(contenders, batches=args.rounds, calls=1)
+    print("forward, host us", *(row(*item) for item in host.items()), sep="\n", flush=True)
+    switch.now = "replay"
+    timings = interleaved(contenders | {"graph": graph_of(forward)}, rounds=args.rounds)
+    print(f"forward of {args.tokens} tokens, ms")
+    for name, timing in timings.items():
+        print(f"  {name:8} {timing.median_us / 1e3:8.2f}  ({timing.p20_us / 1e3:.2f}-{timing.p80_us / 1e3:.2f})")
+
+
+if __name__ == "__main__":
+    main()

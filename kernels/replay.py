@@ -1,0 +1,166 @@
+"""What an operator's launcher did is done again without asking it.
+
+A launcher checks, allocates, chooses a kernel and its configuration, and lays out arguments. All of that follows from
+the shapes, strides, dtypes and alignments of the tensors and from the other arguments: the *signature* of a call. At
+the second call with a signature the launcher is watched. If all it did was to allocate, to make views and to launch
+kernels, the calls after it allocate the same and launch the same kernels at their own addresses. A launcher that does
+more (copies what is not contiguous, fills, calls a library) is called each time. On an H200's host a call of an
+operator costs XX µs so, instead of YY: all operators share this code, which stays in the processor's caches.
+"""
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver
+
+from dsv3c.kernels.launch import Launch, Loaded, hooked, recorded
+
+KEPT = 4096  # signatures of an operator; more, and they are forgotten
+ALIGNMENT = 16  # bytes; all that kernels and launchers ask of an address
+
+_empty = torch._C._dynamo.guards._empty_strided_cuda  # what Inductor's code calls; on the current device
+_aten = torch.ops.aten
+_ALLOCATE = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default,
+             _aten.new_empty_strided.default, _aten.empty_like.default}  # fmt: skip
+
+Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
+Place = tuple[int, int]  # a tensor of the call (arguments, results, workspaces, in this order), and bytes behind it
+
+
+class _Step(NamedTuple):
+    """A launch whose addresses are left out."""
+
+    kernel: Loaded
+    grid: tuple[int, int, int]
+    descs: list[tuple[Callable[..., list], Place, tuple[int, ...], tuple[int, ...]]]  # encoder, and what it encodes
+    values: list
+    pointers: list[tuple[int, Place]]  # positions in `values`
+
+
+class _Plan(NamedTuple):
+    """What the calls of a signature do."""
+
+    made: list[Spec]  # results, then workspaces
+    results: Callable[[list[Tensor]], Any]  # of what is made, what the operator returns
+    steps: list[_Step]
+
+    def replay(self, signature: tuple, args: tuple, addresses: list[int]):
+        made = [_empty(*spec) for spec in self.made]
+        addresses += [x.data_ptr() for x in made]
+        stream = driver.active.get_current_stream(signature[0])
+        for kernel, grid, descs, values, pointers in self.steps:
+            arguments: list = []
+            for encode, (source, offset), shape, strides in descs:
+                arguments += encode(addresses[source] + offset, shape, strides)
+            behind = len(arguments)
+            arguments += values
+            for at, (source, offset) in pointers:
+                arguments[behind + at] = addresses[source] + offset
+            kernel.start(grid, stream, arguments)
+        return self.results(made)
+
+
+class Replay:
+    """An operator on a GPU.
+
+    Args:
+        allocate: checks the arguments and makes the results: None, a tensor, or a sequence of them.
+        launcher: fills those: launcher(*args, *results).
+    """
+
+    def __init__(self, allocate: Callable, launcher: Callable) -> None:
+        self.allocate, self.launcher = allocate, launcher
+        self.ways: dict[tuple, Callable] = {}  # by signature, how the next call is done
+
+    def __call__(self, *args):
+        key: list = [driver.active.get_current_device()]
+        addresses = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                address = arg.data_ptr()
+                addresses.append(address)
+                key.append((arg.shape, arg.stride(), arg.dtype, arg.get_device(), address % ALIGNMENT))
+            elif isinstance(arg, list):  # an operator that runs once a step, at most
+                return self._call(None, args, addresses)
+            else:
+                key.append(arg)
+        signature = tuple(key)
+        way = self._call if hooked() else self.ways.get(signature, self._first)
+        return way(signature, args, addresses)
+
+    def _call(self, signature, args: tuple, addresses: list[int]):
+        out = self.allocate(*args)
+        self.launcher(*args, *(() if out is None else (out,)))
+        return out
+
+    def _first(self, signature: tuple, args: tuple, addresses: list[int]):
+        """Watching takes time, and sizes that vary may not come again."""
+        if len(self.ways) >= KEPT:
+            self.ways.clear()
+        self.ways[signature] = self._second
+        return self._call(signature, args, addresses)
+
+    def _second(self, signature: tuple, args: tuple, addresses: list[int]):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if len(set(map(id, tensors))) < len(tensors):
+            return self._call(signature, args, addresses)  # which is which shows in a call with others
+        out = self.allocate(*args)
+        results = [] if out is None else [out] if isinstance(out, Tensor) else list(out)
+        with recorded() as (launches, seen), _Watch(tensors + results) as watch:
+            self.launcher(*args, *(() if out is None else (out,)))
+        made, steps = watch.tensors[len(tensors) :], [watch.step(launch) for launch in launches]
+        here = all(x.get_device() == signature[0] for x in watch.tensors)
+        if watch.exact and len(seen) == len(launches) and here:
+            specs = [(tuple(x.shape), x.stride(), x.dtype) for x in made]
+            self.ways[signature] = _Plan(specs, _returned(out), steps).replay
+        else:
+            self.ways[signature] = self._call
+        return out
+
+
+def _returned(out) -> Callable[[list[Tensor]], Any]:
+    if out is None:
+        return lambda made: None
+    if isinstance(out, Tensor):
+        return itemgetter(0)
+    number = len(out)
+    return lambda made: tuple(made[:number])
+
+
+class _Watch(TorchDispatchMode):
+    """Where each tensor comes from. `exact` says whether all that torch did was to allocate and to make views."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.tensors, self.exact = tensors, True
+        self.places: dict[int, Place] = {id(x): (source, 0) for source, x in enumerate(tensors)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in _ALLOCATE:
+            self.places[id(out)] = len(self.tensors), 0
+            self.tensors.append(out)
+        elif func.is_view and isinstance(out, Tensor) and id(args[0]) in self.places:
+            source, offset = self.places[id(args[0])]
+            self.places[id(out)] = source, offset + out.data_ptr() - args[0].data_ptr()
+        else:
+            self.exact = False
+        return out
+
+    def step(self, launch: Launch) -> _Step:
+        pointers = [(at, self._place(value)) for at, value in enumerate(launch.values) if isinstance(value, Tensor)]
+        values = [0 if isinstance(value, Tensor) else value for value in launch.values]
+        self.exact &= not any(isinstance(value, (tuple, list)) for value in values)
+        descs = [
+            (encode, self._place(desc.base), desc.shape, desc.strides)
+            for encode, desc in zip(launch.kernel.encoders, launch.descs, strict=True)
+        ]
+        return _Step(launch.kernel, launch.grid, descs, values, pointers)
+
+    def _place(self, x: Tensor) -> Place:
+        self.exact &= id(x) in self.places
+        return self.places.get(id(x), (0, 0))
