@@ -55,9 +55,19 @@ def price(gm: fx.GraphModule, target: Target, *, backward: bool | None = None) -
 
     position = {node: number for number, node in enumerate(gm.graph.nodes)}
     with unset_fake_temporarily():  # between passes a fake mode is on, in which `hinted` is slow
-        costs = {position[node]: _kernel(node, target, side(node)) for node in gm.graph.nodes if _has_kernel(node)}
+        costs = {
+            position[node]: price_operator(node, target, side(node)) for node in gm.graph.nodes if _has_kernel(node)
+        }
         costs |= {position[group[0]]: _group(group, target, side(group[0])) for group in _groups(gm, side)}
     return [cost for _, cost in sorted(costs.items())]
+
+
+def price_operator(node: fx.Node, target: Target, backward: bool) -> Cost:
+    """The cost of an operator with a kernel of its own."""
+    flops = _flops(node)
+    moved = sum(_read_bytes([node]).values()) + _bytes(node)
+    time_us = target.roofline_us(flops, moved, _rate(node))
+    return Cost(operator_name(node), region_of(node), backward, 1, flops, moved, time_us)
 
 
 def saved(forward: fx.GraphModule, backward: fx.GraphModule) -> dict[Region | None, int]:
@@ -99,13 +109,6 @@ def _is_fused(node: fx.Node) -> bool:
         and bool(_tensors(node))
         and any(map(_tensors, node.all_input_nodes))
     )
-
-
-def _kernel(node: fx.Node, target: Target, backward: bool) -> Cost:
-    flops = _flops(node)
-    moved = sum(_read_bytes([node]).values()) + _bytes(node)
-    time_us = target.roofline_us(flops, moved, _rate(node))
-    return Cost(operator_name(node), region_of(node), backward, 1, flops, moved, time_us)
 
 
 def _group(group: list[fx.Node], target: Target, backward: bool) -> Cost:

@@ -8,7 +8,7 @@ ones (dsv3c/measure.py) are there if asked for.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from dsv3c.measure import measure as measured_launches
 from dsv3c.passes.regions import Region
 from dsv3c.pricing import FUSED, Cost, price, saved, unrecognised
 from dsv3c.report_passes import Records, passes_list, passes_table, regions_table
+from dsv3c.report_roofline import Against, against_rooflines, roofline_table
 from dsv3c.report_table import Table, counts, grouped, region_dict, sums
 from dsv3c.tuning.targets import Target
 from dsv3c.weights import QuantizedWeights
@@ -47,18 +48,22 @@ class UnitReport:
     records: Records
     unrecognised: dict[str, int]
     launches: tuple[Launch, ...] = ()  # of one module, if measured
+    against: tuple[Against, ...] = ()  # their rooflines, if measured on the target
 
     @classmethod
     def of(cls, lowered: Lowered, modules: int, target: Target, launches: tuple[Launch, ...] = ()) -> "UnitReport":
+        costs = [cost for i, half in enumerate(lowered.halves) for cost in price(half, target, backward=i == 1)]
+        launches = located(launches, lowered.halves, target)
         return cls(
             lowered.unit.name,
             modules,
             tuple(_inputs(lowered.unit)),
-            tuple(cost for i, half in enumerate(lowered.halves) for cost in price(half, target, backward=i == 1)),
+            tuple(costs),
             saved(*lowered.halves) if len(lowered.halves) == 2 else {},
             lowered.records,
             dict(Counter(name for half in lowered.halves for name in unrecognised(half))),
-            located(launches, lowered.halves),
+            launches,
+            against_rooflines(launches, costs, target),
         )
 
     @property
@@ -103,6 +108,7 @@ class UnitReport:
                 for region, costs in self.regions().items()
             ],
             **({"measured_us": self.measured_us, "launches": self._launches()} if self.launches else {}),
+            **({"rooflines": [{**asdict(x), "ratio": x.ratio} for x in self.against]} if self.against else {}),
             "operators": [
                 {
                     "operator": cost.operator,
@@ -125,10 +131,18 @@ class UnitReport:
         return "\n\n".join(filter(None, [self.title, *tables, "\n".join(self.left())]))
 
     def tables(self) -> tuple["Table", ...]:
-        return self._regions(), self._kernels(), passes_table(self.records), regions_table(self.records)
+        passes = passes_table(self.records), regions_table(self.records)
+        return self._regions(), self._kernels(), roofline_table(self.against), *passes
 
     def _launches(self) -> list[dict[str, Any]]:
-        return [{**asdict(x), "region": x.region.path if x.region else None} for x in self.launches]
+        return [
+            {
+                **asdict(replace(x, cost=None)),
+                "region": x.region.path if x.region else None,
+                "cost": sums([x.cost]) if x.cost else None,
+            }
+            for x in self.launches
+        ]
 
     def _measured(self, region: Region | None, backward: bool | None = None) -> float | None:
         """Of its operators with a kernel of their own; None without any."""
