@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from dsv3c.capture import Unit, Units
 from dsv3c.debug import debug_config
 from dsv3c.errors import CompileError
 from dsv3c.fp8_weights import recipe_of
+from dsv3c.out_of_memory import explain
 from dsv3c.passes import Pass, Pipeline, default
 from dsv3c.passes.choose_saved import Memory
 from dsv3c.tuning.targets import Target, resolve
@@ -85,7 +86,10 @@ def compile(  # the name users type
         backends[unit] = Backend(unit, pipeline, weights, dump and dump / unit.name)
         return backends[unit]
 
-    units = Units(backend)
+    def out_of_memory(where: str, error: torch.OutOfMemoryError, node: Any) -> None:
+        explain(error, where, model.parameters(), weights, pipeline.memory, node)
+
+    units = Units(backend, out_of_memory)
     compiled = _shallow_copy(model, {})
     for _, module in families.compiled_modules(compiled):
         module.forward = families.call_of(module).forward(module, units.runner(module))

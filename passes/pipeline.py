@@ -78,6 +78,11 @@ class Pipeline:
     def quantizes(self) -> bool:
         return any(hasattr(step, "weights") for step in self.joint)
 
+    @property
+    def memory(self) -> Memory:
+        """What is saved for backward."""
+        return next((step.memory for step in self.joint if isinstance(step, ChooseSaved)), "none")
+
     def with_weights(self, weights: tuple[WeightInput, ...]) -> "Pipeline":
         """The same passes, told where in the graph's inputs the quantised weights are."""
         joint = tuple(replace(step, weights=weights) if hasattr(step, "weights") else step for step in self.joint)
