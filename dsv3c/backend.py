@@ -7,6 +7,7 @@ which skips the passes, hides nothing.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dsv3c import passes
 from dsv3c.capture import Unit, quantizable, tensors_of, varying
 from dsv3c.families import call_of
+from dsv3c.kernels.attention import deterministic_algorithms
 from dsv3c.passes.contract import fingerprint
 from dsv3c.weights import QuantizedWeights
 
@@ -83,6 +85,7 @@ class Backend:
     weights: QuantizedWeights | None
     dump: Path | None = None
     price: Callable[[fx.GraphModule], Any] | None = None
+    deterministic: bool = False
     joint: JointPasses | None = field(default=None, init=False)
     captured_records: list[passes.Record] = field(default_factory=list, init=False)
     text: str = field(default="", init=False)
@@ -135,7 +138,11 @@ class Backend:
         return stacks, inputs
 
     def lower(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
-        return compile_fx(gm, example_inputs, config_patches={**_INDUCTOR, "joint_custom_pre_pass": self.joint})
+        patches = {**_INDUCTOR, "joint_custom_pre_pass": self.joint, "deterministic": self.deterministic}
+        # Inductor then adds nothing up with atomics, and times no reduction to choose its form. The flag is in torch's
+        # cache keys.
+        with deterministic_algorithms() if self.deterministic else nullcontext():
+            return compile_fx(gm, example_inputs, config_patches=patches)
 
     def _stacks(self, gm: fx.GraphModule) -> list[Stack]:
         """The quantisable weights (Dynamo says which parameter an input is), together those that are used together."""

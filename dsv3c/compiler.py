@@ -50,6 +50,7 @@ def compile(  # the name users type
     target: str = "auto",
     precision: str = "auto",
     memory: Memory = "default",
+    deterministic: bool = False,
     skip: Collection[str] = (),
     passes: Sequence[Pass] | None = None,
 ) -> Model:
@@ -66,6 +67,9 @@ def compile(  # the name users type
             or "auto": fp8 on compute capability 9.0 and up, else exact.
         memory: what is saved for backward: "default" (FP8 copies; norms, permuted tokens and keys are computed again),
             "low" (queries, keys and values too), "none" (what torch's partitioner chooses). See `ChooseSaved`.
+        deterministic: two equal steps have equal bits, gradients included, on one machine and with the same versions
+            (without it attention's gradient, and in exact precision the experts' too, differ in their last bits).
+            What is not compiled here, such as the loss, is the caller's: see torch.use_deterministic_algorithms.
         skip: names of passes to leave out.
         passes: replaces the default list of passes.
 
@@ -76,14 +80,15 @@ def compile(  # the name users type
     families.check(model)
     resolved, notes = _precision(precision, model)
     recipe = recipe_of(model.config)
-    chosen = default(resolved, recipe, memory) if passes is None else passes
+    chosen = default(resolved, recipe, memory, deterministic) if passes is None else passes
     pipeline = Pipeline.of(chosen, (*skip, *debug_config().skip))
     weights = QuantizedWeights(recipe) if pipeline.quantizes else None
     dump = debug_config().dump
     backends: dict[Unit, Backend] = {}
 
     def backend(unit: Unit) -> Backend:
-        backends[unit] = Backend(unit, pipeline, weights, dump and dump / unit.name)
+        folder = dump and dump / unit.name
+        backends[unit] = Backend(unit, pipeline, weights, folder, deterministic=deterministic)
         return backends[unit]
 
     def out_of_memory(where: str, error: torch.OutOfMemoryError, node: Any) -> None:
@@ -96,7 +101,10 @@ def compile(  # the name users type
     compiled._dsv3c = Compilation(resolved, resolve(target), pipeline, weights, units, backends, notes)
     compiled.weights_changed = weights.forget if weights else lambda: None
     # A copied module would go on calling its unit with this one's parameters, so a deep copy is compiled anew.
-    again = partial(compile, target=target, precision=precision, memory=memory, skip=skip, passes=passes)
+    again = partial(
+        compile, target=target, precision=precision, memory=memory, deterministic=deterministic, skip=skip,
+        passes=passes,
+    )  # fmt: skip
     compiled.__deepcopy__ = lambda memo: again(copy.deepcopy(model, memo))
     return compiled
 
