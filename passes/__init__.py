@@ -14,6 +14,7 @@ from dsv3c.passes.fuse_swiglu_backward import FuseSwiGLUBackward
 from dsv3c.passes.join_keys import JoinKeys
 from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
+from dsv3c.passes.order_sums import OrderSums
 from dsv3c.passes.pipeline import Pipeline, default
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_both import QuantizeBoth
@@ -40,6 +41,7 @@ __all__ = [
     "JoinKeys",
     "MergeLinear",
     "NarrowProduct",
+    "OrderSums",
     "Pass",
     "PassError",
     "Pipeline",
