@@ -92,7 +92,8 @@ def _results(layer: nn.Module, call: Call, backward: bool, forward: Callable | N
     with torch.set_grad_enabled(backward):
         out = (forward or layer)(x, *args, **kwargs)
         out = out if isinstance(out, tuple) else (out,)
-        results = {what: tensor.detach() for what, tensor in zip(("x", "latent"), out, strict=False)}
+        names = ("x", "latent") if args or kwargs else ("x",)  # a MoE alone takes nothing but x, and adds its routing
+        results = {what: tensor.detach() for what, tensor in zip(names, out, strict=False)}
         if backward:
             inputs = {"x": x} | {name: p for name, p in layer.named_parameters() if p.requires_grad}
             gradients = torch.autograd.grad(out[0].float().square().mean(), list(inputs.values()))
