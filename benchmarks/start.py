@@ -15,13 +15,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dsv3c.benchmarks.gate import Check, check, record_calls
+from dsv3c.benchmarks.workloads import Workload, build, configured, place
+from dsv3c.compiler import compilation_of, compile
 from dsv3c.errors import Dsv3cError
 
 ROUNDS = 2  # of a cold and a warm start each
 LIMIT_S = 600
 
 
-def starts(**arguments: Any) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+def starts(**arguments: Any) -> tuple[dict[str, list[float]], list[Check]]:
     """Seconds of each round by contender, and the checks of the last. The second process of a round finds the caches
     of the first. Raises Dsv3cError if one fails."""
     seconds: dict[str, list[float]] = {"cold caches": [], "warm caches": []}
@@ -30,7 +33,7 @@ def starts(**arguments: Any) -> tuple[dict[str, list[float]], list[dict[str, Any
             for name in seconds:
                 found = _in_a_process(Path(folder), arguments)
                 seconds[name].append(found["seconds"])
-    return seconds, found["checks"]
+    return seconds, [Check(**one) for one in found["checks"]]
 
 
 def _in_a_process(caches: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -49,10 +52,6 @@ def first_result(
     source: str, layers: int | None, experts: int | None, family: str, batch: int, tokens: int, precision: str
 ) -> dict[str, Any]:
     """`seconds`, and the gate's `checks` as dicts."""
-    from dsv3c.benchmarks import gate
-    from dsv3c.benchmarks.workloads import Workload, build, configured, place
-    from dsv3c.compiler import compilation_of, compile
-
     device, dtype = place()
     model = build(source, configured(source, layers, experts), family, dtype, device)
     with Workload("forward", family, batch, tokens).prepared(model) as calls:
@@ -61,10 +60,10 @@ def first_result(
         compiled = compile(model, precision=precision)
         calls.run(compiled).cpu()
         seconds = time.perf_counter() - start
-        recorded = gate.record_calls(model, lambda: calls.checked(model))
+        recorded = record_calls(model, lambda: calls.checked(model))
         resolved = compilation_of(compiled).precision
-        checks = gate.check(model, {resolved: compiled}, recorded, backward=False)[resolved]
-    return {"seconds": seconds, "checks": [asdict(check) | {"passed": check.passed} for check in checks]}
+        checks = check(model, {resolved: compiled}, recorded, backward=False)[resolved]
+    return {"seconds": seconds, "checks": [asdict(one) for one in checks]}
 
 
 if __name__ == "__main__":
