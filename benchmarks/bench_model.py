@@ -269,7 +269,7 @@ def _contenders(model: "Model", compiled: dict[str, "Model"]) -> dict[str, "Mode
     return {"eager": model, "torch.compile": torch.compile(model), **ours}
 
 
-def _first_call_s(call: partial, device: "torch.device") -> float:
+def _first_call_s(call: "Callable[[], object]", device: "torch.device") -> float:
     """Compiles, and warms up: a second call shows what only a second call does."""
     import torch
 

@@ -5,7 +5,7 @@ where that is what limits it. FP8 on a CPU is emulated.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,9 +43,9 @@ MAIN_GRAD_BYTES, OPTIMIZER_BYTES = 16, 28
 class Part:
     """By contender: calls; checks and bytes of some."""
 
-    calls: dict[str, Callable[[], object]]
+    calls: Mapping[str, Callable[[], object]]
     checks: dict[str, list[Check]]
-    moved_bytes: dict[str, int] = field(default_factory=dict)
+    moved_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def quantized_weights(model: Model, workload: Workload) -> Part:
@@ -71,8 +71,8 @@ def quantized_weights(model: Model, workload: Workload) -> Part:
     del made
     device = stacks[0][0].device
     source, target = (torch.empty(moved // 2, dtype=torch.uint8, device=device) for _ in range(2))
-    calls = {"copy": lambda: target.copy_(source), "dsv3c fp8": run}
-    return Part(calls, {"dsv3c fp8": checks}, dict.fromkeys(calls, moved))
+    contenders = {"copy": lambda: target.copy_(source), "dsv3c fp8": run}
+    return Part(contenders, {"dsv3c fp8": checks}, dict.fromkeys(contenders, moved))
 
 
 def _share_of_wrong(stack: list[Tensor], copies: list[Tensor], weights: "QuantizedWeights") -> float:

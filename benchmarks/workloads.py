@@ -127,7 +127,7 @@ def skew_routing(model: Model, tokens: int) -> list[int]:
     return sizes.tolist()
 
 
-def _inject(experts: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _inject(experts: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """By the expert, not its place: routers list the same experts in different orders."""
     x_TD, topk_idx_TK, topk_weights_TK = arguments
     return x_TD, experts.injected_idx[: len(topk_idx_TK)].gather(1, topk_idx_TK), topk_weights_TK
