@@ -57,8 +57,8 @@ def more(contender: dict[str, Any]) -> dict[str, str]:
     found |= {"first call s": f"{first_call_s:.0f}"} if first_call_s is not None else {}
     found |= {"TB/s": f"{gb['moved'] / contender['median_us'] * 1e3:.2f}"} if "moved" in gb else {}
     if kernels:
-        outside = kernels["other_us"] + kernels["idle_us"]
-        found["outside products"] = f"{outside / sum(kernels.values()):.0%}"
+        other, idle = (kernels[key] / sum(kernels.values()) for key in ("other_us", "idle_us"))
+        found["outside products (idle)"] = f"{other + idle:.0%} ({idle:.0%})"
     return found
 
 

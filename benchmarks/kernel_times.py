@@ -52,7 +52,7 @@ def kernel_times(call: Callable[[], object]) -> KernelTimes | None:
 def _kernels(call: Callable[[], object]) -> list[tuple[str, float, float]]:
     """Name, start and end of each."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize()
     events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
