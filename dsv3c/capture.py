@@ -28,6 +28,7 @@ from dsv3c.passes.regions import REGIONS
 
 BackendFactory = Callable[["Unit"], Callable]
 OutOfMemory = Callable[[str, torch.OutOfMemoryError, Any], None]  # where, what was raised, a layer's backward node
+SET_BY_COMPILE = ("forward", "__deepcopy__", "weights_changed", "_dsv3c")  # the last three on the model alone
 
 
 class Argument(NamedTuple):
@@ -210,17 +211,17 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def template_of(module: nn.Module) -> nn.Module:
-    """A copy of `module` on the meta device, without hooks and without a forward of ours, in evaluation mode."""
+    """A copy of `module` on the meta device, as it was before `compile`, in evaluation mode."""
     memo = {}
     for tensor in tensors_of(module).values():
         meta = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    own_forward = module.__dict__.pop("forward", None)
+    attributes = vars(module)
+    ours = {name: attributes.pop(name) for name in SET_BY_COMPILE if name in attributes}
     try:
         template = copy.deepcopy(module, memo)
     finally:
-        if own_forward is not None:
-            module.forward = own_forward
+        attributes.update(ours)
     return template.eval()
 
 

@@ -61,7 +61,7 @@ def compile(  # the name users type
     torch's back (through `.data`), so that their FP8 copies are made again.
 
     Args:
-        model: a dsv3c.DeepseekV3, or transformers' DeepseekV3ForCausalLM as it is.
+        model: a dsv3c.DeepseekV3, or transformers' DeepseekV3ForCausalLM as it is; or one MoE module of either.
         target: "auto" (this machine), or a name in tuning/targets; decides what the report predicts.
         precision: "exact" (the model's own dtype, nothing quantised), "fp8" (DeepSeek-V3's recipe; on a CPU emulated),
             or "auto": fp8 on compute capability 9.0 and up, else exact.
