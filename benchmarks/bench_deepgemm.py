@@ -27,6 +27,7 @@ from torch import Tensor
 from dsv3c.benchmarks.bench_kernels import DENSE, EXPERTS, FLOOR, GROUPS, close, normal, ops
 from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import Timing, interleaved
+from dsv3c.benchmarks.workloads import zipf
 from dsv3c.kernels import gemm, small_gemm
 from dsv3c.kernels.implementations import Problem, implementations
 from dsv3c.numerics import ceil_div
@@ -96,16 +97,6 @@ def grouped() -> Iterator[Contest]:
                     calls["deepgemm"] = partial(deepgemm, x, w, out, experts)
                 check = partial(close_in_groups, out, x, w, offs.tolist())
                 yield Contest(section, f"{E}x{rows} {N},{K}", calls, check, out, 2 * R * N * K)
-
-
-def zipf(E: int, R: int) -> Tensor:
-    """R rows to E experts as 1, 1/2, 1/3, ..., in an order drawn from a fixed seed; the last 5 % get none."""
-    share = 1 / torch.arange(1, E + 1, dtype=torch.float64)
-    share[E - E // 20 :] = 0
-    share = share[torch.randperm(E, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(share.device)]
-    sizes = (share / share.sum() * R).long()
-    sizes[sizes.argmax()] += R - sizes.sum()
-    return sizes
 
 
 def close_in_groups(out: Tensor, x: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor], ends: list[int]) -> None:

@@ -1,10 +1,9 @@
 """Kernels at V3's sizes: every configuration of ours, cuBLASLt, and torch in BF16.
 
-    python -m dsv3c.benchmarks.bench_kernels --out results/ [--only casts,dense,...]
+    python -m dsv3c.benchmarks.bench_kernels --out results/ [--only dense,grouped,...]
 
-Every contender is checked before any is timed: products against float64 on the same operands, casts bit for bit against
-the definition. Prints a table a section; the last line is JSON. TFLOPS count two operations a product, GB/s every
-operand once.
+Every contender is checked before any is timed, against float64 on the same operands. Prints a table a section; the last
+line is JSON. TFLOPS count two operations a product, GB/s every operand once. Casts: bench_producers.py.
 """
 
 import argparse
@@ -24,7 +23,6 @@ import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.timing import interleaved
 from dsv3c.kernels import gemm, grouped_gemm, small_gemm, wgrad, wgrad_specialized
 from dsv3c.kernels.implementations import Problem
-from dsv3c.kernels.reference import casts as reference
 from dsv3c.numerics import TILE, Recipe
 from dsv3c.tuning.workloads import close
 
@@ -50,52 +48,6 @@ class Case:
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.bfloat16)
-
-
-def same_bits(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for f, e in zip(found, expected, strict=True):
-        if not torch.equal(f.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8)):
-            raise AssertionError("bits differ from the definition")
-
-
-def against_copy(name: str, traffic: int, run: Callable[[], tuple], expected: Callable[[], tuple]) -> Case:
-    """`run` beside a copy that reads and writes as many bytes."""
-    source, target = (torch.empty(traffic // 2, dtype=torch.uint8) for _ in range(2))
-    contenders = {"ours": run, "copy": lambda: target.copy_(source)}
-    return Case(name, contenders, lambda _: same_bits(run(), expected()), bytes=traffic, unchecked=("copy",))
-
-
-def casts() -> Iterator[Case]:
-    offs = torch.arange(1, 9, dtype=torch.int32) * 4096
-    for R, K in [(4096, 7168), (32768, 7168), (32768, 2048)]:
-        x, n = normal(R, K), R * K
-        q, e5m6, groups = ops.quantize_tile(x, FLOOR, False), ops.quantize_e5m6(x, FLOOR), offs if R == 32768 else None
-        cases = {
-            "quantize_tile": (3 * n, (x, FLOOR, False)),
-            "quantize_tile_t": (3 * n, (x, groups, FLOOR, False)),
-            "quantize_tile_both": (4 * n, (x, groups, FLOOR, False)),
-            "requantize_t": (2 * n, (*q, groups, FLOOR, False)),
-            "quantize_e5m6": (7 * n // 2, (x, FLOOR)),
-        }
-        for name, (traffic, arguments) in cases.items():
-            run, expected = getattr(ops, name), getattr(reference, f"{name}_ref")
-            yield against_copy(f"{name} {R}x{K}", traffic, partial(run, *arguments), partial(expected, *arguments))
-        back = lambda a=e5m6: (ops.dequantize_e5m6(*a, torch.bfloat16),)  # noqa: E731
-        expected = lambda a=e5m6: (reference.dequantize_e5m6_ref(*a, torch.bfloat16),)  # noqa: E731
-        yield against_copy(f"dequantize_e5m6 {R}x{K}", 7 * n // 2, back, expected)
-    for shape in [(7168, 16384), (32, 4096, 7168)]:
-        w = normal(*shape)
-        q, scale_inv = ops.quantize_block(w, FLOOR, False)
-        name, n = "x".join(map(str, shape)), w.numel()
-        yield Case(f"quantize_block {name}", {"ours": lambda w=w: ops.quantize_block(w, FLOOR, False)},
-                   lambda _, w=w, f=(q, scale_inv): same_bits(f, reference.quantize_block_ref(w, FLOOR, False)),
-                   bytes=3 * n)  # fmt: skip
-        back = lambda a=(q, scale_inv): ops.dequantize_block(*a, torch.bfloat16)  # noqa: E731
-        expected = lambda a=(q, scale_inv): reference.dequantize_block_ref(*a, torch.bfloat16)  # noqa: E731
-        yield Case(f"dequantize_block {name}", {"ours": back},
-                   lambda _, r=back, e=expected: same_bits((r(),), (e(),)), bytes=3 * n)  # fmt: skip
-        yield Case(f"transpose {name}", {"ours": lambda q=q: gemm.transpose(q)},
-                   lambda _, q=q: same_bits((gemm.transpose(q),), (q.view(torch.uint8).mT,)), bytes=2 * n)  # fmt: skip
 
 
 def plain(M: int, N: int, K: int, tiled: bool) -> Case:
@@ -236,7 +188,6 @@ def sections() -> dict[str, Callable[[], Iterator[Case]]]:
             for N, K in [(7168, 4096), (24576, 1536), (7168, 16384)]
             for case in (plain(N, K, 4096, True), accumulated(4096, N, K))
         ),
-        "casts": casts,
         "small": lambda: (plain(M, N, K, False) for M in (16, 64, 128) for N, K in DENSE),
         "decode": lambda: (grouped(256, rows, *e, True) for rows in (2, 16) for e in EXPERTS),
     }

@@ -1,7 +1,8 @@
 """`dsv3c bench`: how fast is a compiled model? Eager, torch.compile and dsv3c on the same weights and inputs.
 
-What is called is in workloads.py. First every compiled layer is checked (gate.py); then all are timed in turn
-(timing.py). Compilation, and the FP8 copies of the weights, are made in the first call, which is timed apart.
+What is called is in workloads.py, what is not a model's call in parts.py and start.py. First every compiled layer is
+checked (gate.py); then all are timed in turn (timing.py). Compilation, and the FP8 copies of the weights, are made in
+the first call, which is timed apart.
 """
 
 import gc
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv3c.benchmarks.bench_report import EMULATED, RATIOS_ONLY, draw, report
 from dsv3c.errors import Dsv3cError
 
 if TYPE_CHECKING:
@@ -23,15 +25,19 @@ if TYPE_CHECKING:
 
     import torch
 
+    from dsv3c.benchmarks.gate import Check
+    from dsv3c.benchmarks.timing import Timing
     from dsv3c.benchmarks.workloads import Model, Workload
 
-MODES = ("forward", "backward", "decode")
+WORKLOADS = ("forward", "backward", "moe", "decode")
+MODES = (*WORKLOADS, "quantize", "main-grad", "cross-entropy", "optimizer", "start")
 FAMILIES = ("ours", "hf")
+ROUTINGS = ("router", "zipf")
+SKEWED = ("forward", "backward", "moe")  # what the other routings are for
+BASELINES = ("eager", "torch.compile")
 PRECISIONS = ("auto", "exact", "fp8")
-EMULATED = "FP8 is emulated on a CPU: its numbers are those of the recipe, its speed means nothing"
 GRAPH = "decode: of dsv3c, the step that generate replays, a CUDA graph whose memory is taken before"
-RATIOS_ONLY = "on a CPU only the ratios are meaningful, and those of this machine only"
-_COLORS = {"eager": "#9aa0a6", "torch.compile": "#5f6368", "dsv3c exact": "#1a73e8", "dsv3c fp8": "#34a853"}
+ZIPF = "routing injected, the same for all, weights the router's"
 
 
 def bench(
@@ -47,8 +53,11 @@ def bench(
         typer.Option(help="Of a sequence; in decode, cached ones.", show_default="4096, or 128 on a CPU"),
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    mode: Annotated[str, typer.Option(help="Of forward, backward, decode; with commas between.")] = "forward",
+    mode: Annotated[str, typer.Option(help=f"Of {', '.join(MODES)}; with commas between.")] = "forward",
     model: Annotated[str, typer.Option(help="ours, or hf: transformers' model, the same weights.")] = "ours",
+    routing: Annotated[
+        str, typer.Option(help="router, or zipf: experts' loads as 1, 1/2, 1/3, …, the same for all.")
+    ] = "router",
     precision: Annotated[str, typer.Option(help="exact, fp8, or auto: exact, and fp8 where it is fast.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the times, to a .png.")] = None,
@@ -63,6 +72,7 @@ def bench(
         batch=batch,
         modes=_choices("mode", mode, MODES),
         family=_choices("model", model, FAMILIES, most=1)[0],
+        routing=_choices("routing", routing, ROUTINGS, most=1)[0],
         precisions=_choices("precision", precision, PRECISIONS),
     )
     passed = all(row["passed"] for row in document["modes"])
@@ -87,46 +97,63 @@ def measure(
     batch: int = 1,
     modes: tuple[str, ...] = ("forward",),
     family: str = "ours",
+    routing: str = "router",
     precisions: tuple[str, ...] = ("auto",),
 ) -> dict[str, Any]:
     """The JSON document of a run; a mode that failed its checks has no times. Raises Dsv3cError for bad input."""
     import torch
 
     from dsv3c.benchmarks.record import environment
-    from dsv3c.benchmarks.workloads import Workload, build
+    from dsv3c.benchmarks.workloads import Workload, build, configured, place, skew_routing
 
-    on_gpu = torch.cuda.is_available()
-    device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
+    device, dtype = place()
+    on_gpu = device.type == "cuda"
     tokens = tokens if tokens is not None else 4096 if on_gpu else 128
     for name, number in (("tokens", tokens), ("batch", batch)):
         if number < 1:
             raise Dsv3cError(f"--{name}: expected at least 1, found {number}")
-    model = build(source, layers, experts, family, dtype, device)
-    rows = []
+    if routing == "zipf" and not set(modes) <= set(SKEWED):
+        raise Dsv3cError(f"--routing zipf: expected modes of {', '.join(SKEWED)}, found {','.join(modes)}")
+    config, rows, rows_per_expert = configured(source, layers, experts), {}, None
+    if "start" in modes:  # before this process takes memory
+        rows["start"] = _measure_start(source, layers, experts, family, batch, tokens, precisions[0])
+    if modes != ("start",):
+        model = build(source, config, family, dtype, device)
+        rows_per_expert = skew_routing(model, batch * tokens) if routing == "zipf" else None
     for mode in modes:
+        if mode == "start":
+            continue
         torch._dynamo.reset()
         gc.collect()  # compiled models are cycles, and hold copies of the weights
-        rows.append(_measure_mode(Workload(mode, family, batch, tokens), model, precisions, device))
-    names = {contender["name"] for row in rows for contender in row["contenders"]}
+        workload = Workload(mode, family, batch, tokens)
+        if mode in WORKLOADS:
+            rows[mode] = _measure_mode(workload, model, precisions, device)
+        else:
+            rows[mode] = _measure_part(workload, model, device)
+    names = {contender["name"] for row in rows.values() for contender in row["contenders"]}
     return {
         "benchmark": "model",
         "source": Path(source).name,
         "family": family,
-        "layers": model.config.num_hidden_layers,
-        "experts": model.config.n_routed_experts,
+        "layers": config.num_hidden_layers,
+        "experts": config.n_routed_experts,
         "tokens": tokens,
         "batch": batch,
+        "routing": routing,
+        "rows_per_expert": rows_per_expert,
         "dtype": str(dtype).removeprefix("torch."),
         "command": " ".join(
             ["dsv3c bench", Path(source).name, *([f"--layers {layers}"] if layers else []),
              *([f"--experts {experts}"] if experts else []), f"--tokens {tokens}",
-             f"--batch {batch} --mode {','.join(modes)} --model {family} --precision {','.join(precisions)}"]
+             f"--batch {batch} --mode {','.join(modes)} --model {family} --precision {','.join(precisions)}",
+             *(["--routing zipf"] if routing == "zipf" else [])]
         ),
         "notes": [RATIOS_ONLY] * (not on_gpu)
-        + [EMULATED] * (not on_gpu and "dsv3c fp8" in names)
-        + [GRAPH] * (on_gpu and family == "ours" and "decode" in modes),
+        + [EMULATED] * (not on_gpu and any(name.startswith("dsv3c fp8") for name in names))
+        + [GRAPH] * (on_gpu and family == "ours" and "decode" in modes)
+        + ([f"{ZIPF}: {', '.join(map(str, rows_per_expert))} rows an expert"] if rows_per_expert else []),
         "environment": environment(device.type),
-        "modes": rows,
+        "modes": [rows[mode] for mode in modes],
     }  # fmt: skip
 
 
@@ -134,7 +161,10 @@ def _measure_mode(
     workload: "Workload", model: "Model", precisions: tuple[str, ...], device: "torch.device"
 ) -> dict[str, Any]:
     from dsv3c.benchmarks import gate, timing
+    from dsv3c.benchmarks.kernel_times import kernel_times
+    from dsv3c.benchmarks.workloads import moe_of
 
+    model = moe_of(model) if workload.mode == "moe" else model
     with workload.prepared(model) as calls:
         compiled = _compiled(model, precisions)
         models = _contenders(model, compiled)
@@ -144,30 +174,79 @@ def _measure_mode(
             first_call_s[name] = _first_call_s(partial(calls.warm, contender), device)
         _progress(f"{workload.mode}: checking every layer")
         recorded = gate.record_calls(model, partial(calls.checked, model))
-        checks = gate.check(model, compiled, recorded, backward=workload.mode == "backward")
-        failed = [{"precision": p} | asdict(c) for p, found in checks.items() for c in found if not c.passed]
-        row: dict[str, Any] = {"mode": workload.mode, "passed": not failed, "failed": failed, "contenders": []}
-        if failed:
-            return row
+        checks = gate.check(model, compiled, recorded, backward=calls.loss is not None)
+        found = {f"dsv3c {precision}": of_one for precision, of_one in checks.items()}
+        if failed := _failed(workload.mode, found):
+            return failed
         for contender in compiled.values():
             calls.warm(contender)  # makes the FP8 copies again, which the checks freed
         _progress(f"{workload.mode}: timing")
-        times = timing.interleaved({name: partial(calls.run, contender) for name, contender in models.items()})
-        saved = {name: _saved_bytes(calls.loss, contender, device) for name, contender in models.items()}
-    for name, found in times.items():
-        worst = max(checks.get(name.removeprefix("dsv3c "), ()), key=lambda c: c.error / (c.bound or 1), default=None)
-        row["contenders"].append(
-            {
-                "name": name,
-                **asdict(found),
-                "speedup_over_eager": times["eager"].median_us / found.median_us,
-                "speedup_over_torch_compile": times["torch.compile"].median_us / found.median_us,
+        runs = {name: partial(calls.run, contender) for name, contender in models.items()}
+        times = timing.interleaved(runs)
+        more = {
+            name: {
                 "first_call_s": first_call_s[name],
-                "saved_bytes": saved[name],
-                "worst_check": asdict(worst) if worst else None,
+                "saved_bytes": _saved_bytes(calls.loss, contender, device),
+                "kernels": (kernels := kernel_times(runs[name])) and asdict(kernels),
             }
+            for name, contender in models.items()
+        }
+    return _row(workload.mode, times, found, more)
+
+
+def _measure_part(workload: "Workload", model: "Model", device: "torch.device") -> dict[str, Any]:
+    from dsv3c.benchmarks import timing
+    from dsv3c.benchmarks.parts import PARTS
+
+    _progress(f"{workload.mode}: checking")
+    part = PARTS[workload.mode](model, workload)
+    if failed := _failed(workload.mode, part.checks):
+        return failed
+    first_call_s = {name: _first_call_s(call, device) for name, call in part.calls.items()}
+    _progress(f"{workload.mode}: timing")
+    times = timing.interleaved(part.calls)
+    more = {name: {"first_call_s": s, "moved_bytes": part.moved_bytes.get(name)} for name, s in first_call_s.items()}
+    return _row(workload.mode, times, part.checks, more)
+
+
+def _measure_start(
+    source: str, layers: int | None, experts: int | None, family: str, batch: int, tokens: int, precision: str
+) -> dict[str, Any]:
+    from dsv3c.benchmarks import start, timing
+
+    _progress("start: in processes of their own")
+    seconds, checks = start.starts(
+        source=source, layers=layers, experts=experts, family=family, batch=batch, tokens=tokens, precision=precision
+    )
+    found = dict.fromkeys(seconds, checks)
+    times = {name: timing.summary([s * 1e6 for s in taken]) for name, taken in seconds.items()}
+    return _failed("start", found) or _row("start", times, found, {})
+
+
+def _failed(mode: str, checks: "dict[str, list[Check]]") -> dict[str, Any] | None:
+    """The row of a mode in which a contender failed one of its checks."""
+    failed = [{"contender": name} | asdict(c) for name, found in checks.items() for c in found if not c.passed]
+    return {"mode": mode, "passed": False, "failed": failed, "contenders": []} if failed else None
+
+
+def _row(
+    mode: str, times: "dict[str, Timing]", checks: "dict[str, list[Check]]", more: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Of a mode that passed. Ratios to eager and torch.compile are None where they take no part."""
+    contenders = []
+    for name, found in times.items():
+        worst = max(checks.get(name, ()), key=lambda c: c.error / (c.bound or 1), default=None)
+        ratios = {
+            f"speedup_over_{baseline.replace('.', '_')}": times[baseline].median_us / found.median_us
+            if baseline in times
+            else None
+            for baseline in BASELINES
+        }
+        rest = {"first_call_s": None, "saved_bytes": None, "moved_bytes": None, "kernels": None} | more.get(name, {})
+        contenders.append(
+            {"name": name, **asdict(found), **ratios, **rest, "worst_check": asdict(worst) if worst else None}
         )
-    return row
+    return {"mode": mode, "passed": True, "failed": [], "contenders": contenders}
 
 
 def _compiled(model: "Model", precisions: tuple[str, ...]) -> dict[str, "Model"]:
@@ -190,7 +269,7 @@ def _contenders(model: "Model", compiled: dict[str, "Model"]) -> dict[str, "Mode
     return {"eager": model, "torch.compile": torch.compile(model), **ours}
 
 
-def _first_call_s(call: partial, device: "torch.device") -> float:
+def _first_call_s(call: "Callable[[], object]", device: "torch.device") -> float:
     """Compiles, and warms up: a second call shows what only a second call does."""
     import torch
 
@@ -214,73 +293,6 @@ def _saved_bytes(loss: "Callable[[Model], torch.Tensor] | None", model: "Model",
     saved = torch.cuda.memory_allocated() - before
     del kept
     return saved
-
-
-def report(document: dict[str, Any]) -> str:
-    """The document as tables for people."""
-    from tabulate import tabulate
-
-    where = document["environment"]
-    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "dsv3c"))
-    power = f", {where['power_limit_w']:.0f} W" if where.get("power_limit_w") else ""
-    parts = [
-        f"{document['source']} ({document['family']}), {document['layers']} layers, {document['experts']} experts, "
-        f"{document['batch']} x {document['tokens']} tokens, {document['dtype']}; {where['machine']}{power}; {versions}"
-    ]
-    for row in document["modes"]:
-        if row["passed"]:
-            lines = [_line(row["mode"], contender, document["notes"]) for contender in row["contenders"]]
-            parts.append(tabulate(lines, headers="keys", disable_numparse=True, stralign="right"))
-        else:
-            parts.append(f"{row['mode']}: these are wrong, so no speed is shown")
-            parts.append(tabulate(row["failed"], headers="keys", floatfmt=".2e"))
-    return "\n\n".join([*parts, *(f"Note: {note}." for note in document["notes"])])
-
-
-def _line(mode: str, contender: dict[str, Any], notes: list[str]) -> dict[str, str]:
-    emulated = EMULATED in notes and contender["name"] == "dsv3c fp8"
-    line = {mode: contender["name"]}
-    if RATIOS_ONLY not in notes:
-        line |= {
-            "median ms": f"{contender['median_us'] / 1e3:.3f}",
-            "p20-p80 ms": f"{contender['p20_us'] / 1e3:.3f}-{contender['p80_us'] / 1e3:.3f}",
-            "memory GB": f"{contender['peak_bytes'] / 1e9:.2f}",
-            "first call s": f"{contender['first_call_s']:.0f}",
-        }
-        if contender["saved_bytes"] is not None:
-            line["saved GB"] = f"{contender['saved_bytes'] / 1e9:.2f}"
-    for baseline in ("eager", "torch.compile"):
-        ratio = contender[f"speedup_over_{baseline.replace('.', '_')}"]
-        line[f"x {baseline}"] = "emulated" if emulated else f"{ratio:.2f}"
-    worst = contender["worst_check"]
-    line["worst error (bound)"] = f"{worst['error']:.1e} ({worst['bound']:.1e})" if worst else ""
-    return line
-
-
-def draw(document: dict[str, Any], path: Path) -> None:
-    """A panel a mode, a bar a contender, whiskers from p20 to p80, times as fast as eager above."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise Dsv3cError("--plot: expected matplotlib, found none; try pip install 'dsv3c[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = document["modes"]
-    figure, axes = pyplot.subplots(1, len(rows), figsize=(4.5 * len(rows), 3.6), squeeze=False, layout="constrained")
-    for panel, row in zip(axes[0], rows, strict=True):
-        for found in row["contenders"]:
-            middle, low, high = (found[key] / 1e3 for key in ("median_us", "p20_us", "p80_us"))
-            whiskers = [[middle - low], [high - middle]]
-            bar = panel.bar(found["name"], middle, yerr=whiskers, capsize=3, color=_COLORS[found["name"]])
-            emulated = EMULATED in document["notes"] and found["name"] == "dsv3c fp8"
-            panel.bar_label(bar, ["emulated" if emulated else f"{found['speedup_over_eager']:.2f}x"], fontsize=8)
-        panel.set(title=row["mode"], ylabel="ms")
-        panel.tick_params(axis="x", labelsize=8, rotation=20)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(report(document).partition("\n")[0], fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _choices(name: str, text: str, known: tuple[str, ...], most: int | None = None) -> tuple[str, ...]:

@@ -1,26 +1,26 @@
-"""Fused producers at V3's sizes, each beside a copy that moves as many bytes, in turns.
+"""Casts and fused producers at V3's sizes, each beside a copy that moves as many bytes, in turns.
 
-    python -m dsv3c.benchmarks.bench_producers [--only swiglu,norm,...] [--seconds 2]
+    python -m dsv3c.benchmarks.bench_producers [--only casts,swiglu,...] [--seconds 2] [--record]
 
-Each is checked against its definition before it is timed. Both are captured in CUDA graphs: in a model the host is
-ahead, and here its launches would count. Prints a table; the last line is JSON. `of copy` is the copy's time over the
-producer's: the share of what the memory gives.
+Each is checked against its definition before it is timed, casts bit for bit. Both are captured in CUDA graphs: in a
+model the host is ahead, and here its launches would count. Prints a table; the last line is JSON; --record appends it
+to `results/`. `of copy` is the copy's time over the producer's: the share of what the memory gives.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
-import triton
 from tabulate import tabulate
 from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
+from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import interleaved
-from dsv3c.kernels.reference import cross_entropy, norm, rotary, swiglu
-from dsv3c.kernels.reference.casts import dequantize_tile
+from dsv3c.kernels.reference import casts as reference
+from dsv3c.kernels.reference import cross_entropy, heads, norm, rotary, swiglu
 from dsv3c.numerics import E4M3, Recipe, distance, quantized_gemm_rms, unit_roundoff
 
 ops = torch.ops.dsv3c
@@ -36,6 +36,7 @@ class Case:
     run: Callable[[], object]
     definition: Callable[[], object]
     bytes: int
+    exact: bool = False
 
 
 def normal(*shape: int) -> Tensor:
@@ -50,10 +51,39 @@ def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         bound = unit_roundoff(torch.bfloat16)
         if f.dtype == E4M3:
             (f_scale_inv, e_scale_inv), *tensors = tensors
-            f, e = dequantize_tile(f, f_scale_inv), dequantize_tile(e, e_scale_inv)
+            f, e = reference.dequantize_tile(f, f_scale_inv), reference.dequantize_tile(e, e_scale_inv)
             bound = quantized_gemm_rms()
         if f.numel() and not distance(f, e)[0] <= bound:
             raise AssertionError(f"RMS distance {distance(f, e)[0]:.3g}, bound {bound:.3g}")
+
+
+def same_bits(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for f, e in zip(found, expected, strict=True):
+        if not torch.equal(f.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8)):
+            raise AssertionError("bits differ from the definition")
+
+
+def casts() -> Iterator[Case]:
+    for R, K, groups in [(4096, 2048, 0), (4096, 7168, 0), (4096, 18432, 0), (32768, 2048, 8), (32768, 7168, 8)]:
+        x, n = normal(R, K), R * K
+        offs = torch.arange(1, groups + 1, dtype=torch.int32) * (R // groups) if groups else None
+        quantized, packed = ops.quantize_tile(x, FLOOR, False), ops.quantize_e5m6(x, FLOOR)
+        for name, size, arguments in [
+            ("quantize_tile", 3, (x, FLOOR, False)),
+            ("quantize_tile_t", 3, (x, offs, FLOOR, False)),
+            ("quantize_tile_both", 4, (x, offs, FLOOR, False)),
+            ("requantize_t", 2, (*quantized, offs, FLOOR, False)),
+            ("quantize_e5m6", 3.5, (x, FLOOR)),
+            ("dequantize_e5m6", 3.5, (*packed, torch.bfloat16)),
+        ]:
+            definition = getattr(reference, f"{name}_ref")
+            yield case(f"{name} {R}x{K}", name, arguments, definition, int(size * n), exact=True)
+    for shape in [(7168, 16384), (32, 4096, 7168)]:
+        w = normal(*shape)
+        quantized = ops.quantize_block(w, FLOOR, False)
+        for name, arguments in [("quantize_block", (w, FLOOR, False)), ("dequantize_block", (*quantized, w.dtype))]:
+            title = f"{name} {'x'.join(map(str, shape))}"
+            yield case(title, name, arguments, getattr(reference, f"{name}_ref"), 3 * w.numel(), exact=True)
 
 
 def swiglus() -> Iterator[Case]:
@@ -98,6 +128,12 @@ def rotaries() -> Iterator[Case]:
         ("split_keys", 2 * R * H * (2 * nope + 2 * V + rope), (q, dv, nope)),
     ]:
         yield case(f"{name} {R}", name, arguments, getattr(rotary, f"{name}_ref"), moved)
+    turned, joined = R * H * (nope + rope), R * H * (nope + V)
+    for name, moved, arguments in [
+        ("rotate_quantize_both", 4 * turned + angles_moved, (q, cos, sin, GRADIENT_FLOOR, False)),
+        ("join_quantize_both", 4 * joined, (q, dv, nope, GRADIENT_FLOOR, False)),
+    ]:
+        yield case(f"{name} {R}", name, arguments, getattr(heads, f"{name}_ref"), moved)
     for inverse in (False, True):
         expected = q.clone()
         rotary.rotate_heads_ref(expected, cos, sin, inverse)
@@ -122,8 +158,8 @@ def cross_entropies() -> Iterator[Case]:
     )
 
 
-def case(title: str, name: str, arguments: tuple, definition: Callable, moved: int) -> Case:
-    return Case(title, lambda: getattr(ops, name)(*arguments), lambda: definition(*arguments), moved)
+def case(title: str, name: str, arguments: tuple, definition: Callable, moved: int, exact: bool = False) -> Case:
+    return Case(title, lambda: getattr(ops, name)(*arguments), lambda: definition(*arguments), moved, exact)
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
@@ -135,6 +171,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
+    "casts": casts,
     "swiglu": swiglus,
     "norm": norms,
     "rotary": rotaries,
@@ -146,31 +183,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
+    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
     arguments = parser.parse_args()
     torch.set_default_device("cuda")
     torch.manual_seed(0)
-    table, rows, wrong = [], [], 0
+    table, cases, wrong = [], [], 0
     for section in arguments.only.split(","):
         for each in SECTIONS[section]():
             try:
-                agree(each.run(), each.definition())
+                outputs = [x if isinstance(x, tuple) else (x,) for x in (each.run(), each.definition())]
+                (same_bits if each.exact else agree)(*outputs)
             except Exception as error:  # one that is wrong, or does not run, gets no time
                 print(f"WRONG {each.name}: {error}", flush=True)
                 wrong += 1
                 continue
+            del outputs
             source, target = torch.empty(2, each.bytes // 2, dtype=torch.uint8)
             contenders = {"ours": captured(each.run), "copy": captured(lambda s=source, t=target: t.copy_(s))}
             times = interleaved(contenders, rounds=30, seconds=arguments.seconds)
             ours, copy = times["ours"], times["copy"]
             share = copy.median_us / ours.median_us
             table.append([each.name, ours.median_us, ours.p20_us, ours.p80_us, copy.median_us, share])
-            rows += [{"case": each.name, "contender": key, **asdict(t)} for key, t in times.items()]
+            spread = {f"{key}_us": [t.median_us, t.p20_us, t.p80_us] for key, t in times.items()}
+            cases.append({"case": each.name, "bytes": each.bytes, "of_copy": share} | spread)
             print(f"{each.name}: {ours.median_us:.1f} us, {share:.2f} of copy", flush=True)
             del source, target, contenders
             torch.cuda.empty_cache()
     print(tabulate(table, ["case", "µs", "p20", "p80", "copy", "of copy"], floatfmt=".2f"), flush=True)
-    document = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    print(json.dumps(document | {"wrong": wrong, "rows": rows}))
+    command = f"python -m dsv3c.benchmarks.bench_producers --only {arguments.only}"
+    result = {"benchmark": "producers", "command": command, "environment": environment("cuda"), "wrong": wrong}
+    if arguments.record and not wrong:
+        append([result | {"cases": cases}])
+    print(json.dumps(result | {"num_cases": len(cases)}))
     return 1 if wrong else 0
 
 

@@ -92,7 +92,8 @@ def _results(layer: nn.Module, call: Call, backward: bool, forward: Callable | N
     with torch.set_grad_enabled(backward):
         out = (forward or layer)(x, *args, **kwargs)
         out = out if isinstance(out, tuple) else (out,)
-        results = {what: tensor.detach() for what, tensor in zip(("x", "latent"), out, strict=False)}
+        names = ("x", "latent") if args or kwargs else ("x",)  # a MoE alone takes nothing but x, and adds its routing
+        results = {what: tensor.detach() for what, tensor in zip(names, out, strict=False)}
         if backward:
             inputs = {"x": x} | {name: p for name, p in layer.named_parameters() if p.requires_grad}
             gradients = torch.autograd.grad(out[0].float().square().mean(), list(inputs.values()))
@@ -130,15 +131,15 @@ def _oracle(layer: nn.Module, call: Call, backward: bool) -> dict[str, Tensor]:
 @contextmanager
 def _experts_of_any_dtype(model: Model) -> Iterator[None]:
     """transformers' default, grouped_mm, knows no float64."""
-    if not hasattr(model, "set_experts_implementation"):
+    if not hasattr(model.config, "_experts_implementation"):
         yield
         return
     before = model.config._experts_implementation
-    model.set_experts_implementation("eager")
+    model.config._experts_implementation = "eager"  # what set_experts_implementation does, which a MoE alone has not
     try:
         yield
     finally:
-        model.set_experts_implementation(before)
+        model.config._experts_implementation = before
 
 
 def _errors(results: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, float]:

@@ -5,12 +5,14 @@ from typing import Any
 
 from tabulate import tabulate
 
+from dsv3c.benchmarks.bench_report import more
 from dsv3c.benchmarks.record import read
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin: made by benchmarks/readme_table.py -->\n", "<!-- end -->"
-KIND = ("source", "family", "layers", "experts", "tokens", "batch", "mode")
+KIND = ("source", "family", "layers", "experts", "tokens", "batch", "routing", "mode")
 ALL_EXPERTS = {"v3-671b": 256}  # of rows that do not say
+SHOWN = ("memory GB", "saved GB", "first call s", "TB/s", "outside products (idle)")
 
 
 def updated(readme: str) -> str:
@@ -27,31 +29,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     rows = [row for row in rows if row.get("benchmark") == "model"]
     if not rows:
         return "Nothing recorded yet."
-    rows = [{"experts": ALL_EXPERTS.get(row["source"])} | row for row in rows]
+    rows = [{"experts": ALL_EXPERTS.get(row["source"]), "routing": "router"} | row for row in rows]
     newest = {(row["environment"]["machine"], *(row[key] for key in KIND)): row for row in rows}
     lines = []
     for row in newest.values():
         where = row["environment"]
         what = f"{row['source']} ({row['family']}), {row['layers']} layers, {row['experts']} experts, {row['mode']}, "
-        what += f"{row['batch']} x {row['tokens']}"
+        what += f"{row['batch']} x {row['tokens']}" + (", Zipf routing" if row["routing"] == "zipf" else "")
         taken = f"{where['machine']}, {where.get('power_limit_w') or 0:.0f} W, torch {where['torch']}, "
         taken += f"{where['date'][:10]}, " + (f"commit {c}" if (c := where["commit"]) else f"source {where['source']}")
         for contender in row["contenders"]:
             middle, low, high = (contender[key] / 1e3 for key in ("median_us", "p20_us", "p80_us"))
             worst = contender["worst_check"]
+            beside = {column: text for column, text in more(contender).items() if column in SHOWN}
             lines.append(
                 {
                     "what": what,
                     "contender": contender["name"],
                     "ms (p20-p80)": f"{middle:.2f} ({low:.2f}-{high:.2f})",
-                    "x eager": f"{contender['speedup_over_eager']:.2f}",
-                    "x torch.compile": f"{contender['speedup_over_torch_compile']:.2f}",
+                    "x eager": _ratio(contender["speedup_over_eager"]),
+                    "x torch.compile": _ratio(contender["speedup_over_torch_compile"]),
+                    **dict.fromkeys(SHOWN, ""),
+                    **beside,
                     "error (bound)": f"{worst['error']:.1e} ({worst['bound']:.1e})" if worst else "",
                     "taken": taken,
                 }
             )
             what = taken = ""  # once for all contenders
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _ratio(speedup: float | None) -> str:
+    return "" if speedup is None else f"{speedup:.2f}"
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ def interleaved(
         order.append(order.pop(0))
         if count >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
             break
-    return {name: _summary(us, _peak_bytes(contenders[name])) for name, us in times.items()}
+    return {name: summary(us, _peak_bytes(contenders[name])) for name, us in times.items()}
 
 
-def _summary(us: list[float], peak_bytes: int | None) -> Timing:
+def summary(us: list[float], peak_bytes: int | None = None) -> Timing:
     p20, *_, p80 = quantiles(us, n=5, method="inclusive")
     return Timing(median(us), p20, p80, len(us), peak_bytes)
 

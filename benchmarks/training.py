@@ -56,11 +56,12 @@ def batches(size: int, tokens: int, steps: int, seed: int) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 5 % of the steps, then a cosine to a tenth of the peak."""
-    warm_up = max(1, steps // 20)
+    """Linear warm-up over a tenth of the steps, then a cosine to a 30th of the peak, where the report's rate ends."""
+    warm_up = max(1, steps // 10)
     if step < warm_up:
         return peak * (step + 1) / warm_up
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))))
+    left = 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    return peak * (1 + 29 * left) / 30
 
 
 class Trainer:

@@ -1,9 +1,10 @@
 """What the model benchmarks call: an eager model with weights, and `run(model)` for it and everything compiled from it.
 
 forward: all tokens in, logits of the last one out. backward: forward and backward of the body, the loss is the mean of
-squares of the final hidden state; the head is left out, gradients have the parameters' dtype. decode: one token a
-sequence, with a cache filled with normal values; of our model compiled on a GPU the step that `generate` replays, a
-CUDA graph with the choice of the token in it.
+squares of the final hidden state; the head is left out, gradients have the parameters' dtype. moe: the last layer's MoE
+alone, forward and backward, of normal values and with normal gradients of its output. decode: one token a sequence,
+with a cache filled with normal values; of our model compiled on a GPU the step that `generate` replays, a CUDA graph
+with the choice of the token in it.
 """
 
 import os
@@ -16,34 +17,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsv3c import families
 from dsv3c.cache import LatentCache, PagedCache
 from dsv3c.checkpoint import load
-from dsv3c.config import PRESETS
+from dsv3c.config import PRESETS, ModelConfig
 from dsv3c.decoding import Choice, Step, step_of
 from dsv3c.errors import Dsv3cError
 from dsv3c.model import DeepseekV3
+from dsv3c.passes.regions import REGIONS
 from dsv3c.source import model_config
 
-Model = Any  # dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM
+Model = Any  # dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM; or the MoE of one
 
 
-def build(
-    source: str, layers: int | None, experts: int | None, family: str, dtype: torch.dtype, device: torch.device
-) -> Model:
-    """The eager model; a preset's weights are normal, std = its initializer_range.
+def place() -> tuple[torch.device, torch.dtype]:
+    """Where models run here, and in what."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
 
-    Raises:
-        Dsv3cError: bad input, or less memory than the weights take, before any is taken.
-    """
+
+def configured(source: str, layers: int | None, experts: int | None) -> ModelConfig:
+    """The config of a checkpoint, or of a preset with so many layers and experts. Raises Dsv3cError."""
     config = model_config(source)
     for option, number in (("layers", layers), ("experts", experts)):
         if number is not None and source not in PRESETS:
             raise Dsv3cError(f"--{option}: expected a preset, found the checkpoint {source}; try {', '.join(PRESETS)}")
     config = config if layers is None else config.with_layers(layers)
-    config = config if experts is None else config.with_experts(experts)
+    return config if experts is None else config.with_experts(experts)
+
+
+def build(source: str, config: ModelConfig, family: str, dtype: torch.dtype, device: torch.device) -> Model:
+    """The eager model; a preset's weights are normal, std = its initializer_range.
+
+    Raises:
+        Dsv3cError: bad input, or less memory than the weights take, before any is taken.
+    """
     with torch.device("meta"):
         model = DeepseekV3(config).to(dtype)
-    _check_memory(source, model.num_parameters() * dtype.itemsize, device)
+    needed = model.num_parameters() * dtype.itemsize
+    check_memory(source, needed, device, "of {} memory for the weights alone", "--layers 2")
     if source in PRESETS:
         torch.manual_seed(0)
         model.to_empty(device=device).init_weights()
@@ -52,15 +65,15 @@ def build(
     return (model if family == "ours" else _transformers(model, device)).eval()
 
 
-def _check_memory(source: str, needed: int, device: torch.device) -> None:
+def check_memory(where: str, needed: int, device: torch.device, what: str, hint: str) -> None:
+    """Raises Dsv3cError if `device` has less than `needed` bytes free; `what` they are, with the device as {}."""
     if device.type == "cuda":
         room = torch.cuda.mem_get_info()[0]
     else:
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > room:
         raise Dsv3cError(
-            f"{source}: expected {needed / 1e9:.1f} GB of {device.type} memory for the weights alone, found "
-            f"{room / 1e9:.1f} GB; try --layers 2"
+            f"{where}: expected {needed / 1e9:.1f} GB {what.format(device.type)}, found {room / 1e9:.1f} GB; try {hint}"
         )
 
 
@@ -81,15 +94,62 @@ def _transformers(model: DeepseekV3, device: torch.device) -> Model:
     return theirs
 
 
+def zipf(E: int, R: int) -> Tensor:
+    """R rows to E experts as 1, 1/2, 1/3, ..., in an order drawn from a fixed seed; the last 5 % get none."""
+    share = 1 / torch.arange(1, E + 1, dtype=torch.float64)
+    share[E - E // 20 :] = 0
+    share = share[torch.randperm(E, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(share.device)]
+    sizes = (share / share.sum() * R).long()
+    sizes[sizes.argmax()] += R - sizes.sum()
+    return sizes
+
+
+def skew_routing(model: Model, tokens: int) -> list[int]:
+    """Has `tokens` tokens' rows computed by each MoE layer's experts in Zipf's proportions; returns how many each gets.
+
+    For models whose tokens go to all experts, as in a GPU's share: its router decides weights alone, and what it calls
+    an expert of a token is another one's work now, or the same one's twice. To the experts a row is a row.
+
+    Raises:
+        Dsv3cError: there is a choice.
+    """
+    experts, top_k = model.config.n_routed_experts, model.config.num_experts_per_tok
+    if experts != top_k:
+        raise Dsv3cError(f"--routing zipf: expected a token's {top_k} experts alone, found {experts}; try --experts 8")
+    sizes = zipf(experts, tokens * top_k)
+    order = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(0))
+    idx_TE = torch.arange(experts).repeat_interleave(sizes)[order].view(tokens, experts)
+    idx_TE = torch.cat((idx_TE, idx_TE[:1]))  # one row more than is taken, or torch would compile for this many tokens
+    for module in model.modules():
+        if REGIONS.get(type(module).__name__) == "experts":
+            module.register_buffer("injected_idx", idx_TE.to(module.down_proj.device), persistent=False)
+            module.register_forward_pre_hook(_inject)
+    return sizes.tolist()
+
+
+def _inject(experts: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """By the expert, not its place: routers list the same experts in different orders."""
+    x_TD, topk_idx_TK, topk_weights_TK = arguments
+    return x_TD, experts.injected_idx[: len(topk_idx_TK)].gather(1, topk_idx_TK), topk_weights_TK
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Calls of a model: `run` is timed, `warm` is what comes before it the first time, and again after weights_changed;
-    `checked` shows the gate what layers are called with; `loss` is where backward begins."""
+    `checked` shows the gate what layers are called with; `loss` (or output) is where backward begins."""
 
     run: Callable[[Model], object]
     warm: Callable[[Model], object]
     checked: Callable[[Model], object]
     loss: Callable[[Model], Tensor] | None = None
+
+
+def moe_of(model: Model) -> Model:
+    """The last layer's. Raises Dsv3cError if that is dense."""
+    *_, layer = (layer for _, layer in families.layers(model))
+    if REGIONS.get(type(layer.mlp).__name__) != "moe":
+        raise Dsv3cError("--mode moe: expected a MoE layer at the end, found a dense one; try --layers 2")
+    return layer.mlp
 
 
 @dataclass(frozen=True)
@@ -104,7 +164,10 @@ class Workload:
 
     @contextmanager
     def prepared(self, model: Model) -> Iterator[Prepared]:
-        """For `model` and what is compiled from it meanwhile; in backward they have no head."""
+        """For `model` (in moe, its MoE) and what is compiled from it meanwhile; in backward they have no head."""
+        if self.mode == "moe":
+            yield self._moe(model)
+            return
         device, head = model.model.embed_tokens.weight.device, model.lm_head
         generator = torch.Generator(device).manual_seed(1)
         shape = (self.batch, 1 if self.mode == "decode" else self.tokens)
@@ -124,6 +187,24 @@ class Workload:
                 yield Prepared(call, call, call, loss)
         finally:
             model.lm_head = head
+
+    def _moe(self, moe: Model) -> Prepared:
+        like = moe.experts.down_proj
+        generator = torch.Generator(like.device).manual_seed(1)
+        shape = (self.batch, self.tokens, moe.config.hidden_size)
+        x_BTD, dout_BTD = (like.new_empty(shape).normal_(generator=generator) for _ in range(2))
+        x_BTD.requires_grad_()
+
+        def output(moe: Model) -> Tensor:
+            out = moe(x_BTD)
+            return out[0] if isinstance(out, tuple) else out
+
+        def run(moe: Model) -> None:
+            output(moe).backward(dout_BTD)
+            moe.zero_grad(set_to_none=True)
+            x_BTD.grad = None
+
+        return Prepared(run, run, run, output)
 
     def _steps(self, model: Model, call: Any) -> Prepared:
         """`call` for models whose kernels are launched one by one; pages for those that `generate` captures, and for

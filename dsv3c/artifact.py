@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from dsv3c.families import call_of
 from dsv3c.fp8_weights import recipe_of
 from dsv3c.model import DecoderLayer, RMSNorm, Rotary
 from dsv3c.passes import Pipeline, default
+from dsv3c.pricing import price
 from dsv3c.report import EAGER, Report, UnitReport
 from dsv3c.source import model_config
 from dsv3c.tuning import cross_compile, targets
@@ -96,7 +98,7 @@ def compile_artifact(
         for mode in MODES:
             unit = unit_of(config, kind, mode)
             progress(f"lowering {unit.name}")
-            lowered = lower(unit, pipeline, weights)
+            lowered = lower(unit, pipeline, weights, price=partial(price, target=resolved))
             files |= {f"graphs/{unit.name}/{level}.txt": text.encode() for level, text in _texts(lowered)}
             units[unit.name] = {"kind": kind, "mode": asdict(mode), "modules": modules}
             reports.append(UnitReport.of(lowered, modules, resolved))

@@ -14,7 +14,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, "
-    "bool is_causal) -> (Tensor, Tensor, Tensor)"
+    "bool is_causal, bool deterministic=False) -> (Tensor, Tensor, Tensor)"
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("attention", kernel.attention, _device)
@@ -33,7 +33,7 @@ def _(q, k, v, mask, scale, is_causal):
 
 
 @torch.library.register_fake("dsv3c::attention_backward")
-def _(dout, q, k, v, out, lse, mask, scale, is_causal):
+def _(dout, q, k, v, out, lse, mask, scale, is_causal, deterministic=False):
     return tuple(_heads_inside(x, *x.shape) for x in (q, k, v))
 
 

@@ -7,10 +7,12 @@ which skips the passes, hides nothing.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from functorch.compile import make_boxed_func
@@ -29,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dsv3c import passes
 from dsv3c.capture import Unit, quantizable, tensors_of, varying
 from dsv3c.families import call_of
+from dsv3c.kernels.attention import deterministic_algorithms
 from dsv3c.passes.contract import fingerprint
 from dsv3c.weights import QuantizedWeights
 
@@ -43,14 +46,14 @@ class JointPasses(CustomGraphPass):
     Equal, and equal in the cache key, if sources, passes and knobs are.
     """
 
-    def __init__(self, steps: tuple[passes.Pass, ...], dump: Path | None = None) -> None:
-        self.steps, self.dump = steps, dump
+    def __init__(self, steps: tuple[passes.Pass, ...], dump: Path | None = None, price: Callable | None = None) -> None:
+        self.steps, self.dump, self.price = steps, dump, price
         self.records: list[passes.Record] = []
         self.text = ""
 
     def __call__(self, graph: fx.Graph) -> None:
         gm = graph.owning_module
-        self.records = passes.run(gm, self.steps, dump=self.dump)
+        self.records = passes.run(gm, self.steps, dump=self.dump, price=self.price)
         self.graph, self.text = gm, passes.text(gm)
 
     def uuid(self) -> tuple[str, ...]:
@@ -81,6 +84,8 @@ class Backend:
     pipeline: passes.Pipeline
     weights: QuantizedWeights | None
     dump: Path | None = None
+    price: Callable[[fx.GraphModule], Any] | None = None
+    deterministic: bool = False
     joint: JointPasses | None = field(default=None, init=False)
     captured_records: list[passes.Record] = field(default_factory=list, init=False)
     text: str = field(default="", init=False)
@@ -129,11 +134,15 @@ class Backend:
                 inputs.append(tensor)
         gm.recompile()
         joint = self.pipeline.with_weights(tuple(bound)).joint
-        self.joint = JointPasses(joint, self.dump and self.dump / "L1")
+        self.joint = JointPasses(joint, self.dump and self.dump / "L1", self.price)
         return stacks, inputs
 
     def lower(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
-        return compile_fx(gm, example_inputs, config_patches={**_INDUCTOR, "joint_custom_pre_pass": self.joint})
+        patches = {**_INDUCTOR, "joint_custom_pre_pass": self.joint, "deterministic": self.deterministic}
+        # Inductor then adds nothing up with atomics, and times no reduction to choose its form. The flag is in torch's
+        # cache keys.
+        with deterministic_algorithms() if self.deterministic else nullcontext():
+            return compile_fx(gm, example_inputs, config_patches=patches)
 
     def _stacks(self, gm: fx.GraphModule) -> list[Stack]:
         """The quantisable weights (Dynamo says which parameter an input is), together those that are used together."""
@@ -221,10 +230,16 @@ class Recorder(Backend):
 
 
 def lower(
-    unit: Unit, pipeline: passes.Pipeline, weights: QuantizedWeights | None, *, dump: Path | None = None
+    unit: Unit,
+    pipeline: passes.Pipeline,
+    weights: QuantizedWeights | None,
+    *,
+    dump: Path | None = None,
+    price: Callable[[fx.GraphModule], Any] | None = None,
 ) -> Lowered:
-    """`unit` at every level, for the sizes it was first called with, on fake tensors: no memory, no code generation."""
-    recorder = Recorder(unit, pipeline, weights, dump)
+    """`unit` at every level, for the sizes it was first called with, on fake tensors: no memory, no code generation.
+    `price` is asked about the joint graph between passes, for their records."""
+    recorder = Recorder(unit, pipeline, weights, dump, price)
     again = Unit(unit.kind, unit.variant, unit.template, unit.shapes)  # a code object of its own: Dynamo starts afresh
     with FakeTensorMode(shape_env=ShapeEnv()), torch.set_grad_enabled(unit.variant.gradients):
         # Arguments say where the unit runs; parameters are there too.

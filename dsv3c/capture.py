@@ -13,7 +13,8 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,12 @@ from torch.func import functional_call
 
 from dsv3c.errors import Dsv3cError
 from dsv3c.families import LAYERS, OTHERS, Outputs, call_of
+from dsv3c.out_of_memory import watch_backward
 from dsv3c.passes.regions import REGIONS
 
 BackendFactory = Callable[["Unit"], Callable]
+OutOfMemory = Callable[[str, torch.OutOfMemoryError, Any], None]  # where, what was raised, a layer's backward node
+SET_BY_COMPILE = ("forward", "__deepcopy__", "weights_changed", "_dsv3c")  # the last three on the model alone
 
 
 class Argument(NamedTuple):
@@ -138,8 +142,8 @@ def varying(tensors: tuple[Tensor | None, ...], symbolic: tuple[tuple[int, ...],
 class Units:
     """The compiled units of one model."""
 
-    def __init__(self, backend: BackendFactory) -> None:
-        self.backend = backend
+    def __init__(self, backend: BackendFactory, out_of_memory: OutOfMemory) -> None:
+        self.backend, self.out_of_memory = backend, out_of_memory
         self.units: dict[tuple[Kind, Variant], Unit] = {}
         self.functions: dict[tuple[Kind, Variant], Callable[..., Outputs]] = {}
         self.templates: dict[Kind, nn.Module] = {}
@@ -154,7 +158,7 @@ class Units:
             for name, tensor in table.items()
             if tensor is not None
         ]
-        symbolic = call_of(module).symbolic
+        symbolic, kind = call_of(module).symbolic, f"a {Kind.of(module).name}"
         functions: dict[tuple, Callable[..., Outputs]] = {}
 
         # Runs once a module and call, ahead of the GPU: plain tuples, and no name that is not needed.
@@ -170,8 +174,14 @@ class Units:
                 if function is None:
                     function = functions[key] = self._function(module, parameters, tensors)
                     with varying(tensors, symbolic):
-                        return function(parameters, *tensors)
+                        outputs = function(parameters, *tensors)
+                    results = outputs if isinstance(outputs, tuple) else (outputs,)
+                    watch_backward(results, partial(self.out_of_memory, f"the backward of {kind}"))
+                    return outputs
                 return function(parameters, *tensors)
+            except torch.OutOfMemoryError as error:
+                self.out_of_memory(kind, error, getattr(tensors[0], "grad_fn", None))
+                raise
             except BackendCompilerFailed as failure:  # torch's wrapping, a page long, of an error of ours
                 ours = isinstance(failure.inner_exception, Dsv3cError)
                 raise (failure.inner_exception if ours else failure) from None
@@ -201,17 +211,17 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def template_of(module: nn.Module) -> nn.Module:
-    """A copy of `module` on the meta device, without hooks and without a forward of ours, in evaluation mode."""
+    """A copy of `module` on the meta device, as it was before `compile`, in evaluation mode."""
     memo = {}
     for tensor in tensors_of(module).values():
         meta = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    own_forward = module.__dict__.pop("forward", None)
+    attributes = vars(module)
+    ours = {name: attributes.pop(name) for name in SET_BY_COMPILE if name in attributes}
     try:
         template = copy.deepcopy(module, memo)
     finally:
-        if own_forward is not None:
-            module.forward = own_forward
+        attributes.update(ours)
     return template.eval()
 
 

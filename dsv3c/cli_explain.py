@@ -59,13 +59,12 @@ def _report(
     import torch
 
     import dsv3c
-    from dsv3c.benchmarks.workloads import build
+    from dsv3c.benchmarks.workloads import build, configured, place
 
-    on_gpu = torch.cuda.is_available()
-    device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
-    eager = build(source, layers, experts, family, dtype, device)
+    device, dtype = place()
+    eager = build(source, configured(source, layers, experts), family, dtype, device)
     compiled = dsv3c.compile(eager, target=target, precision=precision)
-    tokens = tokens if tokens is not None else 4096 if on_gpu else 128
+    tokens = tokens if tokens is not None else 4096 if device.type == "cuda" else 128
     input_ids = torch.randint(eager.config.vocab_size, (batch, tokens), device=device)
     with torch.set_grad_enabled(mode == "backward"):
         return dsv3c.explain(compiled, input_ids, measure=measure, trace=trace)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from dsv3c.capture import Unit, Units
 from dsv3c.debug import debug_config
 from dsv3c.errors import CompileError
 from dsv3c.fp8_weights import recipe_of
+from dsv3c.out_of_memory import explain
 from dsv3c.passes import Pass, Pipeline, default
 from dsv3c.passes.choose_saved import Memory
 from dsv3c.tuning.targets import Target, resolve
@@ -49,6 +50,7 @@ def compile(  # the name users type
     target: str = "auto",
     precision: str = "auto",
     memory: Memory = "default",
+    deterministic: bool = False,
     skip: Collection[str] = (),
     passes: Sequence[Pass] | None = None,
 ) -> Model:
@@ -59,12 +61,15 @@ def compile(  # the name users type
     torch's back (through `.data`), so that their FP8 copies are made again.
 
     Args:
-        model: a dsv3c.DeepseekV3, or transformers' DeepseekV3ForCausalLM as it is.
+        model: a dsv3c.DeepseekV3, or transformers' DeepseekV3ForCausalLM as it is; or one MoE module of either.
         target: "auto" (this machine), or a name in tuning/targets; decides what the report predicts.
         precision: "exact" (the model's own dtype, nothing quantised), "fp8" (DeepSeek-V3's recipe; on a CPU emulated),
             or "auto": fp8 on compute capability 9.0 and up, else exact.
         memory: what is saved for backward: "default" (FP8 copies; norms, permuted tokens and keys are computed again),
             "low" (queries, keys and values too), "none" (what torch's partitioner chooses). See `ChooseSaved`.
+        deterministic: two equal steps have equal bits, gradients included, on one machine and with the same versions
+            (without it attention's gradient, and in exact precision the experts' too, differ in their last bits).
+            What is not compiled here, such as the loss, is the caller's: see torch.use_deterministic_algorithms.
         skip: names of passes to leave out.
         passes: replaces the default list of passes.
 
@@ -75,24 +80,31 @@ def compile(  # the name users type
     families.check(model)
     resolved, notes = _precision(precision, model)
     recipe = recipe_of(model.config)
-    chosen = default(resolved, recipe, memory) if passes is None else passes
+    chosen = default(resolved, recipe, memory, deterministic) if passes is None else passes
     pipeline = Pipeline.of(chosen, (*skip, *debug_config().skip))
     weights = QuantizedWeights(recipe) if pipeline.quantizes else None
     dump = debug_config().dump
     backends: dict[Unit, Backend] = {}
 
     def backend(unit: Unit) -> Backend:
-        backends[unit] = Backend(unit, pipeline, weights, dump and dump / unit.name)
+        folder = dump and dump / unit.name
+        backends[unit] = Backend(unit, pipeline, weights, folder, deterministic=deterministic)
         return backends[unit]
 
-    units = Units(backend)
+    def out_of_memory(where: str, error: torch.OutOfMemoryError, node: Any) -> None:
+        explain(error, where, model.parameters(), weights, pipeline.memory, node)
+
+    units = Units(backend, out_of_memory)
     compiled = _shallow_copy(model, {})
     for _, module in families.compiled_modules(compiled):
         module.forward = families.call_of(module).forward(module, units.runner(module))
     compiled._dsv3c = Compilation(resolved, resolve(target), pipeline, weights, units, backends, notes)
     compiled.weights_changed = weights.forget if weights else lambda: None
     # A copied module would go on calling its unit with this one's parameters, so a deep copy is compiled anew.
-    again = partial(compile, target=target, precision=precision, memory=memory, skip=skip, passes=passes)
+    again = partial(
+        compile, target=target, precision=precision, memory=memory, deterministic=deterministic, skip=skip,
+        passes=passes,
+    )  # fmt: skip
     compiled.__deepcopy__ = lambda memo: again(copy.deepcopy(model, memo))
     return compiled
 

@@ -127,7 +127,7 @@ class _NewEntries:
 
 
 class RowWise:
-    """The final norm and the head, on x [B, T, D]."""
+    """The final norm, the head and a MoE alone, on x [B, T, D]."""
 
     symbolic = ((0, 1),)
 
@@ -188,9 +188,13 @@ LAYERS: dict[str, Call] = {
     "DeepseekV3DecoderLayer": TransformersLayer(),
 }
 
-# The other compiled modules: where both families have them, and by class what their units are called, and how.
+# The other compiled modules: where both families have them, and by class what their units are called, and how. A MoE
+# is one where it is all there is; in a layer it is the layer's.
+ALONE = ("MoE", "DeepseekV3MoE")
 PATHS = ("model.rotary_emb", "model.norm", "lm_head")
 OTHERS: dict[str, tuple[str, Call]] = {
+    "MoE": ("moe", RowWise()),
+    "DeepseekV3MoE": ("moe", RowWise()),
     "Rotary": ("rotary", Angles()),
     "RMSNorm": ("final_norm", RowWise()),
     "Linear": ("head", RowWise()),
@@ -232,9 +236,10 @@ def check(model: nn.Module) -> None:
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The decoder layers, by path."""
+    """The decoder layers, by path; or the model, if that is a MoE alone."""
     for path, module in model.named_modules():
-        if type(module).__name__ in LAYERS:
+        name = type(module).__name__
+        if name in LAYERS or (not path and name in ALONE):
             yield path, module
 
 

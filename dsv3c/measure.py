@@ -1,18 +1,19 @@
 """How long each operator of a compiled model takes, from torch's profiler: what a report's measured times are.
 
 An operator of ours and a library's product are found again by name and shapes in the order of the unit's graph, which
-gives them their region. Kernels that Inductor fused stand for operators of several regions, and are listed as fused.
+gives them their region and their roofline. Kernels that Inductor fused stand for operators of several regions, and are
+listed as fused.
 On a GPU times are the kernels'; on a CPU those of our operators' calls, and of nothing else.
 """
 
 import os
 import statistics
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -22,26 +23,37 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dsv3c import families
 from dsv3c.passes.contract import operator_name
-from dsv3c.passes.regions import Region, region_of
-from dsv3c.pricing import FUSED, hinted
+from dsv3c.passes.regions import Region
+from dsv3c.pricing import FUSED, Cost, hinted, price_operator
+from dsv3c.tuning.targets import Target
 
 ROUNDS = 5
 _MODULE, _BACKWARD = "dsv3c module ", "CompiledFunctionBackward"
 Shapes = tuple[tuple[int, ...], ...]
 
 
+class _Kernel(NamedTuple):
+    name: str
+    start_us: float
+    time_us: float
+
+
 @dataclass(frozen=True)
 class Launch:
-    """One operator, or one kernel that Inductor made, as it ran in a module."""
+    """One operator with its kernels, or one kernel that Inductor made, as it ran in a module."""
 
     module: str  # its path
     backward: bool
     operator: str  # as in the graph, or FUSED
-    kernel: str
+    kernels: tuple[str, ...]
     shapes: Shapes  # of its first two tensors: what a library writes to may follow
-    start_us: float  # since the first
+    start_us: float  # of its first kernel, since the call's first
     time_us: float
-    region: Region | None = None
+    cost: Cost | None = None  # of the node it ran for
+
+    @property
+    def region(self) -> Region | None:
+        return self.cost.region if self.cost else None
 
 
 def measure(compiled: nn.Module, call: Callable[[], object], trace: Path | None = None) -> tuple[Launch, ...]:
@@ -68,20 +80,21 @@ def measure(compiled: nn.Module, call: Callable[[], object], trace: Path | None 
     return min(rounds, key=lambda r: abs(_total(r) - statistics.median_low(map(_total, rounds))))
 
 
-def located(launches: tuple[Launch, ...], halves: tuple[fx.GraphModule, ...]) -> tuple[Launch, ...]:
-    """One module's launches, with the regions of the nodes of its unit's forward and backward graph."""
-    regions: dict[tuple, list[Region | None]] = defaultdict(list)
+def located(launches: tuple[Launch, ...], halves: tuple[fx.GraphModule, ...], target: Target) -> tuple[Launch, ...]:
+    """One module's launches, with the costs of the nodes of its unit's forward and backward graph."""
+    nodes: dict[tuple, deque[fx.Node]] = defaultdict(deque)
     for backward, half in enumerate(halves):
         for node in half.graph.nodes:
             if isinstance(node.target, torch._ops.OpOverload):
-                regions[bool(backward), operator_name(node), _shapes(node)].append(region_of(node))
+                nodes[bool(backward), operator_name(node), _shapes(node)].append(node)
             elif node.target is auto_functionalized:
                 shapes = tuple(tuple(hinted(a.meta["val"]).shape) for a in node.all_input_nodes)
-                regions[bool(backward), str(node.args[0]), shapes[:2]].append(region_of(node))
+                nodes[bool(backward), str(node.args[0]), shapes[:2]].append(node)
     found = []
     for launch in launches:
-        waiting = regions.get((launch.backward, launch.operator, launch.shapes))
-        found.append(replace(launch, region=waiting.pop(0)) if waiting else launch)
+        waiting = nodes.get((launch.backward, launch.operator, launch.shapes))
+        cost = price_operator(waiting.popleft(), target, launch.backward) if waiting else None
+        found.append(replace(launch, cost=cost))
     return tuple(found)
 
 
@@ -112,7 +125,7 @@ def _named(compiled: nn.Module) -> Iterator[None]:
 
 
 def _launches(events: Any, cuda: bool) -> Iterator[Launch]:
-    """In the order of their start. Backward goes through the modules in reverse."""
+    """In the order of their calls. Backward goes through the modules in reverse."""
     host = sorted((e for e in events if e.device_type == DeviceType.CPU), key=lambda e: e.time_range.start)
     forward = [e for e in host if e.name.startswith(_MODULE)]
     backward = [e for e in host if e.name == _BACKWARD]
@@ -120,21 +133,43 @@ def _launches(events: Any, cuda: bool) -> Iterator[Launch]:
     spans = [(e, path, False) for e, path in zip(forward, paths, strict=True)]
     trained = [path for path in reversed(paths) if "rotary" not in path]
     spans += [(e, path, True) for e, path in zip(backward, trained[-len(backward) :] if backward else [], strict=False)]
-    first = min((e.time_range.start for e, *_ in spans), default=0.0)
-    for event in host:
-        times = [kernel.duration for kernel in event.kernels]
-        operator = _operator(event)
-        if not cuda and event is _outermost(event) and event.name.startswith("dsv3c::"):
-            times = [event.time_range.elapsed_us()]
-        where = next((s for s in spans if _within(event, s[0])), None)
-        if not times or where is None:
+    calls: dict[int, tuple[Any, list[_Kernel]]] = {}  # by what was called: an operator's kernels may be parts' of it
+    for event, kernels in _kernels(events, host) if cuda else _operators(host):
+        calls.setdefault(id(_outermost(event)), (_outermost(event), []))[1].extend(kernels)
+    first = min((kernels[0].start_us for _, kernels in calls.values()), default=0.0)
+    for outer, kernels in calls.values():
+        where = next((s for s in spans if _within(outer, s[0])), None)
+        if where is None:
             continue
-        outer = _outermost(event)
-        shapes = tuple(tuple(shape) for shape in outer.input_shapes or () if shape)[:2] if operator else ()
-        name = event.kernels[0].name if event.kernels else event.name
+        operator = _operator(outer)
         yield Launch(
-            where[1], where[2], operator or FUSED, name, shapes, event.time_range.start - first, float(sum(times))
+            module=where[1],
+            backward=where[2],
+            operator=operator or FUSED,
+            kernels=tuple(kernel.name for kernel in kernels),
+            shapes=tuple(tuple(shape) for shape in outer.input_shapes or () if shape)[:2] if operator else (),
+            start_us=kernels[0].start_us - first,
+            time_us=sum(kernel.time_us for kernel in kernels),
         )
+
+
+def _kernels(events: Any, host: list[Any]) -> Iterator[tuple[Any, list[_Kernel]]]:
+    """What each event on the host launched. The profiler says there how long a kernel took, and not when it began: the
+    first of that name and time that is left."""
+    starts = defaultdict(deque)
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        if event.device_type == DeviceType.CUDA:
+            starts[event.name, event.time_range.elapsed_us()].append(event.time_range.start)
+    for event in host:
+        if event.kernels and not event.name.startswith(_MODULE):  # a module's own is its name, shown on the device
+            yield event, [_Kernel(k.name, starts[k.name, k.duration].popleft(), k.duration) for k in event.kernels]
+
+
+def _operators(host: list[Any]) -> Iterator[tuple[Any, list[_Kernel]]]:
+    """On a CPU: our operators' calls."""
+    for event in host:
+        if event is _outermost(event) and event.name.startswith("dsv3c::"):
+            yield event, [_Kernel(event.name, event.time_range.start, event.time_range.elapsed_us())]
 
 
 def _outermost(event: Any) -> Any:
@@ -147,9 +182,9 @@ def _outermost(event: Any) -> Any:
     return found
 
 
-def _operator(event: Any) -> str | None:
+def _operator(outer: Any) -> str | None:
     """`dsv3c.gemm.default`; None for a kernel that Inductor made."""
-    name = _outermost(event).name
+    name = outer.name
     return name.replace("::", ".") + ".default" if name.startswith(("dsv3c::", "aten::")) else None
 
 

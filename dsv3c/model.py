@@ -231,6 +231,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.gate = Router(config)
         self.experts = Experts(config)
         shared = config.n_shared_experts * config.moe_intermediate_size

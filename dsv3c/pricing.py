@@ -8,17 +8,19 @@ Sizes that vary are taken as in the call that was captured.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import getitem
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import flop_registry
 
 from dsv3c.numerics import E4M3
 from dsv3c.passes.contract import operator_name, operator_of
 from dsv3c.passes.regions import Region, region_of
+from dsv3c.passes.rewrite import is_backward
 from dsv3c.tuning.targets import Target
 
 aten = torch.ops.aten
@@ -44,12 +46,28 @@ class Cost:
     predicted_us: float
 
 
-def price(gm: fx.GraphModule, target: Target, *, backward: bool = False) -> list[Cost]:
-    """The costs of a forward or backward graph (L2) whose nodes carry fake values, in the graph's order."""
+def price(gm: fx.GraphModule, target: Target, *, backward: bool | None = None) -> list[Cost]:
+    """The costs of a forward or backward graph (L2), or of the nodes of both in a joint one (L1, `backward` None). The
+    nodes carry fake values; costs are in the graph's order."""
+
+    def side(node: fx.Node) -> bool:
+        return is_backward(node) if backward is None else backward
+
     position = {node: number for number, node in enumerate(gm.graph.nodes)}
-    costs = {position[node]: _kernel(node, target, backward) for node in gm.graph.nodes if _has_kernel(node)}
-    costs |= {position[group[0]]: _group(group, target, backward) for group in _groups(gm)}
+    with unset_fake_temporarily():  # between passes a fake mode is on, in which `hinted` is slow
+        costs = {
+            position[node]: price_operator(node, target, side(node)) for node in gm.graph.nodes if _has_kernel(node)
+        }
+        costs |= {position[group[0]]: _group(group, target, side(group[0])) for group in _groups(gm, side)}
     return [cost for _, cost in sorted(costs.items())]
+
+
+def price_operator(node: fx.Node, target: Target, backward: bool) -> Cost:
+    """The cost of an operator with a kernel of its own."""
+    flops = _flops(node)
+    moved = sum(_read_bytes([node]).values()) + _bytes(node)
+    time_us = target.roofline_us(flops, moved, _rate(node))
+    return Cost(operator_name(node), region_of(node), backward, 1, flops, moved, time_us)
 
 
 def saved(forward: fx.GraphModule, backward: fx.GraphModule) -> dict[Region | None, int]:
@@ -93,13 +111,6 @@ def _is_fused(node: fx.Node) -> bool:
     )
 
 
-def _kernel(node: fx.Node, target: Target, backward: bool) -> Cost:
-    flops = _flops(node)
-    moved = sum(_read_bytes([node]).values()) + _bytes(node)
-    time_us = target.roofline_us(flops, moved, _rate(node))
-    return Cost(operator_name(node), region_of(node), backward, 1, flops, moved, time_us)
-
-
 def _group(group: list[fx.Node], target: Target, backward: bool) -> Cost:
     inside = set(group)
     moved = sum(size for root, size in _read_bytes(group).items() if _owner(root) not in inside)
@@ -107,14 +118,18 @@ def _group(group: list[fx.Node], target: Target, backward: bool) -> Cost:
     return Cost(FUSED, region_of(group[0]), backward, len(group), 0, moved, target.roofline_us(0, moved, "bf16"))
 
 
-def _groups(gm: fx.GraphModule) -> Iterable[list[fx.Node]]:
-    """Fused operators of one region that feed each other, each group in the graph's order."""
+def _groups(gm: fx.GraphModule, side: Callable[[fx.Node], bool]) -> Iterable[list[fx.Node]]:
+    """Fused operators of one region and side that feed each other, each group in the graph's order."""
+
+    def place(node: fx.Node) -> tuple[Region | None, bool]:
+        return region_of(node), side(node)
+
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in filter(_is_fused, gm.graph.nodes):
         group = groups[node] = [node]
         for before in {_owner(_root(argument)) for argument in node.all_input_nodes}:
             other = groups.get(before)
-            if other and other is not group and region_of(before) == region_of(node):
+            if other and other is not group and place(before) == place(node):
                 other += group
                 groups.update(dict.fromkeys(group, other))
                 group = other

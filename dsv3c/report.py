@@ -6,14 +6,14 @@ Predicted times are rooflines at the target's achievable rates, and are called p
 ones (dsv3c/measure.py) are there if asked for.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from dsv3c import families
@@ -23,9 +23,11 @@ from dsv3c.compiler import compilation_of
 from dsv3c.errors import CompileError
 from dsv3c.measure import Launch, located
 from dsv3c.measure import measure as measured_launches
-from dsv3c.passes import Record
 from dsv3c.passes.regions import Region
 from dsv3c.pricing import FUSED, Cost, price, saved, unrecognised
+from dsv3c.report_passes import Records, passes_list, passes_table, regions_table
+from dsv3c.report_roofline import Against, against_rooflines, roofline_table
+from dsv3c.report_table import Table, counts, grouped, region_dict, sums
 from dsv3c.tuning.targets import Target
 from dsv3c.weights import QuantizedWeights
 
@@ -43,21 +45,25 @@ class UnitReport:
     inputs: tuple[str, ...]
     costs: tuple[Cost, ...]
     saved: dict[Region | None, int]  # bytes kept for backward, by the region that computed them
-    records: dict[str, list[Record]]  # by level
+    records: Records
     unrecognised: dict[str, int]
     launches: tuple[Launch, ...] = ()  # of one module, if measured
+    against: tuple[Against, ...] = ()  # their rooflines, if measured on the target
 
     @classmethod
     def of(cls, lowered: Lowered, modules: int, target: Target, launches: tuple[Launch, ...] = ()) -> "UnitReport":
+        costs = [cost for i, half in enumerate(lowered.halves) for cost in price(half, target, backward=i == 1)]
+        launches = located(launches, lowered.halves, target)
         return cls(
             lowered.unit.name,
             modules,
             tuple(_inputs(lowered.unit)),
-            tuple(cost for i, half in enumerate(lowered.halves) for cost in price(half, target, backward=i == 1)),
+            tuple(costs),
             saved(*lowered.halves) if len(lowered.halves) == 2 else {},
             lowered.records,
             dict(Counter(name for half in lowered.halves for name in unrecognised(half))),
-            located(launches, lowered.halves),
+            launches,
+            against_rooflines(launches, costs, target),
         )
 
     @property
@@ -83,35 +89,36 @@ class UnitReport:
         return sum(self.saved.values())
 
     def regions(self) -> dict[Region | None, list[Cost]]:
-        return _grouped(self.costs, lambda cost: cost.region)
+        return grouped(self.costs, lambda cost: cost.region)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "modules": self.modules,
             "inputs": list(self.inputs),
-            **_sums(self.costs),
+            **sums(self.costs),
             "saved_bytes": self.saved_bytes,
             "regions": [
                 {
-                    **_region_dict(region),
-                    **_sums(costs),
+                    **region_dict(region),
+                    **sums(costs),
                     "saved_bytes": self.saved.get(region, 0),
                     **({"measured_us": self._measured(region)} if self.launches else {}),
                 }
                 for region, costs in self.regions().items()
             ],
             **({"measured_us": self.measured_us, "launches": self._launches()} if self.launches else {}),
+            **({"rooflines": [{**asdict(x), "ratio": x.ratio} for x in self.against]} if self.against else {}),
             "operators": [
                 {
                     "operator": cost.operator,
                     "region": cost.region.path if cost.region else None,
                     "backward": cost.backward,
-                    **_sums([cost]),
+                    **sums([cost]),
                 }
                 for cost in self.costs
             ],
-            "passes": [{"level": level, **asdict(r)} for level, records in self.records.items() for r in records],
+            "passes": passes_list(self.records),
             "unrecognised": self.unrecognised,
         }
 
@@ -120,21 +127,29 @@ class UnitReport:
         return f"{self.name}: of {self.modules} module{'s' if self.modules != 1 else ''}; {', '.join(self.inputs)}"
 
     def __str__(self) -> str:
-        tables = (_text(table) for table in self.tables() if table.rows)
+        tables = (str(table) for table in self.tables() if table.rows)
         return "\n\n".join(filter(None, [self.title, *tables, "\n".join(self.left())]))
 
     def tables(self) -> tuple["Table", ...]:
-        return self._regions(), self._kernels(), self._passes()
+        passes = passes_table(self.records), regions_table(self.records)
+        return self._regions(), self._kernels(), roofline_table(self.against), *passes
 
     def _launches(self) -> list[dict[str, Any]]:
-        return [{**asdict(x), "region": x.region.path if x.region else None} for x in self.launches]
+        return [
+            {
+                **asdict(replace(x, cost=None)),
+                "region": x.region.path if x.region else None,
+                "cost": sums([x.cost]) if x.cost else None,
+            }
+            for x in self.launches
+        ]
 
     def _measured(self, region: Region | None, backward: bool | None = None) -> float | None:
         """Of its operators with a kernel of their own; None without any."""
         times = [x.time_us for x in self.launches if x.region == region and backward in (None, x.backward)]
         return sum(times) if times and region else None
 
-    def _regions(self) -> "Table":
+    def _regions(self) -> Table:
         trained = any(cost.backward for cost in self.costs)
         times = {"forward us": False, "backward us": True} if trained else {"us": False}
 
@@ -148,20 +163,20 @@ class UnitReport:
             path, kind = (region.path, region.kind) if region else ("(none)", "")
             measured = [self._measured(region, backward) for backward in times.values()]
             rows.append(row(path, kind, costs, self.saved.get(region, 0), measured))
-        sums = {b: [x for x in self.launches if x.backward is b] for b in times.values()}
+        sides = {b: [x for x in self.launches if x.backward is b] for b in times.values()}
         if self.launches:  # what Inductor fused, and what is in no graph: copies, fills
             blank = [None] * (len(rows[0]) - 2 - len(times))
-            fused = [sum(x.time_us for x in launches if x.region is None) for launches in sums.values()]
+            fused = [sum(x.time_us for x in launches if x.region is None) for launches in sides.values()]
             rows.append(["(kernels across regions)", "", *blank, *fused])
-        whole = [sum(x.time_us for x in launches) for launches in sums.values()]
+        whole = [sum(x.time_us for x in launches) for launches in sides.values()]
         rows.append(row("", "all", list(self.costs), self.saved_bytes, whole))
         kinds = ("predicted", *["measured"] * bool(self.launches))
         headers = [*_AMOUNTS, *["saved MB"] * trained, *(f"{kind} {name}" for kind in kinds for name in times)]
         return Table(["region", "kind", *headers], rows)
 
-    def _kernels(self) -> "Table":
-        by_name = _grouped(self.costs, lambda cost: cost.operator)
-        measured = _grouped(self.launches, lambda launch: launch.operator)
+    def _kernels(self) -> Table:
+        by_name = grouped(self.costs, lambda cost: cost.operator)
+        measured = grouped(self.launches, lambda launch: launch.operator)
         rows = []
         for name in dict.fromkeys([*by_name, *measured]):
             costs, launches = by_name.get(name, []), measured.get(name, [])
@@ -172,14 +187,6 @@ class UnitReport:
         headers = ["kernel", "calls", *_AMOUNTS[1:], "predicted us", *["measured us"] * bool(self.launches)]
         return Table(headers, rows)
 
-    def _passes(self) -> "Table":
-        rows = [
-            [r.name, level, r.tier, r.sites, len(r.skipped), r.time_us / 1e3, _counts(r.added), _counts(r.removed)]
-            for level, records in self.records.items()
-            for r in records
-        ]
-        return Table(["pass", "level", "tier", "sites", "left", "ms", "added", "removed"], rows, (None,) * 6 + (48, 32))
-
     def left(self) -> list[str]:
         """What passes left alone and why, and what no region claimed."""
         lines = [
@@ -189,7 +196,7 @@ class UnitReport:
             for site in r.skipped
         ]
         if self.unrecognised:
-            lines.append(f"in no recognised region, compiled by Inductor as they are: {_counts(self.unrecognised)}")
+            lines.append(f"in no recognised region, compiled by Inductor as they are: {counts(self.unrecognised)}")
         return lines
 
 
@@ -228,9 +235,9 @@ class Report:
         return any(unit.launches for unit in self.units)
 
     def summary(self) -> str:
-        return _text(self.overview())
+        return str(self.overview())
 
-    def overview(self) -> "Table":
+    def overview(self) -> Table:
         """One line a unit."""
         rows = [
             [u.name, u.modules, u.flops / 1e9, u.moved_bytes / 1e6, u.predicted_us, u.modules * u.predicted_us / 1e3]
@@ -239,17 +246,6 @@ class Report:
         ]
         headers = ["unit", "modules", "GFLOP/module", "MB/module", "predicted us/module", "predicted ms/all"]
         return Table([*headers, *["measured us/module"] * self.measured], rows)
-
-
-@dataclass(frozen=True)
-class Table:
-    headers: list[str]
-    rows: list[list[Any]]
-    widths: tuple[int | None, ...] = ()  # of text columns, at most
-
-
-def _text(table: Table) -> str:
-    return tabulate(table.rows, table.headers, floatfmt=".1f", maxcolwidths=list(table.widths) or None)
 
 
 def explain(compiled: nn.Module, *example_inputs: Tensor, measure: bool = False, trace: Path | None = None) -> Report:
@@ -274,8 +270,9 @@ def explain(compiled: nn.Module, *example_inputs: Tensor, measure: bool = False,
         )
     launches = _measured(compiled, example_inputs, trace) if measure or trace else ()
     modules = dict(families.compiled_modules(compiled))
-    counts = Counter(map(Kind.of, modules.values()))
+    modules_of = Counter(map(Kind.of, modules.values()))
     weights = QuantizedWeights(compilation.weights.recipe) if compilation.weights else None
+    target = compilation.target
 
     def of_first(unit: Unit) -> tuple[Launch, ...]:
         """Those of the first module that the unit was measured in."""
@@ -284,10 +281,15 @@ def explain(compiled: nn.Module, *example_inputs: Tensor, measure: bool = False,
         return tuple(x for x in mine if x.module == mine[0].module)
 
     units = tuple(
-        UnitReport.of(lower(unit, compilation.pipeline, weights), counts[unit.kind], compilation.target, of_first(unit))
+        UnitReport.of(
+            lower(unit, compilation.pipeline, weights, price=partial(price, target=target)),
+            modules_of[unit.kind],
+            target,
+            of_first(unit),
+        )
         for unit in compilation.units.units.values()
     )
-    return Report(compilation.precision, compilation.target, (*compilation.notes, EAGER), units)
+    return Report(compilation.precision, target, (*compilation.notes, EAGER), units)
 
 
 def _measured(compiled: nn.Module, example_inputs: tuple[Tensor, ...], trace: Path | None) -> tuple[Launch, ...]:
@@ -308,31 +310,6 @@ def _inputs(unit: Unit) -> Iterable[str]:
             yield f"{str(argument.dtype).removeprefix('torch.')}{list(shape)}"
 
 
-def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    groups = defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
-    return dict(groups)
-
-
-def _sums(costs: Iterable[Cost]) -> dict[str, Any]:
-    costs = list(costs)
-    return {
-        "nodes": sum(cost.nodes for cost in costs),
-        "flops": sum(cost.flops for cost in costs),
-        "moved_bytes": sum(cost.moved_bytes for cost in costs),
-        "predicted_us": sum(cost.predicted_us for cost in costs),
-    }
-
-
 def _amounts(costs: Iterable[Cost]) -> list[float]:
-    sums = _sums(costs)
-    return [sums["nodes"], sums["flops"] / 1e9, sums["moved_bytes"] / 1e6]
-
-
-def _region_dict(region: Region | None) -> dict[str, str | None]:
-    return {"path": region.path, "kind": region.kind} if region else {"path": None, "kind": None}
-
-
-def _counts(histogram: dict[str, int]) -> str:
-    return ", ".join(f"{name.removesuffix('.default')} {count}" for name, count in sorted(histogram.items()))
+    whole = sums(costs)
+    return [whole["nodes"], whole["flops"] / 1e9, whole["moved_bytes"] / 1e6]

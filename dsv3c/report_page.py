@@ -6,7 +6,8 @@ from html import escape
 from tabulate import tabulate
 
 from dsv3c.pricing import FUSED
-from dsv3c.report import Report, Table, UnitReport
+from dsv3c.report import Report, UnitReport
+from dsv3c.report_table import Table
 
 WIDTH, LANE = 1100, 26
 COLORS = {"product": "#1a73e8", "attention": "#a142f4", "cast": "#34a853", "routing": "#fbbc04", "fused": "#9aa0a6"}

@@ -5,8 +5,15 @@ which takes V3's 192/128 heads). What this file adds is one opaque forward and b
 graph captured anywhere says "attention". On cuDNN the backward reuses forward's log-sum-exp; elsewhere it is written
 out.
 
+cuDNN adds up dq in the order in which its blocks arrive, and torch (2.13) has no switch for its ordered form. Where
+bits must repeat, backward is FlashAttention 2 in its deterministic form, behind the same forward: it takes cuDNN's
+log-sum-exp, and values padded to the size of keys.
+
 Letters: B sequences, H heads, T queries, S keys, d size of a query and key head, v of a value head.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,10 +43,15 @@ def attention(
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each laid out as [B, T, H, ·]."""
-    if _cudnn(q, k, v, mask, scale, is_causal):
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask, scale: float, is_causal: bool,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, each laid out as [B, T, H, ·]. `deterministic`: the same bits in each call; with a mask
+    at the price of float32 scores [B, H, T, S]."""
+    cudnn = _cudnn(q, k, v, mask, scale, is_causal)
+    if cudnn and deterministic and _flash(q, k, v, mask, is_causal):
+        gradients = _flash_backward(dout, q, k, v, out, lse, scale, is_causal)
+    elif cudnn and not deterministic:
         # No dropout, so the random state is unused; dense, so there are no cumulative lengths.
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         gradients = aten._scaled_dot_product_cudnn_attention_backward(
@@ -49,6 +61,38 @@ def attention_backward(
     else:
         gradients = _explicit_backward(dout, q, k, v, mask, scale, is_causal)
     return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask, is_causal: bool) -> bool:
+    """Whether FlashAttention 2 takes these. Its causal mask is aligned with the last key, torch's with the first."""
+    fits = q.shape[3] % 8 == 0 and v.shape[3] <= q.shape[3] <= 256
+    return mask is None and fits and (q.shape[2] == k.shape[2] or not is_causal)
+
+
+def _flash_backward(dout, q, k, v, out, lse, scale, is_causal) -> tuple[Tensor, Tensor, Tensor]:
+    padding = (0, q.shape[3] - v.shape[3])
+    dout, v_padded, out = (F.pad(x, padding) for x in (dout, v, out))
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the state of dropout
+    with deterministic_algorithms():
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v_padded, out, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, unused, unused,
+            scale=scale,
+        )  # fmt: skip
+    return dq, dk, dv[..., : v.shape[3]]
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Inside, `torch.use_deterministic_algorithms` is on, for the whole process; memory is not filled."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _explicit_backward(dout, q, k, v, mask, scale, is_causal) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,8 @@ accumulators and one product fit in 255 registers. The promotion is a volatile i
 second product before it has used up the first, and spills. (H200, V3's shapes at M = 4096 but K = 512: 835–1108 TFLOPS.
 One program of 8 warps for the same tile: 579–773. Two halves of 128×128 in 8 warps, a quarter less traffic: 682–959.)
 
-cuBLASLt, behind `torch.nn.functional.scaled_mm`, has the same semantics and is taken whenever its alignments hold.
+cuBLASLt, behind `torch.nn.functional.scaled_mm`, has the same semantics and is taken whenever its alignments hold;
+elsewhere (dx of q_a and kv_a: K = 2112) `warp_specialized.py` is.
 """
 
 from collections.abc import Iterator
@@ -317,11 +318,13 @@ def cublaslt(
 
 
 def default(problem: Problem) -> tuple[str, dict[str, Any]]:
-    if problem.rows <= 128:
-        from dsv3c.kernels import small_gemm  # which is built on this file
+    from dsv3c.kernels import small_gemm, warp_specialized  # which are built on this file
 
+    if problem.rows <= 128:
         return small_gemm.default(problem)
-    return ("cublaslt", {}) if cublaslt_takes(problem) else ("triton", KNOWN[-1])
+    if cublaslt_takes(problem):
+        return "cublaslt", {}
+    return ("warp_specialized", warp_specialized.KNOWN[0]) if warp_specialized.takes(problem) else ("triton", KNOWN[-1])
 
 
 def variant(config: dict[str, Any]) -> Variant:

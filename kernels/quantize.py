@@ -29,9 +29,20 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from dsv3c.kernels.columns import (
+    column_layout,
+    divide_words,
+    even_odd,
+    largest,
+    load_words,
+    pack_rows,
+    shared_layout,
+    store_columns,
+)
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, FP8, I32, Variant
+from dsv3c.kernels.tiles import reciprocal
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS = 32  # of a program of `quantize_tile`
@@ -105,50 +116,89 @@ def _quantize_tile_kernel(
 
 
 @triton.jit
-def _pack(x0, x1, x2, x3):
-    """E4M3 of four numbers in one 32-bit word, the first in the lowest byte."""
+def _unpack(pair):
+    """Both E4M3 numbers of 16 bits, in float32."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
+        .reg .b16 a, b;
+        .reg .b32 both;
+        cvt.rn.f16x2.e4m3x2 both, $2;
+        mov.b32 {a, b}, both;
+        cvt.f32.f16 $0, a;
+        cvt.f32.f16 $1, b;
         }""",
-        "=r,f,f,f,f",
-        [x0, x1, x2, x3],
-        dtype=tl.int32,
+        "=f,=f,h",
+        [pair],
+        dtype=(tl.float32, tl.float32),
         is_pure=True,
         pack=1,
     )
 
 
 @gluon.jit
-def _load_tile(shared, row_scales, LAYOUT: gl.constexpr, SCALED: gl.constexpr):
-    x = shared.load(LAYOUT).to(gl.float32)
-    if SCALED:
-        x *= row_scales.load(gl.SliceLayout(1, LAYOUT))[:, None]
-    return x
-
-
-@gluon.jit
 def _quarters(x):
-    """Rows 4i, 4i + 1, 4i + 2 and 4i + 3 of x [128, C], as four tensors [32, C]; nothing moves."""
-    C: gl.constexpr = x.shape[1]
-    x = gl.reshape(gl.permute(gl.reshape(x, (32, 2, 2, C)), (0, 3, 1, 2)), (32, C, 2, 2))
-    x02, x13 = gl.split(x)
-    x0, x2 = gl.split(x02)
-    x1, x3 = gl.split(x13)
+    """Rows 4i, 4i + 1, 4i + 2 and 4i + 3 of x [128, C]; nothing moves."""
+    even, odd = even_odd(x)
+    x0, x2 = even_odd(even)
+    x1, x3 = even_odd(odd)
     return x0, x1, x2, x3
 
 
 @gluon.jit
-def _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words):
-    C: gl.constexpr = words.shape[0]
-    column = gl.arange(0, C, gl.SliceLayout(1, words.type.layout))[:, None]
-    word = gl.arange(0, 32, gl.SliceLayout(0, words.type.layout))[None, :]
-    gl.store(t_ptr + (column * P_words + word), words, mask=column < columns)
-    column = gl.arange(0, C, scale_inv.type.layout)
-    gl.store(t_scale_inv_ptr + column, scale_inv, mask=column < columns)
+def _scaled(x, scales):
+    return x * gl.convert_layout(scales, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def _store_quarters(
+    x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr, STEP: gl.constexpr
+):
+    """Float32 numbers, to every STEP-th row of t; zero if the tile is no group's."""
+    amax = _maximum(_maximum(gl.abs(x0), gl.abs(x1)), _maximum(gl.abs(x2), gl.abs(x3)))
+    scale_inv = _scale_inv(gl.where(mine, gl.reduce(amax, 0, _maximum), 0.0), amax_floor, POW2)
+    divisor, factor = scale_inv[None, :], _reciprocal(scale_inv)[None, :]
+    words = pack_rows(
+        _divide(x0, divisor, factor), _divide(x1, divisor, factor),
+        _divide(x2, divisor, factor), _divide(x3, divisor, factor),
+    )  # fmt: skip
+    store_columns(gl.where(mine, words, 0), scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, STEP)
+
+
+@gluon.jit
+def _store_transposed(
+    shared, row_scales, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr
+):
+    """A tile in shared memory, cast along its rows, transposed."""
+    C: gl.constexpr = shared.shape[1]
+    if shared.dtype.primitive_bitwidth == 8:  # two columns at a time
+        LAYOUT: gl.constexpr = column_layout(128, C // 2, gl.num_warps())
+        pairs = shared._reinterpret(gl.int16, (128, C // 2), shared_layout(128, C // 2, 16)).load(LAYOUT)
+        pairs0, pairs1, pairs2, pairs3 = _quarters(pairs)
+        scales = gl.reshape(row_scales.load(gl.SliceLayout(1, LAYOUT)), (32, 2, 2))
+        scales02, scales13 = gl.split(scales)
+        scales0, scales2 = gl.split(scales02)
+        scales1, scales3 = gl.split(scales13)
+        x0, y0 = _unpack(pairs0)
+        x1, y1 = _unpack(pairs1)
+        x2, y2 = _unpack(pairs2)
+        x3, y3 = _unpack(pairs3)
+        _store_quarters(
+            _scaled(x0, scales0), _scaled(x1, scales1), _scaled(x2, scales2), _scaled(x3, scales3), mine, t_ptr,
+            t_scale_inv_ptr, columns, P_words, amax_floor, POW2, 2,
+        )  # fmt: skip
+        _store_quarters(
+            _scaled(y0, scales0), _scaled(y1, scales1), _scaled(y2, scales2), _scaled(y3, scales3), mine,
+            t_ptr + P_words, t_scale_inv_ptr + 1, columns - 1, P_words, amax_floor, POW2, 2,
+        )  # fmt: skip
+    elif shared.dtype == gl.bfloat16:
+        words, others = load_words(shared)
+        scale_inv = _scale_inv(gl.where(mine, largest(words, others), 0.0), amax_floor, POW2)
+        first, second = reciprocal(scale_inv)
+        words = gl.where(mine, divide_words(words, others, first[None, :], second[None, :]), 0)
+        store_columns(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
+    else:
+        x0, x1, x2, x3 = _quarters(shared.load(column_layout(128, C, gl.num_warps())).to(gl.float32))
+        _store_quarters(x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2, 1)
 
 
 @launched
@@ -156,78 +206,70 @@ def _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words
 def _retile_kernel(
     x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, tiles_ptr, first_ptr, R, K,
     x_stride, scale_stride, P_words, E, bound, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr,
-    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, COLUMNS: gl.constexpr,
+    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """One program: 128 rows of one group × COLUMNS columns, cast along the rows, transposed (t), and as they are (q).
+    """One program: 128 rows of a group × PARTS · COLUMNS columns, cast along the rows, transposed (t), and as is (q).
 
     Tiles that no group has are zero in t; those of them that are needed have the rows of no group for q.
     """
     WARPS: gl.constexpr = gl.num_warps()
-    VECTOR: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # columns a thread loads
-    LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // COLUMNS, COLUMNS // VECTOR], [WARPS, 1], [1, 0])
-    MAXIMUM: gl.constexpr = gl.BlockedLayout([1, 4], [128 // COLUMNS, COLUMNS // 4], [WARPS, 1], [1, 0])
-    DIVIDE: gl.constexpr = gl.BlockedLayout([4, 4], [128 // COLUMNS, COLUMNS // 4], [WARPS, 1], [1, 0])
-    STORE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])  # 16 rows a thread
-    column_tile, tile = gl.program_id(0), gl.program_id(1)
+    BITS: gl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
+    VECTOR: gl.constexpr = 128 // BITS  # columns a thread loads
+    LANES: gl.constexpr = COLUMNS // VECTOR if COLUMNS // VECTOR < 8 else 8
+    LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    tile, first_column = gl.program_id(1), gl.program_id(0) * PARTS * COLUMNS
     start = tile * 128
-    end = R
-    row_end = R
+    rows = R - start
+    mine = True
     if GROUPED:
         others = tile - gl.load(first_ptr + E)
         mine = others < 0
         start = gl.load(tiles_ptr + bound + tile, mask=mine, other=0)
-        end = gl.load(tiles_ptr + 2 * bound + tile, mask=mine, other=0)
-        row_end = end
+        rows = gl.load(tiles_ptr + 2 * bound + tile, mask=mine, other=0) - start
         if ROWWISE:
             start = gl.where(mine, start, gl.load(offs_ptr + E - 1) + others * 128)
-            row_end = gl.where(mine, end, R)
-    t_ptr += column_tile.to(gl.int64) * COLUMNS * P_words + tile * 32
-    t_scale_inv_ptr += tile.to(gl.int64) * K + column_tile * COLUMNS
-    if start >= row_end:  # a tile without rows
-        nothing = _scale_inv(gl.full([COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, MAXIMUM)), amax_floor, POW2)
-        words = gl.full([COLUMNS, 32], 0, gl.int32, STORE)
-        _store_transposed(words, nothing, t_ptr, t_scale_inv_ptr, K - column_tile * COLUMNS, P_words)
+            rows = gl.where(mine, rows, R - start)
+    columns = K - first_column
+    t_ptr += first_column.to(gl.int64) * P_words + tile * 32
+    t_scale_inv_ptr += tile.to(gl.int64) * K + first_column
+    if rows <= 0:
+        WORDS: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, WARPS], [0, 1])
+        nothing = gl.full([PARTS * COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, WORDS))
+        words = gl.full([32, PARTS * COLUMNS], 0, gl.int32, WORDS)
+        nothing = _scale_inv(nothing, amax_floor, POW2)
+        store_columns(words, nothing, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
         return
-    row = start + gl.arange(0, 128, gl.SliceLayout(1, LOAD))
-    columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))
-    row_64 = row[:, None].to(gl.int64)
-    inside = (row[:, None] < row_end) & (columns[None, :] < K)
-    x = gl.load(x_ptr + row_64 * x_stride + columns[None, :], mask=inside, other=0.0)
-    shared = gl.allocate_shared_memory(x.dtype, (128, COLUMNS), gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    row_scales = gl.allocate_shared_memory(gl.float32, (128,), gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    shared.store(x)
+    row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))
+    x_ptr += start.to(gl.int64) * x_stride + first_column
+    parts = ()
+    for part in gl.static_range(PARTS):  # all loads first: what is under way is what hides their latency
+        inside = (row[:, None] < rows) & (column[None, :] < columns - part * COLUMNS)
+        at = row[:, None] * x_stride + (part * COLUMNS + column[None, :])
+        parts += (gl.load(x_ptr + at, mask=inside, other=0.0),)
+    row_scales = None
     if DEQUANTIZE:
-        scaled = start + gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        x_scale_inv_ptr += column_tile * COLUMNS // 128 * scale_stride
-        row_scales.store(gl.load(x_scale_inv_ptr + scaled, mask=scaled < end, other=0.0))
-    if ROWWISE:  # in quarters, which take few registers
-        ROW: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
-        columns = column_tile * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, ROW))
-        for first_row in gl.static_range(0, 128, 32):
-            row = start + first_row + gl.arange(0, 32, gl.SliceLayout(1, ROW))
-            wide = shared.slice(first_row, 32).load(ROW).to(gl.float32)
-            scale_inv = _scale_inv(gl.reduce(gl.abs(wide), 1, _maximum), amax_floor, POW2)
-            q = _divide(wide, scale_inv[:, None], _reciprocal(scale_inv)[:, None]).to(gl.float8e4nv)
-            inside = (row[:, None] < row_end) & (columns[None, :] < K)
-            gl.store(q_ptr + row[:, None].to(gl.int64) * K + columns[None, :], q, mask=inside)
-            gl.store(scale_inv_ptr + column_tile.to(gl.int64) * R + row, scale_inv, mask=row < row_end)
-    # The same values twice, in two layouts: one would keep them in registers from the maximum to the division.
-    amax = gl.reduce(gl.abs(_load_tile(shared, row_scales, MAXIMUM, DEQUANTIZE)), 0, _maximum)
-    if ROWWISE and GROUPED:
-        amax = gl.where(mine, amax, 0.0)
-    scale_inv = _scale_inv(amax, amax_floor, POW2)
-    x0, x1, x2, x3 = _quarters(_load_tile(shared, row_scales, DIVIDE, DEQUANTIZE))
-    COLUMN: gl.constexpr = gl.SliceLayout(0, x0.type.layout)
-    divisor = gl.convert_layout(scale_inv, COLUMN)[None, :]
-    factor = gl.convert_layout(_reciprocal(scale_inv), COLUMN)[None, :]
-    words = _pack(
-        _divide(x0, divisor, factor), _divide(x1, divisor, factor),
-        _divide(x2, divisor, factor), _divide(x3, divisor, factor),
-    )  # fmt: skip
-    if ROWWISE and GROUPED:
-        words = gl.where(mine, words, 0)
-    words = gl.convert_layout(gl.permute(words, (1, 0)), STORE)
-    _store_transposed(words, scale_inv, t_ptr, t_scale_inv_ptr, K - column_tile * COLUMNS, P_words)
+        scaled = gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        x_scale_inv_ptr += first_column // 128 * scale_stride + start
+        x_scale_inv = gl.load(x_scale_inv_ptr + scaled, mask=scaled < rows, other=0.0)
+        row_scales = gl.allocate_shared_memory(gl.float32, (128,), gl.SwizzledSharedLayout(1, 1, 1, [0]), x_scale_inv)
+    SHARED: gl.constexpr = shared_layout(128, COLUMNS, BITS)
+    tiles = ()
+    for part in gl.static_range(PARTS):
+        tiles += (gl.allocate_shared_memory(x_ptr.dtype.element_ty, (128, COLUMNS), SHARED, parts[part]),)
+    if ROWWISE:
+        wide = parts[0].to(gl.float32)
+        scale_inv = _scale_inv(gl.reduce(gl.abs(wide), 1, _maximum), amax_floor, POW2)
+        q = _divide(wide, scale_inv[:, None], _reciprocal(scale_inv)[:, None]).to(gl.float8e4nv)
+        inside = (row[:, None] < rows) & (column[None, :] < columns)
+        gl.store(q_ptr + start.to(gl.int64) * K + first_column + (row[:, None] * K + column[None, :]), q, mask=inside)
+        scale_inv_ptr += gl.program_id(0).to(gl.int64) * R + start
+        gl.store(scale_inv_ptr + row, scale_inv, mask=row < rows)
+    for part in gl.static_range(PARTS):
+        _store_transposed(
+            tiles[part], row_scales, mine, t_ptr + part * COLUMNS * P_words, t_scale_inv_ptr + part * COLUMNS,
+            columns - part * COLUMNS, P_words, amax_floor, POW2,
+        )  # fmt: skip
 
 
 @launched
@@ -312,17 +354,19 @@ def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> N
     tiles, first = (None, None) if offs is None else tile_map(offs, R, TILE)
     E, bound = (0, 0) if offs is None else (len(offs), tiles.shape[1])
     scale_stride = 0 if x_scale_inv is None else x_scale_inv.stride(1)
-    columns, warps = _tile_of(rowwise is not None)
-    _retile_kernel[(ceil_div(K, columns), P // TILE)](
+    columns, parts, options = _program(x_scale_inv is not None, rowwise is not None)
+    _retile_kernel[(ceil_div(K, parts * columns), P // TILE)](
         x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, tiles, first, R, K,
         x_RK.stride(0), scale_stride, P // 4, E, bound, amax_floor, pow2, x_scale_inv is not None,
-        rowwise is not None, offs is not None, columns, num_warps=warps,
+        rowwise is not None, offs is not None, columns, parts, **options,
     )  # fmt: skip
 
 
-def _tile_of(rowwise: bool) -> tuple[int, int]:
-    """Columns and warps of a program of `_retile_kernel`; a tile along the rows takes 128 columns."""
-    return (128, 4) if rowwise else (64, 2)
+def _program(dequantize: bool, rowwise: bool) -> tuple[int, int, dict[str, int]]:
+    """Columns, so many times, and warps of a program of `_retile_kernel`; a tile along the rows takes 128 columns."""
+    if dequantize:
+        return 64, 2, {"num_warps": 4}
+    return (128, 1, {"num_warps": 8, "maxnreg": 64}) if rowwise else (64, 1, {"num_warps": 8})
 
 
 def quantize_block(w_NK: Tensor, amax_floor: float, pow2: bool, out: tuple[Tensor, Tensor]) -> None:
@@ -362,12 +406,12 @@ def variants() -> Iterator[Variant]:
             pointers |= {"x_scale_inv_ptr": F32} if dequantize else {}
             pointers |= {"q_ptr": FP8, "scale_inv_ptr": F32} if rowwise else {}
             pointers |= {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32} if grouped else {}
-            columns, warps = _tile_of(rowwise)
+            columns, parts, options = _program(dequantize, rowwise)
             flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped}
             absent = {n: None for n in _retile_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
             yield Variant(
                 _retile_kernel,
                 pointers | {"amax_floor": "fp32"},
-                flags | absent | {"COLUMNS": columns},
-                num_warps=warps,
+                flags | absent | {"COLUMNS": columns, "PARTS": parts},
+                **options,
             )

@@ -38,6 +38,7 @@ from dsv3c.numerics import TILE, ceil_div
 
 FP8_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 FLOATS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+PRODUCT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 
 
 class Config(NamedTuple):
@@ -117,7 +118,7 @@ def _store(dw, acc, row, column, sent, BUFFERS: gl.constexpr, ACCUMULATE: gl.con
     buf = dw_buf.index(sent % BUFFERS)
     if ACCUMULATE:
         mbarrier.wait(dw_ready.index(sent % BUFFERS), sent // BUFFERS % 2)
-        acc += buf.load(acc.type.layout)
+        acc += buf.load(PRODUCT)
     else:
         tma.store_wait(BUFFERS - 1)
     buf.store(acc.to(dw_desc.dtype))
@@ -134,10 +135,9 @@ def _consume(
     _first_ptr, N, K, E = sizes
     dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf = operands
     full, empty = barriers
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
-    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    product = gl.zeros((64, 128), gl.float32, LAYOUT)
+    ROW: gl.constexpr = gl.SliceLayout(1, PRODUCT)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    product = gl.zeros((64, 128), gl.float32, PRODUCT)
     count = 0
     sent = 0
     for tile in range(gl.program_id(0), E * gl.cdiv(N, 128) * gl.cdiv(K, 256), gl.num_programs(0)):
@@ -145,8 +145,8 @@ def _consume(
         row += e * N + MINE
         if ACCUMULATE:
             _fetch(dw, row, column, sent, BUFFERS)
-        acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
-        acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
+        acc0 = gl.zeros((64, 128), gl.float32, PRODUCT)
+        acc1 = gl.zeros((64, 128), gl.float32, PRODUCT)
         for _ in range(first, last):
             stage = count % STAGES
             mbarrier.wait(full.index(stage), count // STAGES % 2)
@@ -177,7 +177,7 @@ def _wgrad_specialized_kernel(
     dyt_desc, xt_desc, row_desc, column_desc, dw_desc, first_ptr, N, K, E, STAGES: gl.constexpr, BAND: gl.constexpr,
     ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
-    BUFFERS: gl.constexpr = 32 // dw_desc.dtype.primitive_bitwidth
+    BUFFERS: gl.constexpr = 4 // dw_desc.dtype.itemsize
     dyt_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), dyt_desc.layout)
     xt0_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), xt_desc.layout)
     xt1_buf = gl.allocate_shared_memory(gl.float8e4nv, (STAGES, 128, 128), xt_desc.layout)

@@ -4,6 +4,7 @@ from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.cast_heads import CastHeads
 from dsv3c.passes.choose_saved import ChooseSaved
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
+from dsv3c.passes.drop_sentinels import DropSentinels
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
@@ -13,6 +14,7 @@ from dsv3c.passes.fuse_swiglu_backward import FuseSwiGLUBackward
 from dsv3c.passes.join_keys import JoinKeys
 from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
+from dsv3c.passes.order_sums import OrderSums
 from dsv3c.passes.pipeline import Pipeline, default
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_both import QuantizeBoth
@@ -29,6 +31,7 @@ __all__ = [
     "AbsorbAttention",
     "CastHeads",
     "ChooseSaved",
+    "DropSentinels",
     "FoldLinear",
     "FuseNormBackward",
     "FusePermute",
@@ -38,6 +41,7 @@ __all__ = [
     "JoinKeys",
     "MergeLinear",
     "NarrowProduct",
+    "OrderSums",
     "Pass",
     "PassError",
     "Pipeline",

@@ -9,12 +9,12 @@ targets and metadata only: no node names, no environment, no rank. A site it lea
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -74,6 +74,7 @@ class Record:
     skipped: list[Skipped] = field(default_factory=list)
     added: dict[str, int] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
+    priced: tuple[Any, Any] | None = None  # what `run`'s `price` said of the graph before and after
 
 
 def name_of(step: Pass) -> str:
@@ -101,18 +102,25 @@ def select(passes: Sequence[Pass], skip: Collection[str]) -> tuple[Pass, ...]:
     return tuple(step for step in passes if name_of(step) not in skip)
 
 
-def run(gm: fx.GraphModule, passes: Iterable[Pass], *, dump: Path | None = None) -> list[Record]:
+def run(
+    gm: fx.GraphModule,
+    passes: Iterable[Pass],
+    *,
+    dump: Path | None = None,
+    price: Callable[[fx.GraphModule], Any] | None = None,
+) -> list[Record]:
     """Runs `passes` over `gm` in order, in place. On an error the graph is to be thrown away.
 
     Each pass's count is held against the graph: a pass that reports no site must leave the text as it was, and the
     other way round. With `dump`, the graph before and after each changing pass is written to
-    `dump/NN_Name.{before,after}.txt`.
+    `dump/NN_Name.{before,after}.txt`. `price` is asked what the graph costs between passes.
 
     Raises:
         PassError: a pass reported a count that the graph contradicts.
     """
     records = []
     before = text(gm)
+    cost = price(gm) if price else None
     for number, step in enumerate(passes):
         histogram = _operators(gm)
         gm.meta["dsv3c_left"] = []
@@ -133,6 +141,7 @@ def run(gm: fx.GraphModule, passes: Iterable[Pass], *, dump: Path | None = None)
             (dump / f"{number:02}_{name_of(step)}.before.txt").write_text(before)
             (dump / f"{number:02}_{name_of(step)}.after.txt").write_text(after)
         now = _operators(gm)
+        cost_now = price(gm) if price and sites else cost
         records.append(
             Record(
                 name=name_of(step),
@@ -143,9 +152,10 @@ def run(gm: fx.GraphModule, passes: Iterable[Pass], *, dump: Path | None = None)
                 skipped=gm.meta.pop("dsv3c_left"),
                 added=dict(now - histogram),
                 removed=dict(histogram - now),
+                priced=(cost, cost_now) if price else None,
             )
         )
-        before = after
+        before, cost = after, cost_now
     gm.recompile()
     return records
 

@@ -171,7 +171,8 @@ def _fuse_unpermute_backward(scatter: fx.Node) -> int:
         products = [(p, (p.args[1], sort)) for p in users_through(scatter, aten.mul.Tensor)]
         for product, _ in products:
             if (found := _weights_of(product.args[1], sort)) is not None:
-                weights, dy = found, next(iter(product.users))
+                casts = (user for user in product.users if is_call(user, prims.convert_element_type.default))
+                weights, dy = found, next(casts, product)  # of float32 rows there is no cast
     for product, rows in products:
         sums = [s for s in product.users if is_call(s, aten.sum.dim_IntList)]
         if rows is None or not sums or weights is None or value(rows[0]).dtype != value(dy).dtype:

@@ -8,6 +8,7 @@ from dsv3c.passes.absorb_attention import AbsorbAttention
 from dsv3c.passes.cast_heads import CastHeads
 from dsv3c.passes.choose_saved import ChooseSaved, Memory
 from dsv3c.passes.contract import Level, Pass, select
+from dsv3c.passes.drop_sentinels import DropSentinels
 from dsv3c.passes.fold_linear import FoldLinear
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
@@ -17,6 +18,7 @@ from dsv3c.passes.fuse_swiglu_backward import FuseSwiGLUBackward
 from dsv3c.passes.join_keys import JoinKeys
 from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
+from dsv3c.passes.order_sums import OrderSums
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_both import QuantizeBoth
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
@@ -29,11 +31,14 @@ from dsv3c.passes.transpose_saved import TransposeSaved
 from dsv3c.passes.weigh_activations import WeighActivations
 
 
-def default(precision: str, recipe: Recipe = Recipe(), memory: Memory = "default") -> tuple[Pass, ...]:
+def default(
+    precision: str, recipe: Recipe = Recipe(), memory: Memory = "default", deterministic: bool = False
+) -> tuple[Pass, ...]:
     """The passes of a precision, `"exact"` or `"fp8"`. Each knows its level: the captured graph (L0), or the joint
     graph of forward and backward, in inference the forward graph (L1)."""
+    ordered = (OrderSums(),) if deterministic else ()
     if precision == "exact":
-        return (RaiseAttention(), RaiseGroupedLinear(), ChooseSaved(memory))
+        return (RaiseAttention(), RaiseGroupedLinear(), DropSentinels(), *ordered, ChooseSaved(memory))
     return (
         RaiseAttention(),
         JoinKeys(),
@@ -42,6 +47,7 @@ def default(precision: str, recipe: Recipe = Recipe(), memory: Memory = "default
         MergeLinear(),
         FoldLinear(),
         AbsorbAttention(),
+        DropSentinels(),
         QuantizeLinear(recipe),
         QuantizeGroupedLinear(recipe),
         QuantizeBeforeGather(),
@@ -57,6 +63,7 @@ def default(precision: str, recipe: Recipe = Recipe(), memory: Memory = "default
         QuantizeBoth(),
         CastHeads(),
         RotateInPlace(),
+        *ordered,
         ChooseSaved(memory),
     )
 
@@ -77,6 +84,11 @@ class Pipeline:
     @property
     def quantizes(self) -> bool:
         return any(hasattr(step, "weights") for step in self.joint)
+
+    @property
+    def memory(self) -> Memory:
+        """What is saved for backward."""
+        return next((step.memory for step in self.joint if isinstance(step, ChooseSaved)), "none")
 
     def with_weights(self, weights: tuple[WeightInput, ...]) -> "Pipeline":
         """The same passes, told where in the graph's inputs the quantised weights are."""

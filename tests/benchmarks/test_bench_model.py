@@ -1,19 +1,28 @@
 """`dsv3c bench`: what it measures, that it refuses to show the speed of something wrong, and what it writes."""
 
 import json
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsv3c.benchmarks import bench_model, readme_table, record, timing
+from dsv3c import losses, numerics
+from dsv3c.benchmarks import bench_model, kernel_times, parts, readme_table, record, start, timing, workloads
 from dsv3c.benchmarks.bench_model import draw, measure, report
 from dsv3c.benchmarks.gate import median_row_distance
 from dsv3c.cli import app
+from dsv3c.config import preset
 from dsv3c.errors import Dsv3cError
 from dsv3c.kernels.reference import gemms as reference
+from dsv3c.model import DeepseekV3
+from dsv3c.numerics import Recipe
+from dsv3c.weights import QuantizedWeights
 
 
 @pytest.fixture
@@ -25,7 +34,7 @@ def quick(without_codegen, monkeypatch):
     monkeypatch.setattr(timing, "interleaved", lambda calls: interleaved(calls, rounds=2))
 
 
-@pytest.mark.parametrize(("family", "modes"), [("ours", bench_model.MODES), ("hf", ("decode",))])
+@pytest.mark.parametrize(("family", "modes"), [("ours", ("forward", "backward", "decode")), ("hf", ("decode", "moe"))])
 def test_every_mode_is_checked_and_timed(quick, family, modes, tmp_path):
     if family == "hf":
         pytest.importorskip("transformers", reason="their model: pip install 'dsv3c[hf]'")
@@ -87,6 +96,167 @@ def replaced(operator, function):
         library._destroy()
 
 
+def test_parts_have_rows_of_their_own(quick, monkeypatch, tmp_path):
+    fp8, modes = parts._fp8, ("quantize", "main-grad", "cross-entropy", "optimizer")
+    assert tuple(parts.PARTS) == modes
+    compiled = iter([fp8])  # for the copies; the others' would take its time
+    monkeypatch.setattr(parts, "_fp8", lambda model: next(compiled, lambda model: model)(model))
+    document = measure("tiny", layers=2, tokens=16, modes=modes)
+    assert [row["mode"] for row in document["modes"]] == list(modes)
+    assert all(row["passed"] for row in document["modes"])
+    found = {row["mode"]: {c["name"]: c for c in row["contenders"]} for row in document["modes"]}
+    assert list(found["quantize"]) == ["copy", "dsv3c fp8"]
+    assert list(found["main-grad"]) == ["dsv3c fp8", "dsv3c fp8, main_grad"]
+    assert list(found["cross-entropy"]) == ["eager", "torch.compile", "dsv3c"]
+    assert found["cross-entropy"]["eager"]["speedup_over_eager"] == 1
+    assert found["quantize"]["copy"]["speedup_over_eager"] is None
+    layer = list(DeepseekV3(preset("tiny").with_layers(2)).model.layers[-1].parameters())
+    values = sum(p.numel() for p in layer if p.dim() > 1) - 16 * 256  # the gate's stay as they are
+    scales = 2 * 4 * values / 128**2  # a little more: blocks at the ends are ragged
+    assert 0 <= found["quantize"]["dsv3c fp8"]["moved_bytes"] - (4 + 2) * values - scales < scales
+    assert found["optimizer"]["AdamW"]["moved_bytes"] == 28 * sum(p.numel() for p in layer)
+    assert json.loads(json.dumps(document)) == document
+    assert "float32 weights" in report(document)
+    draw(document, tmp_path / "times.png")
+
+
+@pytest.mark.parametrize("experts", [(), (3,)])
+def test_wrong_copies_are_counted(experts):
+    weights, stack = QuantizedWeights(Recipe()), [torch.randn(*experts, 256, 384) for _ in range(1 if experts else 2)]
+    copies = weights.quantize([stack], training=True)
+    assert parts._share_of_wrong(stack, copies, weights) == 0
+    wrong = [copies[0], copies[1].roll(1, -1), *copies[2:]]  # each block another's scale
+    share = copies[1].numel() / sum(copy.numel() for copy in copies)
+    assert parts._share_of_wrong(stack, wrong, weights) == share
+
+
+def _not_written(self):
+    for weight, parameter in zip(self.weights, self.parameters, strict=True):
+        weight.grad = parameter.main_grad
+    self.optimizer.step()
+
+
+def _added_twice(parameter):
+    parameter.main_grad.add_(parameter.grad, alpha=2)
+    parameter.grad = None
+
+
+@pytest.mark.parametrize(
+    ("mode", "target", "mutant"),
+    [
+        ("main-grad", "dsv3c.main_grad._add", _added_twice),
+        ("cross-entropy", "dsv3c.benchmarks.parts.cross_entropy", lambda *a: losses.cross_entropy(*a) * 1.001),
+        ("optimizer", "dsv3c.main_grad.MainGradOptimizer.step", _not_written),
+    ],
+)
+def test_no_speed_of_a_wrong_part(quick, monkeypatch, mode, target, mutant):
+    monkeypatch.setattr(target, mutant)
+    monkeypatch.setattr(parts, "_fp8", lambda model: model)  # which takes its time
+    (row,) = measure("tiny", layers=2, tokens=16, modes=(mode,))["modes"]
+    assert not row["passed"]
+    assert row["contenders"] == []
+
+
+@pytest.mark.parametrize("family", bench_model.FAMILIES)
+def test_zipf_routing(family):
+    if family == "hf":
+        pytest.importorskip("transformers", reason="their model: pip install 'dsv3c[hf]'")
+    config = workloads.configured("tiny", 2, 4)
+    model = workloads.build("tiny", config, family, torch.float32, torch.device("cpu"))
+    sizes = workloads.skew_routing(model, 100)
+    assert sum(sizes) == 400
+    assert sizes == [193, 96, 48, 63]  # 1, 1/2, 1/4, 1/3, rounded down, the rest to the first
+    experts, seen = workloads.moe_of(model).experts, []
+    experts.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    x, weights = torch.randn(100, 256), torch.rand(100, 4)
+    order = torch.stack([torch.randperm(4) for _ in range(100)])
+    out = experts(x, torch.arange(4).expand(100, 4), weights)
+    assert torch.equal(seen[0].flatten().bincount(), torch.tensor(sizes))
+    # A router may list its experts in any order.
+    again = experts(x, order, weights.gather(1, order))
+    assert numerics.distance(again, out)[0] <= numerics.experts_rms(256, 128, torch.float32)
+
+
+def test_zipf_routing_is_the_same_for_all_contenders(quick):
+    arguments = {"layers": 2, "experts": 4, "tokens": 16, "precisions": ("fp8",), "routing": "zipf"}
+    document = measure("tiny", modes=("moe",), **arguments)
+    (row,) = document["modes"]
+    assert row["passed"]
+    assert document["rows_per_expert"] == [32, 15, 7, 10]
+    assert "--routing zipf" in document["command"]
+    assert "32, 15, 7, 10 rows an expert" in report(document)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_sm90_qqtst_128x128_128x6_2x1_v_bz_coopA_algo2_Ablk128_Bvec128_TNN", "gemm"),
+        ("_warp_specialized_gemm_kernel", "gemm"),
+        ("_wgrad_specialized_kernel", "gemm"),
+        ("_add_splits_kernel", "gemm"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, float, float, false>", "gemm"),
+        ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<cutlass::gemm::kernel::Gemm", "gemm"),
+        ("sm80_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize128x32x8_stage3", "gemm"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16>", "gemm"),
+        ("triton_tem_fused_mm_3", "gemm"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x192", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(void const*", "attention"),
+        ("mla_decode_kernel", "attention"),
+        ("_combine_kernel", "attention"),
+        ("_cast_heads_kernel", "other"),
+        ("_gate_kernel", "other"),
+        ("_retile_kernel", "other"),
+        ("triton_poi_fused__unsafe_view_attention_cat_mm_0", "other"),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::FillFunctor<c10::BFloat16>", "other"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert kernel_times.kind(name) == kind
+
+
+def test_kernel_times_add_up_to_the_span():
+    kernels = [("nvjet", 12.0, 20.0), ("_norm_kernel", 10.0, 11.0), ("flash_fwd", 18.0, 25.0), ("Memset", 19.0, 21.0)]
+    found = kernel_times._summary(kernels)
+    assert found == kernel_times.KernelTimes(gemm_us=8, attention_us=5, other_us=1, idle_us=1)
+    assert found.total_us == 25 - 10
+    assert kernel_times.kernel_times(lambda: None) is None  # no GPU
+
+
+def test_starts_are_processes_with_caches_of_their_own(quick, monkeypatch):
+    folders, subprocess_run = [], subprocess.run
+
+    def run(command, *, env, **options):
+        if command[0] != sys.executable:
+            return subprocess_run(command, env=env, **options)
+        assert command[1:4] == ["-P", "-m", "dsv3c.benchmarks.start"]
+        caches = [Path(env[name]) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
+        assert caches[0] != caches[1]
+        assert caches[0].parent == caches[1].parent
+        assert caches[0].exists() == bool(len(folders) % 2)  # cold, then warm
+        caches[0].mkdir(exist_ok=True)
+        folders.append(caches[0])
+        return subprocess.CompletedProcess(command, 0, f"noise\n{first_result(command[-1])}")
+
+    @cache
+    def first_result(arguments):
+        return json.dumps(start.first_result(**json.loads(arguments)))
+
+    monkeypatch.setattr(start.subprocess, "run", run)
+    (row,) = measure("tiny", layers=1, tokens=16, modes=("start",), precisions=("exact",))["modes"]
+    assert row["passed"]
+    assert [c["name"] for c in row["contenders"]] == ["cold caches", "warm caches"]
+    assert all(c["runs"] == start.ROUNDS for c in row["contenders"])
+    assert len(set(folders)) == start.ROUNDS
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_a_start_that_fails():
+    arguments = {"layers": None, "experts": None, "family": "ours", "batch": 1, "tokens": 16, "precision": "exact"}
+    with pytest.raises(Dsv3cError, match="--mode start: expected a result of a new process"):
+        start.starts(source="v3-16bn", **arguments)
+
+
 def test_median_row_distance(monkeypatch):
     monkeypatch.setattr("dsv3c.benchmarks.gate.CHUNK", 64)  # several pieces
     out, ref = torch.randn(5, 7, 16), torch.randn(5, 7, 16, dtype=torch.float64)
@@ -123,6 +293,16 @@ def test_recorded_rows_make_the_readme_table(quick, monkeypatch, tmp_path):
     table = readme_table.table(record.read())
     assert "28.00 (29.00-31.00)" in table
     assert "30.00" not in table
+    kernels = {"gemm_us": 60.0, "attention_us": 20.0, "other_us": 15.0, "idle_us": 5.0}
+    part = {"name": "copy", "median_us": 1000.0, "p20_us": 1000.0, "p80_us": 1000.0, "speedup_over_eager": None,
+            "speedup_over_torch_compile": None, "worst_check": None, "moved_bytes": 4 * 10**9, "saved_bytes": 10**9,
+            "kernels": kernels}  # fmt: skip
+    record.append([row | {"mode": "quantize", "routing": "zipf", "contenders": [part]}])
+    table = readme_table.table(record.read())
+    (line,) = (line for line in table.splitlines() if "quantize" in line)
+    assert "quantize, 1 x 4096, Zipf routing" in line
+    assert [cell.strip() for cell in line.split("|")[4:11]] == ["", "", "", "1.00", "", "4.00", "20% (5%)"]
+    assert "28.00 (29.00-31.00)" in table
     readme = f"before\n{readme_table.BEGIN}old\n{readme_table.END}\nafter\n"
     assert readme_table.updated(readme) == f"before\n{readme_table.BEGIN}{table}\n{readme_table.END}\nafter\n"
 
@@ -140,6 +320,9 @@ def test_environment_says_what_and_where():
         ({"source": "v3-671b"}, "expected .* GB of cpu memory for the weights alone, found .*; try --layers 2"),
         ({"source": "tiny", "tokens": 0}, "--tokens: expected at least 1, found 0"),
         ({"source": "v3-16bn"}, "did you mean 'v3-16b'"),
+        ({"source": "tiny", "layers": 1, "modes": ("moe",)}, "--mode moe: expected a MoE layer at the end"),
+        ({"source": "tiny", "routing": "zipf"}, "--routing zipf: expected a token's 4 experts alone, found 16"),
+        ({"source": "tiny", "routing": "zipf", "modes": ("decode",)}, "--routing zipf: expected modes of forward"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -147,15 +330,23 @@ def test_bad_input(arguments, message):
         measure(**arguments)
 
 
-@pytest.mark.parametrize("option", [("--mode", "froward"), ("--model", "ours,hf"), ("--precision", "int4")])
+def test_a_part_that_would_not_fit(monkeypatch):
+    monkeypatch.setattr(parts, "MAIN_GRAD_BYTES", 10**9)
+    with pytest.raises(
+        Dsv3cError, match=r"--mode main-grad: expected \S+ GB more of cpu memory, found .*; try --experts 8"
+    ):
+        measure("tiny", modes=("main-grad",))
+
+
+@pytest.mark.parametrize(
+    "option", [("--mode", "froward"), ("--routing", "pareto"), ("--model", "ours,hf"), ("--precision", "int4")]
+)
 def test_bad_choices(option):
     with pytest.raises(Dsv3cError, match=f"{option[0]}: expected .*, found '{option[1]}'"):
         CliRunner().invoke(app, ["bench", "tiny", *option], catch_exceptions=False)
 
 
 def test_layers_of_a_checkpoint_are_its_own(tmp_path):
-    from dsv3c.config import preset
-
     (tmp_path / "config.json").write_text(json.dumps(preset("tiny").to_dict()))
     with pytest.raises(Dsv3cError, match="--layers: expected a preset, found the checkpoint"):
         bench_model.measure(str(tmp_path), layers=2)

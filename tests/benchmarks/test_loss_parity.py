@@ -44,10 +44,10 @@ def test_more_text_than_there_is(monkeypatch, tmp_path):
 
 def test_learning_rate():
     rates = [training.learning_rate(step, 100, 1.0) for step in range(101)]
-    assert rates[0] == 0.2
-    assert rates[4] == rates[5] == max(rates) == 1.0
-    assert rates[100] == 0.1
-    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[0] == 1 / 10
+    assert rates[9] == rates[10] == max(rates) == 1.0
+    assert rates[100] == 1 / 30
+    assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def curve(level=2.0, spike=0.0):

@@ -98,6 +98,20 @@ def test_gradients_equal_eager(model, compiled, logits, training):
         assert close(gradient, eager[name], exact[name]), name
 
 
+def test_gradients_of_what_is_not_frozen(model, compiled, logits):
+    """A frozen first layer is a unit of its own, and so is the next, whose input then has no gradient."""
+    for frozen in (model.model.embed_tokens, model.model.layers[0]):
+        frozen.requires_grad_(False)
+    tokens, gradients = ids(2, 12), []
+    for candidate in (compiled(model), model, float64(model)):
+        candidate.zero_grad()
+        logits(candidate, tokens).square().mean().backward()
+        gradients.append({n: p.grad.clone() for n, p in candidate.named_parameters() if p.grad is not None})
+    out, eager, exact = gradients
+    assert set(out) == set(eager)
+    assert all(close(gradient, eager[name], exact[name]) for name, gradient in out.items())
+
+
 def test_left_padding_equals_eager(model, compiled, logits):
     tokens, mask = ids(2, 10), torch.ones(2, 10, dtype=torch.long)
     mask[0, :4] = 0

@@ -14,6 +14,7 @@ from dsv3c.cli import app
 from dsv3c.errors import CompileError
 from dsv3c.measure import Launch, located
 from dsv3c.model import DeepseekV3
+from dsv3c.tuning import targets
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_the_same_operator_takes_the_regions_in_order(compiled):
 
 
 def test_a_kernel_of_no_graph_has_no_region():
-    launch = Launch("model.norm", False, "aten.fill_.default", "fill", ((3,),), 0.0, 1.0)
-    assert located((launch,), ()) == (launch,)
+    launch = Launch("model.norm", False, "aten.fill_.default", ("fill",), ((3,),), 0.0, 1.0)
+    assert located((launch,), (), targets.load("h200")) == (launch,)
 
 
 def test_nothing_to_measure(compiled):

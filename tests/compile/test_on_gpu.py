@@ -37,8 +37,9 @@ def test_each_layer_against_a_wider_evaluation(backward):
         assert not [check for check in found if not check.passed], precision
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_and_its_gradients(masked):
+def test_attention_and_its_gradients(masked, deterministic):
     """The operator against the textbook formulas in float64, no farther than torch's own attention is."""
     B, H, T, scale = 2, 16, 160, 0.1
     q, k, v = (torch.randn(B, T, H, size, device="cuda").transpose(1, 2) for size in (192, 192, 128))
@@ -48,7 +49,8 @@ def test_attention_and_its_gradients(masked):
         mask[0, :, :, :30] = torch.eye(T, dtype=torch.bool, device="cuda")[:, :30]  # left padding
     half = [x.bfloat16() for x in (q, k, v)]
     out, lse = torch.ops.dsv3c.attention(*half, mask, scale, not masked)
-    gradients = torch.ops.dsv3c.attention_backward(dout.bfloat16(), *half, out, lse, mask, scale, not masked)
+    rest = out, lse, mask, scale, not masked, deterministic
+    gradients = torch.ops.dsv3c.attention_backward(dout.bfloat16(), *half, *rest)
     leaves = [x.clone().requires_grad_() for x in half]
     theirs = torch.nn.functional.scaled_dot_product_attention(*leaves, mask, 0.0, not masked, scale=scale)
     their_gradients = torch.autograd.grad(theirs, leaves, dout.bfloat16())

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 PATIENCE = 30  # seconds without any progress
 _ready, _random = threading.Condition(), random.Random(0)
@@ -112,13 +113,15 @@ def _mma(a, b, acc, is_async, use_acc=True):
 
 
 def _box(desc, coordinates, shared):
-    """The part of a bulk copy that lies inside the matrix, as a view of it, and in shared memory."""
-    (row, column), (rows, columns) = (int(c) for c in coordinates), shared.shape
-    assert list(desc.block_shape) == [rows, columns]
-    assert column >= 0
-    above = max(-row, 0)
-    inside = desc.base[max(row, 0) : max(row + rows, 0), column : column + columns]
-    return inside, shared.data[above : above + inside.shape[0], : inside.shape[1]]
+    """The part of a bulk copy that lies inside the tensor, as a view of it, and in shared memory."""
+    assert list(desc.block_shape) == list(shared.shape)
+    assert int(coordinates[-1]) >= 0
+    target, source = desc.base, shared.data
+    for axis, at in enumerate(int(c) for c in coordinates):
+        first, last = (min(max(end, 0), target.shape[axis]) for end in (at, at + shared.shape[axis]))
+        target = target.narrow(axis, first, last - first)
+        source = source.narrow(axis, max(first - at, 0), last - first)
+    return target, source
 
 
 def _copy(desc, coordinates, barrier, shared, pred=True) -> None:
@@ -288,6 +291,8 @@ class Kernel:
     def __getitem__(self, grid):
         def launch(*arguments, num_warps) -> None:
             values = [Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            for descriptor in (x for x in values if isinstance(x, TensorDescriptor)):
+                descriptor.dtype = descriptor.base.dtype
             for _here.program in range(grid[0]):
                 _here.programs = grid[0]
                 self.function(*values)

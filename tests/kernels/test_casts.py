@@ -219,3 +219,23 @@ def test_quantized_values_are_a_fixed_point(check):
     assert torch.equal(
         again[0].float() * again[1].repeat_interleave(128, 1), q.float() * scale_inv.repeat_interleave(128, 1)
     )
+
+
+@pytest.mark.parametrize(("rows", "columns", "bits"), [(128, 32, 16), (128, 64, 16), (64, 128, 16), (128, 128, 16)])
+def test_columns_are_read_without_bank_conflicts(rows, columns, bits):
+    """The eight rows of a matrix lie in different banks, and a shared tile has each element once."""
+    layouts = pytest.importorskip("dsv3c.kernels.columns", reason="needs Triton")
+    bases = layouts.shared_layout.fn(rows, columns, bits).offset_bases
+    places = {}
+    for offset in range(rows * columns):
+        row = column = 0
+        for i, (r, c) in enumerate(bases):
+            if offset >> i & 1:
+                row, column = row ^ r, column ^ c
+        places[row, column] = offset * bits // 8
+    assert len(places) == rows * columns
+    lanes = layouts.column_layout.fn(rows, columns, 4).lane_bases[:2]
+    matrix = [(a * lanes[0][0] ^ b * lanes[1][0]) + c for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+    for first_row in (0, 2, 12, rows - 64):
+        for chunk in range(0, columns, 8):
+            assert len({places[first_row + row, chunk] % 128 // 16 for row in matrix}) == 8

@@ -1,8 +1,5 @@
 """Heads rotated, and gradients of heads cast as they are put together: bit for bit what the single operators give."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -143,84 +140,3 @@ def test_what_is_refused():
         ops.join_quantize_both(x, x, 100, FLOOR, False)
     with pytest.raises(OperatorError, match="dtype of x"):
         ops.rotate_heads(x.float(), cos, cos, False)
-
-
-PROGRAM = """
-import torch, triton
-import triton.language as tl
-import dsv3c.operators
-from dsv3c.kernels import heads, tiles
-from dsv3c.kernels.reference.rotary import rotate
-from dsv3c.numerics import Recipe
-from dsv3c.operators import heads as operator
-
-@triton.jit
-def pack(low, high):
-    return (low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF | high.to(tl.int32, bitcast=True) & -65536
-
-@triton.jit
-def larger(a, b):
-    return tl.maximum((a >> 16) & 0x7FFF, (b >> 16) & 0x7FFF) << 16 | tl.maximum(a & 0x7FFF, b & 0x7FFF)
-
-@triton.jit
-def reciprocal(x):
-    return 1.0 / x, x * 0.0
-
-@triton.jit
-def quarter(x):
-    return (x * 0.25).to(tl.int32) & 0xFF
-
-@triton.jit
-def to_fp8(word, first, second):
-    return (quarter(tiles.low(word) * first) | quarter(tiles.high(word) * first) << 8).to(tl.int16)
-
-@triton.jit
-def pack_rows(x0, x1, x2, x3):
-    return quarter(x0) | quarter(x1) << 8 | quarter(x2) << 16 | quarter(x3) << 24
-
-for module in (tiles, heads):
-    for function in (pack, larger, reciprocal, to_fp8, pack_rows):
-        if hasattr(module, function.__name__):
-            setattr(module, function.__name__, function)
-
-floor = Recipe().gradient_amax_floor
-torch.manual_seed(0)
-
-def normal(*shape):
-    each = torch.randn(shape) * torch.exp2(torch.randint(-3, 4, (shape[0],) + (1,) * (len(shape) - 1)).float())
-    return each.bfloat16()
-
-def check(found, x):
-    # rotation and quotient are rounded elsewhere than in the definition; 8 bits are a quarter of the quotient
-    R, K = x.shape
-    x = torch.nn.functional.pad(x, (0, -K % 128, 0, -R % 128))
-    for (q, scale), each in ((found[:2], x), (found[2:], x.t())):
-        rows, columns = q.shape
-        amax = each.abs().unflatten(1, (-1, 128)).amax(-1)[:rows].clamp(min=floor)
-        assert bool(((scale * 448 - amax).abs() <= 0.02 * amax).all())
-        wide = q.view(torch.int8).float() * 4 * scale.repeat_interleave(128, 1)[:, :columns]
-        assert bool(((wide - each[:rows, :columns]).abs() <= 14 * scale.repeat_interleave(128, 1)[:, :columns]).all())
-
-for R, H, nope in [(5, 3, 128), (130, 2, 64)]:
-    x, angle = normal(R, H, nope + 64), torch.rand(R, 32) * 6
-    cos, sin = angle.cos(), angle.sin()
-    out = operator._rotate_quantize_both(x, cos, sin, floor, False)
-    for tensor in out: tensor.untyped_storage().fill_(255)
-    heads.rotate_quantize_both(x, cos, sin, floor, False, out)
-    turned = rotate(x[..., nope:], cos[:, None], sin[:, None], True)
-    check(out, torch.cat((x[..., :nope].float(), turned), -1).flatten(1))
-for R, H, nope, value in [(5, 3, 128, 64), (130, 2, 64, 128)]:
-    dk, dv = normal(R, H, nope + 16), normal(H, R, value).transpose(0, 1)
-    out = operator._join_quantize_both(dk, dv, nope, floor, False)
-    for tensor in out: tensor.untyped_storage().fill_(255)
-    heads.join_quantize_both(dk, dv, nope, floor, False, out)
-    check(out, torch.cat((dk[..., :nope], dv), -1).flatten(1).float())
-"""
-
-
-def test_indices_and_masks():
-    """In Triton's interpreter, which has no inline assembly (see `test_producers_indexing.py`)."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-P", "-c", PROGRAM], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]

@@ -85,6 +85,7 @@ assert bool((y[start:] == 7.0).all()), "rows of no group are written"
 
 @pytest.mark.parametrize("case", [
     (200, 264, 400, CONFIGS[2]),
+    (140, 72, 64, CONFIGS[2]),
     (140, 576, 640, CONFIGS[0]),
     ([5, 0, 130, 70], 264, 272, CONFIGS[3]),
     ([0, 200, 0, 3, 64], 256, 384, CONFIGS[2]),
@@ -143,12 +144,13 @@ class TestOnGpu:
         ws.launch_grouped(*given, found, **config)
         assert same_bits(found, expected)  # so what is of no group still holds NaN
 
-    def test_against_float64(self, check):
-        x, x_scale_inv, w, w_scale_inv = given = operands(check, 300, 392, 1280)
+    @pytest.mark.parametrize("K", [64, 1280, 2112])  # half a block, whole ones, whole ones and a half
+    def test_against_float64(self, check, K):
+        x, x_scale_inv, w, w_scale_inv = given = operands(check, 300, 392, K)
         for dtype in (torch.bfloat16, torch.float32):
             y = poisoned(300, 392, dtype)
             ws.launch(*given, y, **CONFIGS[-1])
-            check.assert_product(y, *check.product(x, x_scale_inv, w, w_scale_inv), 1280)
+            check.assert_product(y, *check.product(x, x_scale_inv, w, w_scale_inv), K)
 
     def test_nan_stays_in_its_row_and_column(self, check, config):
         x, x_scale_inv, w, w_scale_inv = operands(check, 200, 264, 256)

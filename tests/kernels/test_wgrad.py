@@ -1,7 +1,11 @@
 """Weight gradients: accumulation, and the implementation with specialised warps, which shares the plain one's bits."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +82,59 @@ def test_specialized_compiles_without_spills(config):
     assert found.spills == 0
     assert found.stack_bytes == 0
     assert found.shared_bytes <= 227 * 1024
+
+
+PROGRAM = """
+import sys
+from types import FunctionType, SimpleNamespace
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+import conftest
+from gluon_on_cpu import Kernel
+from dsv3c.kernels import gemm, wgrad_specialized as specialized
+from test_wgrad import operands
+
+specialized._wgrad_specialized_kernel = Kernel(
+    specialized.__file__,
+    "_wgrad_specialized_kernel",
+    _promote=lambda product, row, column, acc: acc + product * (row[:, None] * column),
+    swizzle=FunctionType(gemm.swizzle.fn.__code__, {"tl": SimpleNamespace(minimum=min)}),
+)
+specialized.multiprocessors = lambda: 3
+torch.manual_seed(0)
+sizes, N, K, dtype, accumulate, config = eval(sys.argv[2])
+(dyt, dyt_scale_inv, xt, xt_scale_inv), offs = operands(conftest, sizes, N, K, "cpu")
+first = torch.tensor([0, *(-(-n // 128) for n in sizes)]).cumsum(0)
+before = torch.randn(len(sizes), N, K).to(dtype) if accumulate else torch.zeros(len(sizes), N, K, dtype=dtype)
+dw = before.clone() if accumulate else torch.full_like(before, torch.nan)
+given = dyt, dyt_scale_inv, xt, xt_scale_inv, first.to(torch.int32)
+specialized.launch(*given, dw, accumulate=accumulate, **config)
+for e, n in enumerate(sizes):
+    blocks = slice(int(first[e]), int(first[e + 1]))
+    rows = slice(128 * blocks.start, 128 * blocks.stop)
+    parts = dyt[:, rows], dyt_scale_inv[:, blocks], xt[:, rows], xt_scale_inv[:, blocks]
+    if n == 0:
+        assert torch.equal(dw[e], before[e])
+    else:
+        reference, norm = conftest.product(*parts)
+        reference, norm = reference + before[e], norm + before[e].abs().double()
+        conftest.assert_product(dw[e], reference, norm, n)
+"""
+
+
+@pytest.mark.parametrize("case", [
+    ([5, 0, 384, 129], 256, 392, torch.bfloat16, False, specialized.KNOWN[0]),
+    ([700], 196, 264, torch.float32, False, specialized.KNOWN[1]),
+    ([130, 0, 300], 128, 640, torch.float32, True, specialized.KNOWN[0]),
+], ids=str)  # fmt: skip
+def test_tiles_and_barriers(case):
+    """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process."""
+    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
+    command = [sys.executable, "-P", "-c", PROGRAM, str(Path(__file__).parent), repr(case)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_what_is_not_aligned_is_left_to_the_plain_kernel():

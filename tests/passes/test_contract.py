@@ -51,11 +51,30 @@ class Multiply(HidesIt):
         return 1
 
 
+@dataclass(frozen=True)
+class DoesNothing(SaysItDid):
+    def __call__(self, gm):
+        return 0
+
+
 @pytest.mark.parametrize("liar", [SaysItDid(), HidesIt()])
 def test_a_lying_pass_is_caught(liar):
     gm = traced(lambda x: x + x, torch.ones(2))
     with pytest.raises(PassError, match=type(liar).__name__):
         run(gm, [liar])
+
+
+def test_the_price_is_asked_before_and_after_each_change():
+    gm, asked = traced(lambda x: x + x, torch.ones(2)), []
+
+    def price(gm):
+        asked.append(text(gm))
+        return len(asked)
+
+    records = run(gm, [DoesNothing(), Multiply(), DoesNothing()], price=price)
+    assert [record.priced for record in records] == [(1, 1), (1, 2), (2, 2)]
+    assert ["mul" in found for found in asked] == [False, True]
+    assert run(gm, [DoesNothing()])[0].priced is None
 
 
 def test_record_and_dump(tmp_path):

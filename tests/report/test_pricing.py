@@ -64,6 +64,18 @@ def test_both_halves_of_a_tensor_are_the_tensor(trace):
     assert cost.moved_bytes == BF16 * (64 * 128 + 64 * 64)
 
 
+def test_forward_and_backward_of_a_joint_graph_are_not_fused(trace):
+    gm = trace(lambda x: x.relu().neg(), bf16(64, 96))
+    *_, last, _ = gm.graph.nodes
+    last.meta["partitioner_tag"] = "is_backward"
+    forward, backward = costs(gm)
+    assert (forward.backward, backward.backward) == (False, True)
+    assert forward.moved_bytes == backward.moved_bytes == BF16 * 2 * 64 * 96
+    (whole,) = price(gm, H800, backward=True)  # its nodes' tags do not count where it is one half
+    assert whole.backward
+    assert whole.moved_bytes == BF16 * 2 * 64 * 96
+
+
 def test_constants_are_free(trace):
     (cost,) = costs(trace(lambda x: x + torch.ones(64, 64, dtype=torch.bfloat16), bf16(64, 64)))
     assert cost.moved_bytes == BF16 * 2 * 64 * 64

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -86,10 +87,31 @@ def test_a_report_of_training(explained):
     assert set(unit["unrecognised"]) == {"aten.add.Tensor"}
 
 
+def test_what_the_graph_costs_before_and_after_each_pass(explained):
+    unit = explained[1].to_dict()["units"][1]
+    captured, joint = ([p for p in unit["passes"] if p["level"] == level] for level in ("L0", "L1"))
+    assert all(step["priced"] is None for step in captured)
+    for step, following in pairwise(joint):
+        assert step["priced"]["after"] == following["priced"]["before"]
+    for step in joint:
+        before, after = step["priced"]["before"], step["priced"]["after"]
+        for key in ("nodes", "flops", "moved_bytes"):
+            changes = sum(region["after"][key] - region["before"][key] for region in step["priced"]["regions"])
+            assert after[key] - before[key] == changes
+        if step["sites"] == 0:
+            assert before == after
+    fused = next(step for step in joint if step["name"] == "FuseNormBackward")["priced"]
+    assert fused["after"]["moved_bytes"] < fused["before"]["moved_bytes"]
+    (norm,) = (region for region in fused["regions"] if region["path"] == "input_layernorm")
+    assert norm["kind"] == "norm"
+    assert norm["after"]["moved_bytes"] < norm["before"]["moved_bytes"]
+
+
 def test_the_text_names_units_regions_passes_and_calls_predictions_so(explained):
     text = str(explained[1])
     for word in ("moe_layer_many_sequences_many_tokens_training: of 2 modules", "mlp.experts", "QuantizeLinear",
-                 "dsv3c.gemm", "predicted forward us", "predicted backward us", "note: FP8 is emulated", "h800",
+                 "dsv3c.gemm", "MB before", "operators after", "predicted forward us", "predicted backward us",
+                 "note: FP8 is emulated", "h800",
                  "in no recognised region, compiled by Inductor as they are: aten.add.Tensor"):  # fmt: skip
         assert word in text
     assert all("predicted" in word for line in text.splitlines() for word in line.split("  ") if word.endswith(" us"))

@@ -144,3 +144,18 @@ def test_the_rule_for_groups(rows, groups, expected, monkeypatch, request):
     implementation, config = default(Problem("grouped_gemm", rows, 4096, 7168, groups))
     assert implementation.name == ("warp_specialized" if expected else "triton")
     assert not expected or config == {"columns": expected, "num_stages": 4, "band": 8}
+
+
+@pytest.mark.parametrize(
+    ("rows", "N", "K", "expected"),
+    [
+        (4096, 7168, 2048, "cublaslt"),
+        (4096, 7168, 2112, "warp_specialized"),  # the library wants whole blocks of 128
+        (4095, 7168, 2048, "warp_specialized"),  # and rows in fours
+        (4096, 7166, 2112, "triton"),  # rows of the result that no bulk copy can store
+    ],
+)
+def test_the_rule_for_dense_products(rows, N, K, expected, monkeypatch, request):
+    monkeypatch.undo()
+    request.getfixturevalue("hopper")
+    assert default(Problem("gemm", rows, N, K))[0].name == expected

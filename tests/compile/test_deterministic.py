@@ -1,0 +1,77 @@
+"""deterministic=True: the bits of a step repeat."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dsv3c import backend
+from dsv3c.compiler import compilation_of
+from dsv3c.passes import OrderSums, run
+
+
+def attention_backward(x):
+    return torch.ops.dsv3c.attention_backward(x, x, x, x, x, x[..., 0], None, 0.1, True)
+
+
+def test_the_gradient_of_attention_is_ordered():
+    gm = make_fx(attention_backward, tracing_mode="fake")(torch.zeros(1, 2, 4, 8))
+    (record,) = run(gm, [OrderSums()])
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.dsv3c.attention_backward.default)
+    assert record.sites == 1
+    assert node.args[-2:] == (True, True)
+    assert run(gm, [OrderSums()])[0].sites == 0
+    other = make_fx(torch.relu, tracing_mode="fake")(torch.zeros(2))
+    assert run(other, [OrderSums()])[0].sites == 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_inductor_is_told(make_model, compiled, monkeypatch, deterministic):
+    told = []
+
+    def compile_fx(gm, inputs, config_patches):
+        told.append((torch.are_deterministic_algorithms_enabled(), config_patches["deterministic"]))
+        return gm.forward
+
+    monkeypatch.setattr(backend, "compile_fx", compile_fx)
+    model = compiled(make_model(num_hidden_layers=1), deterministic=deterministic)
+    model(torch.zeros(1, 4, dtype=torch.long))
+    assert set(told) == {(deterministic, deterministic)}
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert (OrderSums() in compilation_of(model).pipeline.joint) is deterministic
+
+
+SIZES = {
+    "num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 4096,
+    "num_attention_heads": 32, "moe_intermediate_size": 512, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("make", "more", "precision"),
+    [
+        ("make_model", {}, "fp8"),
+        ("make_model", {}, "exact"),
+        ("make_their_model", {"num_key_value_heads": 32}, "fp8"),
+    ],
+)
+def test_a_step_again_and_again(make, more, precision, request, compiled, logits):
+    """Sizes at which steps differ without it: in FP8 now and then, in exact precision each time."""
+    model = request.getfixturevalue(make)(torch.bfloat16, **SIZES, **more).cuda()
+    model = compiled(model, precision, deterministic=True)
+    ids = torch.randint(4096, (1, 4096), device="cuda")
+
+    def step():
+        out = logits(model, ids)
+        out.float().square().mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return {"output": out.detach(), **gradients}
+
+    first = step()
+    assert len(first) == 1 + sum(p.requires_grad for p in model.parameters())
+    for _ in range(5):
+        again = step()
+        assert not [name for name, tensor in first.items() if not torch.equal(tensor, again[name])]
