@@ -99,13 +99,15 @@ class Backend:
         gm = _own_copy(gm)
         stacks, example_inputs = self.prepare(gm, example_inputs)
         compiled = self.lower(gm, example_inputs)
-        if not stacks:
-            return compiled
+        if self.unit.variant.gradients:
+            return self._with_weights(compiled, stacks) if stacks else compiled
+        return _below_autograd(self._with_weights(compiled, stacks))
 
-        def with_weights(*inputs):
+    def _with_weights(self, compiled: Callable, stacks: list[Stack]) -> Callable:
+        def call(*inputs):
             return compiled(*inputs, *self.copies_of([[inputs[i] for i in stack] for stack in stacks]))
 
-        return with_weights
+        return call
 
     def copies_of(self, stacks: list[list[Tensor]]) -> list[Tensor]:
         assert self.weights is not None
@@ -155,6 +157,17 @@ class Backend:
             for user in node.users
         }
         return sorted(stacks)
+
+
+def _below_autograd(compiled: Callable) -> Callable:
+    """Without gradients no operator inside need ask autograd, which costs the host a microsecond for each, and for those
+    that have gradients of their own ten."""
+
+    def call(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return compiled(*inputs)
+
+    return call
 
 
 def _own_copy(gm: fx.GraphModule) -> fx.GraphModule:
