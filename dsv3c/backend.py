@@ -160,8 +160,8 @@ class Backend:
 
 
 def _below_autograd(compiled: Callable) -> Callable:
-    """Without gradients no operator inside need ask autograd, which costs the host a microsecond for each, and for those
-    that have gradients of their own ten."""
+    """Where nobody wants gradients, no operator inside need ask autograd: a Python function for those that have a
+    formula of ours."""
 
     def call(*inputs):
         with torch._C._AutoDispatchBelowAutograd():
