@@ -99,15 +99,15 @@ class Backend:
         gm = _own_copy(gm)
         stacks, example_inputs = self.prepare(gm, example_inputs)
         compiled = self.lower(gm, example_inputs)
-        if self.unit.variant.gradients:
-            return self._with_weights(compiled, stacks) if stacks else compiled
-        return _below_autograd(self._with_weights(compiled, stacks))
+        if not self.unit.variant.gradients:
+            compiled = _below_autograd(compiled)
+        if not stacks:
+            return compiled
 
-    def _with_weights(self, compiled: Callable, stacks: list[Stack]) -> Callable:
-        def call(*inputs):
+        def with_weights(*inputs):
             return compiled(*inputs, *self.copies_of([[inputs[i] for i in stack] for stack in stacks]))
 
-        return call
+        return with_weights
 
     def copies_of(self, stacks: list[list[Tensor]]) -> list[Tensor]:
         assert self.weights is not None
