@@ -162,8 +162,6 @@ def _no_view(x: Tensor) -> Tensor:
     base = x._base
     if base is None or (base.shape, base.stride()) == (x.shape, x.stride()):
         return x if base is None else base
-    if x.is_contiguous() and not x.requires_grad:
-        return x.data  # knows of no base
     return x.clone(memory_format=torch.contiguous_format)
 
 

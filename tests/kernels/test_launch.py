@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from dsv3c.kernels import launch, replay
+from dsv3c.kernels import launch, offline, replay
 from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.replay import Replay
 from dsv3c.kernels.warp_specialized import BF16_TILES
@@ -132,6 +132,11 @@ def test_launches_with_descriptors(monkeypatch):
     assert started[-1] == (
         (x.data_ptr(), x.shape, x.stride()), (w.data_ptr(), w.shape, w.stride()), x.data_ptr(), 5, 16, 64
     )  # fmt: skip
+
+
+def test_every_kernel_is_launched_so():
+    others = {v.kernel.__name__ for v in offline.variants() if not isinstance(v.kernel.run, launch._Launcher)}
+    assert others == set()
 
 
 def test_what_is_compiled_only_is_not_launched(monkeypatch):
