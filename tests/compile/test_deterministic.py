@@ -42,7 +42,7 @@ def test_inductor_is_told(make_model, compiled, monkeypatch, deterministic):
 
 
 SIZES = {
-    "num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 4096,
+    "num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 4096, "hidden_size": 2048,
     "num_attention_heads": 32, "moe_intermediate_size": 512, "q_lora_rank": 1536, "kv_lora_rank": 512,
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
 }  # fmt: skip
