@@ -89,7 +89,9 @@ class Step:
         self.count_B1.zero_()
         self.ended_B1.zero_()
         if self.seen_BV is not None:
-            self.seen_BV.zero_().scatter_(1, input_ids, True)
+            last_B1 = input_ids[:, -1:]  # never padding, so that it may stand for it
+            real_BT = input_ids if attention_mask is None else torch.where(attention_mask != 0, input_ids, last_B1)
+            self.seen_BV.zero_().scatter_(1, real_BT, True)
         logits = self.model(input_ids, attention_mask=attention_mask, cache=self.cache, logits_to_keep=1)
         self._choose(logits[:, -1])
         if limit > 1:

@@ -36,10 +36,10 @@ def generate(
     eos_token_id: by default the config's; () never ends. What follows an end is pad_token_id, by default the config's,
     else the first eos_token_id. attention_mask: [B, T], nonzero = a real token; padding stands on the left. Sampling:
     logits over temperature, of these the top_k largest, of these the smallest set whose probability reaches top_p.
-    repetition_penalty: before all this, and in greedy decoding too, logits of the tokens in the sequence, padding
-    included, are divided by it if positive and multiplied if not. mtp: greedy, without penalty, with guesses by the MTP
-    layer (speculation.py); on_accepted is called with what became of them. With a compiled model on a GPU each step is
-    one CUDA graph. Raises Dsv3cError.
+    repetition_penalty: before all this, and in greedy decoding too, logits of the tokens in the sequence are divided by
+    it if positive and multiplied if not. mtp: greedy, without penalty, with guesses by the MTP layer (speculation.py);
+    on_accepted is called with what became of them. With a compiled model on a GPU each step is one CUDA graph. Raises
+    Dsv3cError.
     """
     _check(input_ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty, attention_mask)
     if mtp and (do_sample or repetition_penalty != 1.0 or not model.mtp):
