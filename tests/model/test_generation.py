@@ -123,6 +123,9 @@ def test_tokens_that_were_there_are_penalized(model, prompt, penalty):
     assert torch.equal(tokens, expected)
     assert not torch.equal(tokens, greedy)
     assert torch.equal(generate(model, prompt, max_new_tokens=9, repetition_penalty=1), greedy)
+    padded, mask = F.pad(prompt, (2, 0), value=int(tokens[0, 5])), F.pad(torch.ones_like(prompt), (2, 0))
+    left = generate(model, padded, max_new_tokens=9, repetition_penalty=penalty, attention_mask=mask)
+    assert torch.equal(left[:, 2:], tokens)
 
 
 def test_temperature_sharpens():
