@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv3c.cache import PagedCache
-from dsv3c.model import DeepseekV3
+from dsv3c.model import DeepseekV3, at_least_float32
 from dsv3c.numerics import ceil_div
 from dsv3c.operators.mla_decode import PAGE
 from dsv3c.weights import QuantizedWeights
@@ -29,11 +29,17 @@ class Choice:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
     ends: tuple[int, ...] = ()  # tokens that end a sequence
     pad: int = 0  # what follows them
 
-    def __call__(self, logits_BV: Tensor) -> Tensor:
-        """One token per row, [B, 1]; drawn with torch's global generator, without a word to the host."""
+    def __call__(self, logits_BV: Tensor, seen_BV: Tensor | None = None) -> Tensor:
+        """One token per row, [B, 1]; drawn with torch's global generator, without a word to the host. seen: bool, the
+        tokens that the penalty is for."""
+        if seen_BV is not None:
+            logits_BV, penalty = logits_BV.to(at_least_float32(logits_BV.dtype)), self.repetition_penalty
+            penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+            logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
         if not self.do_sample:
             return _argmax(logits_BV)
         logits_BV = logits_BV.float() / self.temperature
@@ -74,12 +80,18 @@ class Step:
         self.count_B1 = self.ends.new_zeros(batch, 1)  # how many of them
         self.limit = self.ends.new_zeros(1)
         self.ended_B1 = self.ends.new_zeros(batch, 1, dtype=torch.bool)
+        penalized = choice.repetition_penalty != 1.0
+        self.seen_BV = self.ended_B1.new_zeros(batch, model.config.vocab_size) if penalized else None
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, limit: int) -> None:
         """The first token after prompts [B, T], of up to `limit`. The cache is empty before."""
         self.limit.fill_(limit)
         self.count_B1.zero_()
         self.ended_B1.zero_()
+        if self.seen_BV is not None:
+            last_B1 = input_ids[:, -1:]  # never padding, so that it may stand for it
+            real_BT = input_ids if attention_mask is None else torch.where(attention_mask != 0, input_ids, last_B1)
+            self.seen_BV.zero_().scatter_(1, real_BT, True)
         logits = self.model(input_ids, attention_mask=attention_mask, cache=self.cache, logits_to_keep=1)
         self._choose(logits[:, -1])
         if limit > 1:
@@ -109,7 +121,9 @@ class Step:
         return new_Bn[:, : int(ends_Bn.argmax(dim=1).max()) + 1]
 
     def _choose(self, logits_BV: Tensor) -> None:
-        self.tokens_B1.copy_(self.choice(logits_BV))
+        self.tokens_B1.copy_(self.choice(logits_BV, self.seen_BV))
+        if self.seen_BV is not None:
+            self.seen_BV.scatter_(1, self.tokens_B1, True)
         self.out_BS.scatter_(1, self.count_B1, self.tokens_B1)
         self.count_B1 += 1
         if self.choice.ends:
@@ -117,7 +131,8 @@ class Step:
 
     def state(self) -> tuple[Tensor, ...]:
         """What a step changes, but for the latents."""
-        return self.tokens_B1, self.out_BS, self.count_B1, self.ended_B1, self.cache.lengths_B
+        seen = () if self.seen_BV is None else (self.seen_BV,)
+        return self.tokens_B1, self.out_BS, self.count_B1, self.ended_B1, self.cache.lengths_B, *seen
 
     def make_fresh(self) -> None:
         """Captures the step if it was not, or not with the weights as they are. Not for every step: it looks at each

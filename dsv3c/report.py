@@ -76,6 +76,14 @@ class UnitReport:
         """Of one module; None if it was not measured."""
         return sum(launch.time_us for launch in self.launches) if self.launches else None
 
+    def gaps_us(self, backward: bool) -> float | None:
+        """Of one module: the time between its kernels, from the first to the last; None if it was not measured."""
+        mine = [launch for launch in self.launches if launch.backward is backward]
+        if not mine:
+            return None
+        last, first = max(x.start_us + x.time_us for x in mine), min(x.start_us for x in mine)
+        return last - first - sum(x.time_us for x in mine)
+
     @property
     def flops(self) -> int:
         return sum(cost.flops for cost in self.costs)
@@ -108,6 +116,7 @@ class UnitReport:
                 for region, costs in self.regions().items()
             ],
             **({"measured_us": self.measured_us, "launches": self._launches()} if self.launches else {}),
+            **({"gaps_us": {"forward": self.gaps_us(False), "backward": self.gaps_us(True)}} if self.launches else {}),
             **({"rooflines": [{**asdict(x), "ratio": x.ratio} for x in self.against]} if self.against else {}),
             "operators": [
                 {
@@ -168,6 +177,7 @@ class UnitReport:
             blank = [None] * (len(rows[0]) - 2 - len(times))
             fused = [sum(x.time_us for x in launches if x.region is None) for launches in sides.values()]
             rows.append(["(kernels across regions)", "", *blank, *fused])
+            rows.append(["(between kernels, in no sum)", "", *blank, *[self.gaps_us(b) for b in times.values()]])
         whole = [sum(x.time_us for x in launches) for launches in sides.values()]
         rows.append(row("", "all", list(self.costs), self.saved_bytes, whole))
         kinds = ("predicted", *["measured"] * bool(self.launches))

@@ -8,6 +8,7 @@ from torch import fx
 
 import dsv3c.attention  # noqa: F401  (defines dsv3c::attention_backward)
 from dsv3c.passes.contract import Level, Tier
+from dsv3c.passes.rewrite import insert, replace
 
 _BACKWARD = torch.ops.dsv3c.attention_backward.default
 _ARGUMENTS = len(_BACKWARD._schema.arguments)
@@ -24,6 +25,6 @@ class OrderSums:
 
     def __call__(self, gm: fx.GraphModule) -> int:
         found = [n for n in gm.graph.find_nodes(op="call_function", target=_BACKWARD) if len(n.args) < _ARGUMENTS]
-        for node in found:
-            node.args = (*node.args, True)
+        for node in found:  # a node of its own: Inductor holds the arguments against those that were traced
+            replace(node, insert(node, _BACKWARD, *node.args, True))
         return len(found)

@@ -16,7 +16,8 @@ from dsv3c.generation import generate
 from dsv3c.model import DeepseekV3
 from dsv3c.speculation import SPARE, SpeculativeStep
 
-GREEDY, SAMPLED = Choice(), Choice(do_sample=True, temperature=0.8, top_k=50, top_p=0.9)
+GREEDY = Choice()
+SAMPLED = Choice(do_sample=True, temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.3)
 
 
 def tokens_of(step, prompt, count, mask=None):
@@ -234,7 +235,7 @@ def test_guesses_change_no_token(make_model, compiled):
         assert torch.equal(model.generate(ids, mtp=True, **arguments), model.generate(ids, **arguments)), (count, ends)
 
 
-@pytest.mark.parametrize("arguments", [{"do_sample": True}, {}])
+@pytest.mark.parametrize("arguments", [{"do_sample": True}, {"repetition_penalty": 1.1}, {}])
 def test_guessing_needs_a_guesser_and_greed(make_model, arguments):
     model = small(make_model)
     model.mtp = bool(arguments)

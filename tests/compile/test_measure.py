@@ -3,13 +3,15 @@
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 import dsv3c
-from dsv3c import report_page
+from dsv3c import measure, report_page
 from dsv3c.cli import app
 from dsv3c.errors import CompileError
 from dsv3c.measure import Launch, located
@@ -59,6 +61,46 @@ def test_the_same_operator_takes_the_regions_in_order(compiled):
 def test_a_kernel_of_no_graph_has_no_region():
     launch = Launch("model.norm", False, "aten.fill_.default", ("fill",), ((3,),), 0.0, 1.0)
     assert located((launch,), (), targets.load("h200")) == (launch,)
+
+
+class Event(SimpleNamespace):
+    """As the profiler's: on the host with what it launched, or on the device."""
+
+    def __init__(self, name, start, end, parent=None, kernels=(), device=False, thread=1):
+        times = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        kernels = [SimpleNamespace(name=name, duration=time) for name, time in kernels]
+        kind = DeviceType.CUDA if device else DeviceType.CPU
+        super().__init__(name=name, time_range=times, device_type=kind, kernels=kernels, cpu_parent=parent,
+                         thread=thread, input_shapes=[[4, 8], [], [8]])  # fmt: skip
+
+
+def test_on_a_gpu_an_operators_kernels_are_one_launch_and_begin_on_the_device():
+    layer = Event("dsv3c module model.layers.0", 0.0, 100.0, kernels=[("dsv3c module model.layers.0", 500.0)])
+    attention = Event("dsv3c::attention", 10.0, 30.0, layer)
+    cudnn = Event("aten::_scaled_dot_product_cudnn_attention", 12.0, 20.0, attention, [("cudnn", 40.0)])
+    copy = Event("aten::copy_", 22.0, 25.0, attention, [("copy", 5.0)])
+    fused = Event("triton_poi_fused_add", 40.0, 42.0, layer, [("triton_poi_fused_add", 7.0)])
+    again = Event("triton_poi_fused_add", 50.0, 52.0, layer, [("triton_poi_fused_add", 7.0)])
+    backward = Event("CompiledFunctionBackward", 200.0, 300.0, thread=2)
+    gemm = Event("dsv3c::gemm", 210.0, 220.0, backward, [("gemm", 9.0)], thread=2)
+    outside = Event("aten::add", 400.0, 410.0, None, [("add", 1.0)])
+    device = [
+        Event(name, start, start + time, device=True)
+        for name, start, time in (("cudnn", 1000.0, 40.0), ("copy", 1041.0, 5.0), ("triton_poi_fused_add", 1050.0, 7.0),
+                                  ("triton_poi_fused_add", 1060.0, 7.0), ("gemm", 1100.0, 9.0), ("add", 1200.0, 1.0))
+    ]  # fmt: skip
+    host = [layer, attention, cudnn, copy, fused, again, backward, gemm, outside]
+    found = [
+        (x.module, x.backward, x.operator, x.kernels, x.start_us, x.time_us)
+        for x in measure._launches([*host, *device], cuda=True)
+    ]
+    path = "model.layers.0"
+    assert found == [
+        (path, False, "dsv3c.attention.default", ("cudnn", "copy"), 0.0, 45.0),
+        (path, False, "fused", ("triton_poi_fused_add",), 50.0, 7.0),
+        (path, False, "fused", ("triton_poi_fused_add",), 60.0, 7.0),
+        (path, True, "dsv3c.gemm.default", ("gemm",), 100.0, 9.0),
+    ]
 
 
 def test_nothing_to_measure(compiled):

@@ -109,6 +109,25 @@ def test_greedy_takes_the_first_of_the_largest(vocabulary):
     assert torch.equal(Choice()(logits), logits.argmax(dim=-1, keepdim=True))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [1.5, 0.7])
+def test_tokens_that_were_there_are_penalized(model, prompt, penalty):
+    expected, greedy = prompt, generate(model, prompt, max_new_tokens=9)
+    for _ in range(9):
+        logits = model(expected)[:, -1]
+        for row, tokens in zip(logits, expected, strict=True):
+            for token in set(tokens.tolist()):
+                row[token] = row[token] * penalty if row[token] < 0 else row[token] / penalty
+        expected = torch.cat((expected, logits.argmax(dim=-1, keepdim=True)), dim=1)
+    tokens = generate(model, prompt, max_new_tokens=9, repetition_penalty=penalty)
+    assert torch.equal(tokens, expected)
+    assert not torch.equal(tokens, greedy)
+    assert torch.equal(generate(model, prompt, max_new_tokens=9, repetition_penalty=1), greedy)
+    padded, mask = F.pad(prompt, (2, 0), value=int(tokens[0, 5])), F.pad(torch.ones_like(prompt), (2, 0))
+    left = generate(model, padded, max_new_tokens=9, repetition_penalty=penalty, attention_mask=mask)
+    assert torch.equal(left[:, 2:], tokens)
+
+
 def test_temperature_sharpens():
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0]).expand(4000, -1)
@@ -123,6 +142,7 @@ def test_temperature_sharpens():
         ({"temperature": 0.0}, "temperature: expected more than 0"),
         ({"top_k": 0}, "top_k: expected at least 1"),
         ({"top_p": 0.0}, "top_p: expected more than 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected more than 0"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0]] * 3)}, "attention_mask: expected padding on the left"),
         ({"attention_mask": torch.ones(3, 4)}, r"attention_mask: expected \[3, 5\]"),
     ],

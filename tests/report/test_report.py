@@ -13,6 +13,7 @@ from dsv3c.artifact import MODES
 from dsv3c.artifact_check import fp8_products
 from dsv3c.config import preset
 from dsv3c.errors import CompileError
+from dsv3c.measure import Launch
 from dsv3c.model import DeepseekV3
 from dsv3c.passes import Record, Skipped
 from dsv3c.report import Report, UnitReport
@@ -151,6 +152,14 @@ def test_sites_left_alone_stand_in_both_forms_with_their_reason():
     assert "QuantizeLinear left mlp.up_proj (linear): too odd" in str(report)
     (step,) = report.to_dict()["units"][0]["passes"]
     assert step["skipped"] == [{"where": "mlp.up_proj (linear)", "reason": "too odd"}]
+
+
+def test_what_lies_between_the_kernels():
+    times = [(False, 10.0, 2.0), (False, 12.0, 3.0), (False, 20.0, 1.0), (True, 50.0, 4.0)]
+    launches = tuple(Launch("layer", back, "fused", ("kernel",), (), start, time) for back, start, time in times)
+    unit = UnitReport("unit", 1, (), (), {}, {}, {}, launches)
+    assert unit.to_dict()["gaps_us"] == {"forward": 5.0, "backward": 0.0}
+    assert UnitReport("unit", 1, (), (), {}, {}, {}, launches[:1]).gaps_us(True) is None
 
 
 def test_transformers_model_has_the_same_regions(without_codegen):
