@@ -37,7 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, weight_VD, labels_R, chunk):
         loss, dx_RD, dweight_VD = torch.ops.dsv3c.linear_cross_entropy(x_RD, weight_VD, labels_R, chunk)
-        ctx.save_for_backward(dx_RD, dweight_VD.to(weight_VD.dtype))
+        ctx.save_for_backward(dx_RD, dweight_VD)
         return loss
 
     @staticmethod

@@ -2,7 +2,8 @@
 float32 and with their gradient.
 
 Rows are taken in chunks. A chunk's logits come from the library's product, one program a row finds their loss and puts
-their gradient in their place, and two more products take that to the input and to the weight. A row is read twice, for
+their gradient in their place, and two more products take that to the input and to the weight. The weight's is summed up
+in float32 over several chunks; one chunk's is the product's result, rounded once as well. A row is read twice, for
 the sum of its exponentials and for the gradient, and written once; the second time it is still in the L2 cache, since
 only as many rows are under way as there are multiprocessors. Loss and gradients come together, in forward: there is no
 backward that would need the logits again.
@@ -81,14 +82,20 @@ def linear_cross_entropy(
     scale = 1 / (labels_R != IGNORED).sum().clamp(min=1).float()
     losses_R = x_RK.new_empty(len(x_RK), dtype=torch.float32)
     logits_RV = x_RK.new_empty((min(chunk, len(x_RK)), len(weight_VK)))
-    dweight_VK.zero_()
+    one = 0 < len(x_RK) <= chunk
+    total_VK = dweight_VK if one else weight_VK.new_zeros(weight_VK.shape, dtype=torch.float32)
     for first in range(0, len(x_RK), chunk):
         rows = slice(first, first + chunk)
         x, logits = x_RK[rows], logits_RV[: len(x_RK[rows])]
         torch.mm(x, weight_VK.t(), out=logits)
         cross_entropy_(logits, labels_R[rows], scale, losses_R[rows])
         torch.mm(logits, weight_VK, out=dx_RK[rows])
-        torch.ops.aten.addmm.dtype_out(dweight_VK, logits.t(), x, torch.float32, out=dweight_VK)
+        if one:
+            torch.mm(logits.t(), x, out=dweight_VK)
+        else:
+            torch.ops.aten.addmm.dtype_out(total_VK, logits.t(), x, torch.float32, out=total_VK)
+    if not one:
+        dweight_VK.copy_(total_VK)
     loss.copy_(losses_R.sum() * scale)
 
 

@@ -30,8 +30,8 @@ def _linear_cross_entropy(x_RK, weight_VK, labels_R, chunk):
     _check_labels(x_RK.shape[0], labels_R)
     if chunk < 1:
         raise OperatorError(f"chunk: expected at least 1 row, found {chunk}; try 4096")
-    dweight_VK = weight_VK.new_empty(weight_VK.shape, dtype=torch.float32)
-    return x_RK.new_empty((), dtype=torch.float32), x_RK.new_empty(x_RK.shape), dweight_VK
+    loss = x_RK.new_empty((), dtype=torch.float32)
+    return loss, x_RK.new_empty(x_RK.shape), weight_VK.new_empty(weight_VK.shape)
 
 
 define(

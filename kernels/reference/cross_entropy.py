@@ -27,7 +27,8 @@ def linear_cross_entropy_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dx [R, K], dweight [V, K]): the mean of `cross_entropy` of the logits x weightᵀ over the rows that count,
     and its gradients; of so many rows at a time. Logits and their gradient have the dtype of x, as dx has; loss and
-    dweight are summed up in float32 (float64 of float64). No row that counts: zeros."""
+    dweight are summed up in float32 (float64 of float64), dweight is then rounded to weight's. No row that counts:
+    zeros."""
     total = torch.promote_types(x_RK.dtype, torch.float32)
     scale = 1 / (labels_R != IGNORED).sum().clamp(min=1).to(total)
     loss, dx_RK, dweight_VK = scale.new_zeros(()), torch.empty_like(x_RK), torch.zeros_like(weight_VK, dtype=total)
@@ -36,4 +37,4 @@ def linear_cross_entropy_ref(
         loss += cross_entropy_ref(logits, labels, scale).sum() * scale
         dx.copy_(logits @ weight_VK)
         dweight_VK += logits.t().to(total) @ x.to(total)
-    return loss, dx_RK, dweight_VK
+    return loss, dx_RK, dweight_VK.to(weight_VK.dtype)

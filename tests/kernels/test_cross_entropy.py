@@ -53,9 +53,9 @@ def test_linear(check, chunk, device):
     assert float((loss - expected.detach()).abs()) <= u * float(logits) * 2
     for f, e in zip((dx, dweight), gradients, strict=True):
         assert numerics.distance(f, e)[0] <= u * (2 + 2 * float(logits))
-    assert dweight.dtype == torch.float32
+    assert dweight.dtype == torch.bfloat16
     whole = ops.linear_cross_entropy(x, weight, labels, R)
-    assert numerics.distance(dweight, whole[2])[0] <= u
+    assert numerics.distance(dweight, whole[2])[0] <= 2 * u  # both are rounded
 
 
 @pytest.mark.parametrize("device", DEVICES)
