@@ -3,14 +3,14 @@
 Both operands come transposed and in 1×128 tiles along the rows (`quantize_tile_t`), each group's rows from a multiple
 of 128 on, with zeros between. So both have a scale per row and block of 128 of the contraction, and none per tile of
 the output: promotion costs a multiplication more than in `gemm.py`, and registers for the scales. What is aligned is
-`wgrad_specialized.py`'s, but for float32 results of few rows.
+`wgrad_specialized.py`'s.
 
 With all experts of V3 on one GPU most groups have one or two blocks of 128 rows, and the traffic is the result, written
 once. A program then would mostly wait: for where its group begins, for its operands, for its scales. So it computes
 `chunk` tiles beside each other in one loop, in which loads run ahead over the end of a tile, those of scales too; and
 dy's tile, if it is the group's only block, is loaded once for all of them. Without that, as many bytes would come from
-the L2 cache as go to memory. (H200: tiles are written at 3.9–4.4 TB/s, with loads of operands between them at 3.0–3.7,
-even if those always hit the L2 cache.)
+the L2 cache as go to memory. (H200, 256 groups, float32: 3.6 TB/s written if each has one block, 3.2 if groups are as a
+router makes them.)
 """
 
 from collections.abc import Callable, Iterator
@@ -222,8 +222,7 @@ def _launch(problem: Problem, operands: tuple[Tensor, ...], dw: Tensor, accumula
     if accumulate and not implementation.space:  # a library would need another pass over the gradient
         name, config = _own(problem)
         implementation = implementations(problem.operator)[name]
-    if implementation.name == "warp_specialized" and dw.element_size() > (2 if _few(problem) else 4):
-        # Of few rows the result is the traffic: in float32 the plain kernel writes 3.7 TB/s, the specialised one 3.1.
+    if implementation.name == "warp_specialized" and dw.element_size() > 4:  # which has no room for it
         implementation, config = implementations(problem.operator)["triton"], KNOWN[_few(problem)]
     implementation.launch(*operands, dw, **({"accumulate": True} if accumulate else {}), **config)
 
