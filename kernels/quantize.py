@@ -221,8 +221,11 @@ def _retile_kernel(
     if GROUPED:
         others = tile - gl.load(first_ptr + E)
         mine = others < 0
-        start = gl.load(tiles_ptr + bound + tile, mask=mine, other=0)
-        rows = gl.load(tiles_ptr + 2 * bound + tile, mask=mine, other=0) - start
+        first, last = (
+            gl.load(tiles_ptr + bound + tile),
+            gl.load(tiles_ptr + 2 * bound + tile),
+        )  # no use waiting for mine
+        start, rows = gl.where(mine, first, 0), gl.where(mine, last - first, 0)
         if ROWWISE:
             start = gl.where(mine, start, gl.load(offs_ptr + E - 1) + others * 128)
             rows = gl.where(mine, rows, R - start)

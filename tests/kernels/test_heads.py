@@ -1,6 +1,5 @@
 """Heads rotated, and gradients of heads cast as they are put together: bit for bit what the single operators give."""
 
-
 import pytest
 import torch
 
