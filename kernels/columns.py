@@ -49,6 +49,35 @@ def even_odd(x):
     return gl.split(gl.permute(gl.reshape(x, (N, 2, C)), (0, 2, 1)))
 
 
+@triton.jit
+def unpack(pair):
+    """Both E4M3 numbers of 16 bits, in float32."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 a, b;
+        .reg .b32 both;
+        cvt.rn.f16x2.e4m3x2 both, $2;
+        mov.b32 {a, b}, both;
+        cvt.f32.f16 $0, a;
+        cvt.f32.f16 $1, b;
+        }""",
+        "=f,=f,h",
+        [pair],
+        dtype=(tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def quarters(x):
+    """Rows 4i, 4i + 1, 4i + 2 and 4i + 3 of x [128, C]; nothing moves."""
+    even, odd = even_odd(x)
+    x0, x2 = even_odd(even)
+    x1, x3 = even_odd(odd)
+    return x0, x1, x2, x3
+
+
 @gluon.jit
 def load_words(shared):
     """BF16 [R, C] as words of two rows, [R/4, C] twice: rows 4i and 4i + 1, rows 4i + 2 and 4i + 3."""

@@ -5,7 +5,8 @@ Every group is cut into tiles of `block` rows, the last one short; groups withou
 through all groups. There are at most ⌈R/block⌉ + min(E, R) of them, which is what the host allocates and launches for:
 few where few rows meet many groups, as in decoding.
 
-For who computes tiles in an order of his own, `tiles_by_length` puts those of short groups first.
+For who computes tiles in an order of his own, `tiles_by_length` puts those of short groups first. Short programs find
+their own tile with `find_tile`: a second launch would cost more.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import I32, Variant
@@ -42,14 +45,40 @@ def _tile_map_kernel(offs_ptr, tiles_ptr, first_ptr, E, bound, BLOCK: tl.constex
         tl.store(tiles_ptr + 2 * bound + first + tile, end, mask=mine)
 
 
+@triton.jit
+def _plus(a, b):
+    return a + b
+
+
+@gluon.jit
+def find_tile(offs_ptr, tile, E, BLOCK: gl.constexpr, GROUPS: gl.constexpr):
+    """First row of a tile, its rows to the end of the group (0 if it is no group's), and the number of tiles.
+
+    Each warp looks through all GROUPS (`groups_of`) for itself.
+    """
+    group = gl.arange(0, GROUPS, gl.BlockedLayout([GROUPS // 32], [32], [gl.num_warps()], [0]))
+    end = gl.load(offs_ptr + group, mask=group < E, other=0)
+    start = gl.load(offs_ptr + group - 1, mask=(group > 0) & (group < E), other=0)
+    count = (end - start + (BLOCK - 1)) // BLOCK
+    last = gl.associative_scan(count, 0, _plus)
+    first = last - count
+    mine = (first <= tile) & (tile < last)
+    start = gl.sum(gl.where(mine, start + (tile - first) * BLOCK, 0), 0)
+    return start, gl.sum(gl.where(mine, end, 0), 0) - start, gl.max(last, 0)
+
+
+def groups_of(offs: Tensor | None) -> int:
+    """What `find_tile` is compiled for: a power of two, no less than the groups or a warp's lanes; 0 without groups."""
+    return 0 if offs is None else triton.next_power_of_2(max(len(offs), 32))
+
+
 def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
     """`tiles` int32 [3, ⌈rows/block⌉ + min(E, rows)]: each tile's group, its first row, and its group's end;
     `first` int32 [E + 1]: each group's first tile, then the number of tiles. Tiles from that number on are not written.
     """
     E = len(offs)
     bound = ceil_div(rows, block) + min(E, rows)
-    tiles = torch.empty(3 * bound + E, dtype=torch.int32, device=offs.device)  # `swiglu.py` reads on, and drops it
-    tiles = tiles[: 3 * bound].view(3, bound)
+    tiles = torch.empty(3, bound, dtype=torch.int32, device=offs.device)
     first = torch.empty(E + 1, dtype=torch.int32, device=offs.device)
     _tile_map_kernel[(E + 1,)](offs, tiles, first, E, bound, block, triton.next_power_of_2(E), num_warps=1)
     return tiles, first

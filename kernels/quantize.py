@@ -1,23 +1,23 @@
 """Casts to FP8 and back, memory-bound: each value is read once and written once.
 
-Bits equal `reference/casts.py`'s: quotients are correctly rounded (see `_divide`; `/` is not), and the hardware's cast
-rounds to nearest even and saturates, which is what clamping first means. Letters and layouts as there.
+Bits equal `reference/casts.py`'s: quotients are correctly rounded (see `_divide`; `/` is not; BF16 takes the shorter
+way of `tiles.py`), and the hardware's cast rounds to nearest even and saturates, which is what clamping first means.
+Letters and layouts as there.
 
 Instructions are as scarce as bytes: at the speed of a copy a multiprocessor has 22 of them for a BF16 value, and 15 for
 an FP8 one that is cast again. So a division is three of them, and what belongs to a tile is computed once or twice and
 not by every thread that has a value of it. Neighbouring programs take neighbouring tiles of a row: whole
 pages of memory.
 
-The transposing casts (`_retile_kernel`) are in Gluon, which lets a thread have four columns of 16 rows: four scales to
-compute for 64 values. The tile waits in shared memory meanwhile and is read from there once for the maxima and once
-for the values, so that few registers are taken and enough programs are in flight. Moving single bytes would be the next
-bottleneck, so four rows of a column are packed into a word before they are transposed. Many small programs matter more
-than few instructions: with all values in registers, 11 instructions a value instead of 13 but programs of 8 warps,
-`requantize_t` was a third slower. Tiles without rows, of which many experts make many, are only filled.
+The transposing casts (`_retile_kernel`) read a tile's columns from shared memory as `columns.py` says: 16 rows of a
+column a thread, twice. What limits them is bytes under way. A program of `requantize_t` lives for about 5 µs and its
+float32 numbers leave room for 20 warps; with tiles of 128 × 64 that was 0.67 of a copy's speed at 11 instructions a
+value, less than with 13 in more, smaller programs. Two tiles a program, loaded together, made it 0.79. In
+`quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of which many experts make many, are
+only filled.
 
-H200, 4096 and 32768 rows of 2048 to 24576, in the time of a copy of as many bytes: `quantize_tile` 0.95 to 1.00,
-`quantize_tile_t` 0.82 to 0.92, `requantize_t` 0.69 to 0.81, `quantize_tile_both`, 1.5 times as fast as the two casts,
-0.79 to 0.86.
+H200, 4096 and 32768 rows of 2048 to 18432, in the time of a copy of as many bytes: `quantize_tile` 0.95 to 1.00,
+`quantize_tile_t` 0.87 to 0.95, `requantize_t` 0.76 to 0.84, `quantize_tile_both` 0.85 to 0.89.
 """
 
 from collections.abc import Iterator
@@ -32,17 +32,18 @@ from triton.experimental.gluon import language as gl
 from dsv3c.kernels.columns import (
     column_layout,
     divide_words,
-    even_odd,
     largest,
     load_words,
     pack_rows,
+    quarters,
     shared_layout,
     store_columns,
+    unpack,
 )
-from dsv3c.kernels.groups import tile_map
+from dsv3c.kernels.groups import find_tile, groups_of
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, FP8, I32, Variant
-from dsv3c.kernels.tiles import reciprocal
+from dsv3c.kernels.tiles import divide, reciprocal
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS = 32  # of a program of `quantize_tile`
@@ -115,35 +116,6 @@ def _quantize_tile_kernel(
     tl.store(scale_inv_ptr + tile.to(tl.int64) * R + rows, scale_inv, mask=rows < R)
 
 
-@triton.jit
-def _unpack(pair):
-    """Both E4M3 numbers of 16 bits, in float32."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 a, b;
-        .reg .b32 both;
-        cvt.rn.f16x2.e4m3x2 both, $2;
-        mov.b32 {a, b}, both;
-        cvt.f32.f16 $0, a;
-        cvt.f32.f16 $1, b;
-        }""",
-        "=f,=f,h",
-        [pair],
-        dtype=(tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _quarters(x):
-    """Rows 4i, 4i + 1, 4i + 2 and 4i + 3 of x [128, C]; nothing moves."""
-    even, odd = even_odd(x)
-    x0, x2 = even_odd(even)
-    x1, x3 = even_odd(odd)
-    return x0, x1, x2, x3
-
-
 @gluon.jit
 def _scaled(x, scales):
     return x * gl.convert_layout(scales, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
@@ -173,15 +145,15 @@ def _store_transposed(
     if shared.dtype.primitive_bitwidth == 8:  # two columns at a time
         LAYOUT: gl.constexpr = column_layout(128, C // 2, gl.num_warps())
         pairs = shared._reinterpret(gl.int16, (128, C // 2), shared_layout(128, C // 2, 16)).load(LAYOUT)
-        pairs0, pairs1, pairs2, pairs3 = _quarters(pairs)
+        pairs0, pairs1, pairs2, pairs3 = quarters(pairs)
         scales = gl.reshape(row_scales.load(gl.SliceLayout(1, LAYOUT)), (32, 2, 2))
         scales02, scales13 = gl.split(scales)
         scales0, scales2 = gl.split(scales02)
         scales1, scales3 = gl.split(scales13)
-        x0, y0 = _unpack(pairs0)
-        x1, y1 = _unpack(pairs1)
-        x2, y2 = _unpack(pairs2)
-        x3, y3 = _unpack(pairs3)
+        x0, y0 = unpack(pairs0)
+        x1, y1 = unpack(pairs1)
+        x2, y2 = unpack(pairs2)
+        x3, y3 = unpack(pairs3)
         _store_quarters(
             _scaled(x0, scales0), _scaled(x1, scales1), _scaled(x2, scales2), _scaled(x3, scales3), mine, t_ptr,
             t_scale_inv_ptr, columns, P_words, amax_floor, POW2, 2,
@@ -197,16 +169,16 @@ def _store_transposed(
         words = gl.where(mine, divide_words(words, others, first[None, :], second[None, :]), 0)
         store_columns(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
     else:
-        x0, x1, x2, x3 = _quarters(shared.load(column_layout(128, C, gl.num_warps())).to(gl.float32))
+        x0, x1, x2, x3 = quarters(shared.load(column_layout(128, C, gl.num_warps())).to(gl.float32))
         _store_quarters(x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2, 1)
 
 
 @launched
-@gluon.jit(do_not_specialize=["R", "scale_stride", "E", "bound"])
+@gluon.jit(do_not_specialize=["R", "scale_stride", "E"])
 def _retile_kernel(
-    x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, tiles_ptr, first_ptr, R, K,
-    x_stride, scale_stride, P_words, E, bound, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr,
-    ROWWISE: gl.constexpr, GROUPED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
+    x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, R, K, x_stride,
+    scale_stride, P_words, E, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr,
+    ROWWISE: gl.constexpr, GROUPS: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of a group × PARTS · COLUMNS columns, cast along the rows, transposed (t), and as is (q).
 
@@ -221,13 +193,11 @@ def _retile_kernel(
     start = tile * 128
     rows = R - start
     mine = True
-    if GROUPED:
-        others = tile - gl.load(first_ptr + E)
-        mine = others < 0
-        start = gl.load(tiles_ptr + bound + tile, mask=mine, other=0)
-        rows = gl.load(tiles_ptr + 2 * bound + tile, mask=mine, other=0) - start
+    if GROUPS:
+        start, rows, tiles = find_tile(offs_ptr, tile, E, 128, GROUPS)
+        mine = tile < tiles
         if ROWWISE:
-            start = gl.where(mine, start, gl.load(offs_ptr + E - 1) + others * 128)
+            start = gl.where(mine, start, gl.load(offs_ptr + E - 1) + (tile - tiles) * 128)
             rows = gl.where(mine, rows, R - start)
     columns = K - first_column
     t_ptr += first_column.to(gl.int64) * P_words + tile * 32
@@ -258,9 +228,13 @@ def _retile_kernel(
     for part in gl.static_range(PARTS):
         tiles += (gl.allocate_shared_memory(x_ptr.dtype.element_ty, (128, COLUMNS), SHARED, parts[part]),)
     if ROWWISE:
-        wide = parts[0].to(gl.float32)
+        wide = tiles[0].load(LOAD).to(gl.float32)  # again: kept until here, registers would spill
         scale_inv = _scale_inv(gl.reduce(gl.abs(wide), 1, _maximum), amax_floor, POW2)
-        q = _divide(wide, scale_inv[:, None], _reciprocal(scale_inv)[:, None]).to(gl.float8e4nv)
+        if x_ptr.dtype.element_ty == gl.bfloat16:
+            first, second = reciprocal(scale_inv)
+            q = divide(wide, first[:, None], second[:, None]).to(gl.float8e4nv)
+        else:
+            q = _divide(wide, scale_inv[:, None], _reciprocal(scale_inv)[:, None]).to(gl.float8e4nv)
         inside = (row[:, None] < rows) & (column[None, :] < columns)
         gl.store(q_ptr + start.to(gl.int64) * K + first_column + (row[:, None] * K + column[None, :]), q, mask=inside)
         scale_inv_ptr += gl.program_id(0).to(gl.int64) * R + start
@@ -351,14 +325,13 @@ def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> N
     P = t_KP.shape[1]
     if t_KP.numel() == 0:
         return
-    tiles, first = (None, None) if offs is None else tile_map(offs, R, TILE)
-    E, bound = (0, 0) if offs is None else (len(offs), tiles.shape[1])
+    E = 0 if offs is None else len(offs)
     scale_stride = 0 if x_scale_inv is None else x_scale_inv.stride(1)
     columns, parts, options = _program(x_scale_inv is not None, rowwise is not None)
     _retile_kernel[(ceil_div(K, parts * columns), P // TILE)](
-        x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, tiles, first, R, K,
-        x_RK.stride(0), scale_stride, P // 4, E, bound, amax_floor, pow2, x_scale_inv is not None,
-        rowwise is not None, offs is not None, columns, parts, **options,
+        x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, R, K,
+        x_RK.stride(0), scale_stride, P // 4, E, amax_floor, pow2, x_scale_inv is not None,
+        rowwise is not None, groups_of(offs), columns, parts, **options,
     )  # fmt: skip
 
 
@@ -401,13 +374,13 @@ def variants() -> Iterator[Variant]:
         block = {"q_ptr": FP8, "scale_inv_ptr": F32, "w_ptr": x}
         yield Variant(_dequantize_block_kernel, block, {}, num_warps=8)
     for x, dequantize, rowwise in ((BF16, False, False), (F32, False, False), (FP8, True, False), (BF16, False, True)):
-        for grouped in (False, True):
+        for groups in (0, 32):
             pointers = {"x_ptr": x, "t_ptr": I32, "t_scale_inv_ptr": F32}
             pointers |= {"x_scale_inv_ptr": F32} if dequantize else {}
             pointers |= {"q_ptr": FP8, "scale_inv_ptr": F32} if rowwise else {}
-            pointers |= {"offs_ptr": I32, "tiles_ptr": I32, "first_ptr": I32} if grouped else {}
+            pointers |= {"offs_ptr": I32} if groups else {}
             columns, parts, options = _program(dequantize, rowwise)
-            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPED": grouped}
+            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPS": groups}
             absent = {n: None for n in _retile_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
             yield Variant(
                 _retile_kernel,

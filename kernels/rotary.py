@@ -22,7 +22,7 @@ from dsv3c.kernels.tiles import as_words, high, low, pack, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
 HEADS, WARPS = 128, 4  # of a program
-PROGRAMS, ROWS, BACKWARD_WARPS = 512, 4, 4  # of the latent's backward kernel
+PROGRAMS, ROWS, BACKWARD_WARPS = 1024, 2, 2  # of the latent's backward kernel
 
 
 @triton.jit
