@@ -5,8 +5,8 @@ Every group is cut into tiles of `block` rows, the last one short; groups withou
 through all groups. There are at most ⌈R/block⌉ + min(E, R) of them, which is what the host allocates and launches for:
 few where few rows meet many groups, as in decoding.
 
-For who computes tiles in an order of his own, `tiles_by_length` puts those of short groups first. Short programs find
-their own tile with `find_tile`: a second launch would cost more.
+For who computes tiles in an order of his own, `tiles_by_length` puts those of short groups first. Casts find
+their own tile with `find_tile`: a launch before theirs would cost more.
 """
 
 from collections.abc import Iterator
@@ -78,7 +78,8 @@ def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
     """
     E = len(offs)
     bound = ceil_div(rows, block) + min(E, rows)
-    tiles = torch.empty(3, bound, dtype=torch.int32, device=offs.device)
+    tiles = torch.empty(3 * bound + E, dtype=torch.int32, device=offs.device)  # `swiglu.py` reads on, and drops it
+    tiles = tiles[: 3 * bound].view(3, bound)
     first = torch.empty(E + 1, dtype=torch.int32, device=offs.device)
     _tile_map_kernel[(E + 1,)](offs, tiles, first, E, bound, block, triton.next_power_of_2(E), num_warps=1)
     return tiles, first

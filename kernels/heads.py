@@ -57,7 +57,7 @@ def _load_half(
     at, stride = x_ptr + start * x_row + (head * x_head + part * 32), x_row
     if not ROTATE and part >= NOPE:
         at, stride = y_ptr + start * y_row + (head * y_head + (part - NOPE) * 32), y_row
-    if ROTATE and part == NOPE:
+    if ROTATE and (NOPE == 0 or part == NOPE):
         words = _turned(at, stride, cos_ptr + start * 32, sin_ptr + start * 32, row, word, inside)
     else:
         words = gl.load(at + (row * stride + word), mask=inside, other=0)

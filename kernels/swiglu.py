@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from dsv3c.kernels.groups import find_tile, groups_of
+from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, FP8, I16, I32, Variant
 from dsv3c.kernels.quantize import column_major
@@ -164,11 +164,11 @@ def _store_columns(parts, q_ptr, scale_inv_ptr, tile, column_tile, P, amax_floor
 
 
 @launched
-@gluon.jit(do_not_specialize=["R", "E"])
+@gluon.jit(do_not_specialize=["R", "E", "bound"])
 def _swiglu_backward_kernel(
     h_ptr, h_scale_inv_ptr, da_ptr, weight_ptr, dh_ptr, dh_scale_inv_ptr, dht_ptr, dht_scale_inv_ptr, at_ptr,
-    at_scale_inv_ptr, dweight_ptr, offs_ptr, R, width, P, E, amax_floor, gradient_amax_floor, POW2: gl.constexpr,
-    WEIGHTED: gl.constexpr, GROUPS: gl.constexpr,
+    at_scale_inv_ptr, dweight_ptr, tiles_ptr, first_ptr, R, width, P, E, bound, amax_floor, gradient_amax_floor,
+    POW2: gl.constexpr, WEIGHTED: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of one group × 128 columns of gate and of up. Tiles that no group has are written as zeros,
     transposed; no row is theirs."""
@@ -178,9 +178,12 @@ def _swiglu_backward_kernel(
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(256 // PAIRS, 8, PAIRS // 8, [1, 0])
     tile, column_tile = gl.program_id(0), gl.program_id(1)
     start = tile * 128
-    rows = R - start  # and from here on a row's number is that in the tile
-    if GROUPS:
-        start, rows, _ = find_tile(offs_ptr, tile, E, 128, GROUPS)
+    end = R
+    if GROUPED:
+        mine = tile < gl.load(first_ptr + E)
+        start = gl.where(mine, gl.load(tiles_ptr + bound + tile), 0)
+        end = gl.where(mine, gl.load(tiles_ptr + 2 * bound + tile), 0)
+    rows = end - start  # and from here on a row's number is that in the tile
     column = column_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
     scale_at = column_tile.to(gl.int64) * R + start
     h_ptr += start.to(gl.int64) * 2 * width
@@ -281,12 +284,13 @@ def swiglu_quantize_backward(
     if at_fp8.numel() == 0:
         return
     grouped, weighted = offs is not None, weight_R is not None
-    E = len(offs) if grouped else 0
+    tiles, first = tile_map(offs, R, TILE) if grouped else (None, None)
+    E, bound = (len(offs), tiles.shape[1]) if grouped else (0, 0)
     partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
     _swiglu_backward_kernel[(P // TILE, width // TILE)](
         h_fp8_RN.contiguous(), column_major(h_scale_inv), da_RI.contiguous(), weight_R, dh_fp8, dh_scale_inv,
-        dht_fp8.view(torch.int16), dht_scale_inv, at_fp8.view(torch.int16), at_scale_inv, partial, offs, R, width, P,
-        E, amax_floor, gradient_amax_floor, pow2, weighted, groups_of(offs), **BACKWARD,
+        dht_fp8.view(torch.int16), dht_scale_inv, at_fp8.view(torch.int16), at_scale_inv, partial, tiles, first, R,
+        width, P, E, bound, amax_floor, gradient_amax_floor, pow2, weighted, grouped, **BACKWARD,
     )  # fmt: skip
     if weighted and R:
         last = offs[-1:] if grouped else None
@@ -308,7 +312,7 @@ def variants() -> Iterator[Variant]:
                 | ({} if save else unsaved),
                 num_warps=WARPS,
             )
-        for groups in (0, 32):
+        for grouped in (False, True):
             scales = ("h", "dh", "dht", "at")
             yield Variant(
                 _swiglu_backward_kernel,
@@ -316,10 +320,10 @@ def variants() -> Iterator[Variant]:
                 | {f"{name}_scale_inv_ptr": F32 for name in scales}
                 | {"amax_floor": "fp32", "gradient_amax_floor": "fp32"}
                 | weight
-                | ({"offs_ptr": I32} if groups else {}),
-                {"POW2": False, "WEIGHTED": weighted, "GROUPS": groups}
+                | ({"tiles_ptr": I32, "first_ptr": I32} if grouped else {}),
+                {"POW2": False, "WEIGHTED": weighted, "GROUPED": grouped}
                 | no_weight
-                | ({} if groups else {"offs_ptr": None}),
+                | ({} if grouped else {"tiles_ptr": None, "first_ptr": None}),
                 **BACKWARD,
             )
     for grouped in (False, True):
