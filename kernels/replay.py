@@ -144,7 +144,7 @@ class _Watch(TorchDispatchMode):
         if func in _ALLOCATE:
             self.places[id(out)] = len(self.tensors), 0
             self.tensors.append(out)
-        elif func.is_view and isinstance(out, Tensor) and id(args[0]) in self.places:
+        elif func.is_view and isinstance(out, Tensor) and id(args[0]) in self.places and _shares(out, args[0]):
             source, offset = self.places[id(args[0])]
             self.places[id(out)] = source, offset + out.data_ptr() - args[0].data_ptr()
         else:
@@ -164,3 +164,8 @@ class _Watch(TorchDispatchMode):
     def _place(self, x: Tensor) -> Place:
         self.exact &= id(x) in self.places
         return self.places.get(id(x), (0, 0))
+
+
+def _shares(view: Tensor, x: Tensor) -> bool:
+    """`contiguous` and `reshape`, which torch counts as views, may copy."""
+    return view.untyped_storage()._cdata == x.untyped_storage()._cdata

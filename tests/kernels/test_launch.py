@@ -259,6 +259,20 @@ class TestReplay:
             assert torch.equal(operator(x, 0.5), 0.5 * x)
             assert operator.asked == turn + 1
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_a_view_that_copies_is_always_asked(self, mode):
+        def launcher(x, scale, out):
+            _zero(out)
+            x = x.contiguous()
+            _axpy.run(x, out, x.numel(), scale, grid=(1,), warmup=False)
+
+        with mode():
+            operator = Operator(launcher)
+            for turn in range(5):
+                x = torch.randn(5, 3).t()
+                assert torch.equal(operator(x, 0.5), 0.5 * x)
+                assert operator.asked == turn + 1
+
     def test_a_tensor_of_nobody_is_not_replayed(self):
         table = torch.ones(15)
         operator = Operator(lambda x, out: (_zero(out), _axpy[(1,)](table, out, 15, 1.0)))
