@@ -99,8 +99,6 @@ class Backend:
         gm = _own_copy(gm)
         stacks, example_inputs = self.prepare(gm, example_inputs)
         compiled = self.lower(gm, example_inputs)
-        if not self.unit.variant.gradients:
-            compiled = _below_autograd(compiled)
         if not stacks:
             return compiled
 
@@ -157,17 +155,6 @@ class Backend:
             for user in node.users
         }
         return sorted(stacks)
-
-
-def _below_autograd(compiled: Callable) -> Callable:
-    """Where nobody wants gradients, no operator inside need ask autograd: a Python function for those that have a
-    formula of ours."""
-
-    def call(*inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return compiled(*inputs)
-
-    return call
 
 
 def _own_copy(gm: fx.GraphModule) -> fx.GraphModule:
