@@ -156,7 +156,7 @@ def _launches(events: Any, cuda: bool) -> Iterator[Launch]:
 def _kernels(events: Any, host: list[Any]) -> Iterator[tuple[Any, list[_Kernel]]]:
     """What each event on the host launched. The profiler says there how long a kernel took, and not when it began: the
     first of that name and time that is left."""
-    starts = defaultdict(deque)
+    starts: dict[tuple[str, float], deque[float]] = defaultdict(deque)
     for event in sorted(events, key=lambda e: e.time_range.start):
         if event.device_type == DeviceType.CUDA:
             starts[event.name, event.time_range.elapsed_us()].append(event.time_range.start)

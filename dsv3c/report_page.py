@@ -36,7 +36,9 @@ def page(report: Report) -> str:
         f"<p>{keys}</p>",
     ]
     for unit in report.units:
-        parts += [f"<h2>{escape(unit.title)}</h2>", _timeline(unit), *(_table(t) for t in unit.tables() if t.rows)]
+        regions, kernels, over, *passes = (_table(table) if table.rows else "" for table in unit.tables())
+        parts += [f"<h2>{escape(unit.title)}</h2>", _timeline(unit), regions, kernels, over]
+        parts += ["<details><summary>what the passes changed</summary>", *passes, "</details>"]
         parts += ["<ul>", *(f"<li>{escape(line)}</li>" for line in unit.left()), "</ul>"]
     return "\n".join([*parts, "</body></html>\n"])
 
@@ -67,9 +69,10 @@ def _timeline(unit: UnitReport) -> str:
                 f'<rect x="{x:.1f}" y="{number * LANE}" width="{max(width, 0.5):.1f}" height="{LANE - 4}" '
                 f'fill="{COLORS[kind_of(bar.operator)]}"><title>{escape(title)}</title></rect>'
             )
-    sums = ", ".join(f"{lane} {spans[lane]:.0f} us" for lane in lanes)
+    busy = {lane: sum(bar.time_us for bar in found) for lane, found in lanes.items()}
+    sums = ", ".join(f"{lane} {spans[lane]:.0f} us, {busy[lane]:.0f} of them in kernels" for lane in lanes)
     what = "measured" if unit.launches else "predicted"
-    return "".join([*svg, f"</svg><p>{what}: {sums}, from the first kernel to the last</p>"])
+    return "".join([*svg, f"</svg><p>{what}: {sums}</p>"])
 
 
 def _bars(unit: UnitReport) -> list[_Bar]:

@@ -17,6 +17,7 @@ from dsv3c.model import DeepseekV3
 from dsv3c.speculation import SPARE, SpeculativeStep
 
 GREEDY = Choice()
+PENALIZED = Choice(repetition_penalty=5.0)
 SAMPLED = Choice(do_sample=True, temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.3)
 
 
@@ -270,7 +271,9 @@ def fake_cuda(monkeypatch):
     return Mode
 
 
-@pytest.mark.parametrize(("kind", "choice"), [(Step, GREEDY), (Step, SAMPLED), (SpeculativeStep, GREEDY)])
+@pytest.mark.parametrize(
+    ("kind", "choice"), [(Step, GREEDY), (Step, SAMPLED), (Step, PENALIZED), (SpeculativeStep, GREEDY)]
+)
 def test_a_capture_leaves_no_trace(make_model, fake_cuda, kind, choice):
     """Nor does the second use of a step's buffers; a step that waits is not captured, and goes on."""
     model = DeepseekV3(replace(small(make_model).config, vocab_size=64), mtp=True).double().eval()

@@ -118,6 +118,7 @@ def test_the_page_needs_nothing_else(compiled):
         assert not re.search(r"(src|href)=|https?:", page)
         for unit in found.units:
             assert unit.name in page
+        assert page.count("<details>") == len(found.units)
         unit = found.units[1]
         bars = unit.launches or unit.costs
         assert page.count("<rect") >= len(bars)
