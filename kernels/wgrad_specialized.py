@@ -12,7 +12,7 @@ rows: 930–980 TFLOPS, with one buffer 830–890).
 
 A program draws its next tile from a counter. All take the same time, but multiprocessors do not get the same share of
 memory: of few rows, where the result is the traffic, the slowest would make the others wait. (256 groups of 128 rows:
-3.7 TB/s in BF16, 0.87 of a copy; with tiles dealt out 3.0–3.2.)
+3.6 TB/s written in BF16, with tiles dealt out 2.9–3.1.)
 
 To accumulate into a gradient, a tile of it is copied to where the result will leave from, while the products are
 computed, and added last: dw + Σ, one rounding.
