@@ -10,14 +10,13 @@ not by every thread that has a value of it. Neighbouring programs take neighbour
 pages of memory.
 
 The transposing casts (`_retile_kernel`) read a tile's columns from shared memory as `columns.py` says: 16 rows of a
-column a thread, twice. What limits them is bytes under way. A program of `requantize_t` lives for about 5 µs and its
-float32 numbers leave room for 20 warps; with tiles of 128 × 64 that was 0.67 of a copy's speed at 11 instructions a
-value, less than with 13 in more, smaller programs. Two tiles a program, loaded together, made it 0.79. In
-`quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of which many experts make many, are
-only filled.
+column a thread, twice. What limits them is bytes under way: a program of `requantize_t` lives for about 5 µs, and its
+float32 numbers leave room for 20 warps. With tiles of 128 × 64 that was 0.67 of a copy's speed; two tiles a program,
+loaded together, made it 0.80. In `quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of
+which many experts make many, are only filled.
 
-H200, 4096 and 32768 rows of 2048 to 18432, in the time of a copy of as many bytes: `quantize_tile` 0.95 to 1.00,
-`quantize_tile_t` 0.87 to 0.95, `requantize_t` 0.76 to 0.84, `quantize_tile_both` 0.85 to 0.89.
+H200, 4096 and 32768 rows of 2048 to 18432, in the time of a copy of as many bytes: `quantize_tile` 0.93 to 0.99,
+`quantize_tile_t` 0.92 to 0.95, `requantize_t` 0.80 to 0.84, `quantize_tile_both` 0.89 to 0.93.
 """
 
 from collections.abc import Iterator

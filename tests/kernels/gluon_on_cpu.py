@@ -18,6 +18,8 @@ from types import SimpleNamespace
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dsv3c.kernels.launch import Descriptor
+
 PATIENCE = 30  # seconds without any progress
 _ready, _random = threading.Condition(), random.Random(0)
 _here = threading.local()
@@ -294,6 +296,7 @@ class Kernel:
     def __getitem__(self, grid):
         def launch(*arguments, num_warps) -> None:
             values = [Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            values = [x.full() if isinstance(x, Descriptor) else x for x in values]
             for descriptor in (x for x in values if isinstance(x, TensorDescriptor)):
                 descriptor.dtype = descriptor.base.dtype
             for _here.program in range(grid[0]):
