@@ -7,6 +7,7 @@ On a GPU times are the kernels'; on a CPU those of our operators' calls, and of 
 """
 
 import os
+import re
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from dsv3c.tuning.targets import Target
 
 ROUNDS = 5
 _MODULE, _BACKWARD = "dsv3c module ", "CompiledFunctionBackward"
+_RUNTIME = re.compile(r"cu(da)?[A-Z]")
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -155,14 +157,19 @@ def _launches(events: Any, cuda: bool) -> Iterator[Launch]:
 
 def _kernels(events: Any, host: list[Any]) -> Iterator[tuple[Any, list[_Kernel]]]:
     """What each event on the host launched. The profiler says there how long a kernel took, and not when it began: the
-    first of that name and time that is left."""
+    first of that name and time that is left. It finds an event's kernels by number, and numbers the calls of CUDA's
+    runtime anew, so that those may be said to have launched what an operator did."""
     starts: dict[tuple[str, float], deque[float]] = defaultdict(deque)
     for event in sorted(events, key=lambda e: e.time_range.start):
         if event.device_type == DeviceType.CUDA:
             starts[event.name, event.time_range.elapsed_us()].append(event.time_range.start)
     for event in host:
-        if event.kernels and not event.name.startswith(_MODULE):  # a module's own is its name, shown on the device
-            yield event, [_Kernel(k.name, starts[k.name, k.duration].popleft(), k.duration) for k in event.kernels]
+        if event.name.startswith(_MODULE) or _RUNTIME.match(event.name):  # a module's is its name, shown on the device
+            continue
+        left = [(k, starts[k.name, k.duration]) for k in event.kernels]
+        kernels = [_Kernel(k.name, begun.popleft(), k.duration) for k, begun in left if begun]
+        if kernels:
+            yield event, kernels
 
 
 def _operators(host: list[Any]) -> Iterator[tuple[Any, list[_Kernel]]]:

@@ -82,6 +82,7 @@ def test_on_a_gpu_an_operators_kernels_are_one_launch_and_begin_on_the_device():
     fused = Event("triton_poi_fused_add", 40.0, 42.0, layer, [("triton_poi_fused_add", 7.0)])
     again = Event("triton_poi_fused_add", 50.0, 52.0, layer, [("triton_poi_fused_add", 7.0)])
     backward = Event("CompiledFunctionBackward", 200.0, 300.0, thread=2)
+    runtime = Event("cudaDeviceSynchronize", 205.0, 206.0, backward, [("gemm", 9.0)], thread=2)  # numbered like gemm
     gemm = Event("dsv3c::gemm", 210.0, 220.0, backward, [("gemm", 9.0)], thread=2)
     outside = Event("aten::add", 400.0, 410.0, None, [("add", 1.0)])
     device = [
@@ -89,7 +90,7 @@ def test_on_a_gpu_an_operators_kernels_are_one_launch_and_begin_on_the_device():
         for name, start, time in (("cudnn", 1000.0, 40.0), ("copy", 1041.0, 5.0), ("triton_poi_fused_add", 1050.0, 7.0),
                                   ("triton_poi_fused_add", 1060.0, 7.0), ("gemm", 1100.0, 9.0), ("add", 1200.0, 1.0))
     ]  # fmt: skip
-    host = [layer, attention, cudnn, copy, fused, again, backward, gemm, outside]
+    host = [layer, attention, cudnn, copy, fused, again, backward, runtime, gemm, outside]
     found = [
         (x.module, x.backward, x.operator, x.kernels, x.start_us, x.time_us)
         for x in measure._launches([*host, *device], cuda=True)
