@@ -10,9 +10,10 @@ A half of a result leaves through shared memory while the next one is computed. 
 consumer: all programs finish a tile at the same time, and the memory takes longer than a half does (8 groups of 4096
 rows: 930–980 TFLOPS, with one buffer 830–890).
 
-A program draws its next tile from a counter. All take the same time, but multiprocessors do not get the same share of
-memory: of few rows, where the result is the traffic, the slowest would make the others wait. (256 groups of 128 rows:
-3.6 TB/s written in BF16, with tiles dealt out 2.9–3.1.)
+Where tiles are many and short, a program draws the next one from a counter. All take the same time, but multiprocessors
+do not get the same share of memory: of few rows, where the result is the traffic, the slowest would keep the others
+waiting. (256 groups of 128 rows: 3.6 TB/s written in BF16, with tiles dealt out 2.9–3.1.) Of few tiles the counter's
+own launch costs more than it saves.
 
 To accumulate into a gradient, a tile of it is copied to where the result will leave from, while the products are
 computed, and added last: dw + Σ, one rounding.
@@ -40,6 +41,7 @@ from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.numerics import TILE, ceil_div
 
+DRAWN = 64  # tiles of a program from which on they are drawn
 TICKETS = gl.constexpr(4)  # tiles that a program has drawn before it computes them
 FP8_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 FLOATS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
@@ -95,7 +97,9 @@ def _produce(sizes, descs, drawn_ptr, tickets, operands, barriers, STAGES: gl.co
     turn = 0
     tile = gl.program_id(0)
     while tile < E * gl.cdiv(N, 128) * gl.cdiv(K, 256):
-        next_tile = gl.num_programs(0) + gl.atomic_add(drawn_ptr, 1, sem="relaxed")  # there when the copies are started
+        next_tile = tile + gl.num_programs(0)
+        if drawn_ptr is not None:
+            next_tile = gl.num_programs(0) + gl.atomic_add(drawn_ptr, 1, sem="relaxed")
         _e, row, column, first, last = _locate(tile, sizes, BAND)
         for block in range(first, last):
             stage = count % STAGES
@@ -258,26 +262,33 @@ def launch(
     """Group e's blocks of 128 rows are first[e] to first[e + 1]."""
     config, (E, N, K) = Config(**knobs), out.shape
     scales = (column_major(s).t().reshape(-1) for s in (dyt_scale_inv, xt_scale_inv))
-    grid = (min(E * ceil_div(N, TILE) * ceil_div(K, 2 * TILE), multiprocessors()),)
-    _wgrad_specialized_kernel[grid](
+    tiles = E * ceil_div(N, TILE) * ceil_div(K, 2 * TILE)
+    programs = min(tiles, multiprocessors())
+    drawn = first.new_zeros(1) if tiles >= DRAWN * programs else None
+    _wgrad_specialized_kernel[(programs,)](
         Descriptor(aligned(dyt_fp8), (TILE, TILE), FP8_TILES), Descriptor(aligned(xt_fp8), (TILE, TILE), FP8_TILES),
         *(Descriptor(s.clone() if s.data_ptr() % 16 else s, (TILE,), FLOATS) for s in scales),
-        Descriptor(out.view(E * N, K), (64, TILE), tiles_of(out.dtype)), first, first.new_zeros(1), N, K, E,
+        Descriptor(out.view(E * N, K), (64, TILE), tiles_of(out.dtype)), first, drawn, N, K, E,
         config.num_stages, config.band, accumulate, num_warps=4,
     )  # fmt: skip
 
 
-def variant(config: dict[str, Any], dw: str = BF16, accumulate: bool = False) -> Variant:
+def variant(config: dict[str, Any], dw: str = BF16, accumulate: bool = False, drawn: bool = False) -> Variant:
     c = Config(**config)
     layout = tiles_of(torch.bfloat16 if dw == BF16 else torch.float32)
     operand, scale = f"tensordesc<fp8e4nv[{TILE}, {TILE}],{FP8_TILES!r}>", f"tensordesc<fp32[{TILE}],{FLOATS!r}>"
     arguments = {"dyt_desc": operand, "xt_desc": operand, "row_desc": scale, "column_desc": scale}
-    arguments |= {"dw_desc": f"tensordesc<{dw.lstrip('*')}[64, {TILE}],{layout!r}>", "first_ptr": I32, "drawn_ptr": I32}
+    arguments |= {"dw_desc": f"tensordesc<{dw.lstrip('*')}[64, {TILE}],{layout!r}>", "first_ptr": I32}
     constants = {"STAGES": c.num_stages, "BAND": c.band, "ACCUMULATE": accumulate}
+    if drawn:
+        arguments["drawn_ptr"] = I32
+    else:
+        constants["drawn_ptr"] = None
     return Variant(_wgrad_specialized_kernel, arguments, constants, num_stages=c.num_stages)
 
 
 def variants() -> Iterator[Variant]:
-    yield from (variant(config) for config in KNOWN)
+    yield from (variant(config, drawn=drawn) for config in KNOWN for drawn in (False, True))
     yield variant(KNOWN[0], F32)
+    yield variant(KNOWN[1], F32, drawn=True)
     yield variant(KNOWN[0], F32, True)
