@@ -8,7 +8,7 @@ together, in forward: there is no backward that would need the logits again.
 
 A row is read twice, for the sum of its exponentials and for the gradient, and written once. All but a tenth of it stays
 in shared memory meanwhile. A program takes a row's sums as the row comes in, block by block, behind the gradient of the
-row before, so that reads and stores are always under way; its 32 warps then wait for exponentials.
+row before, so that reads and stores are always under way.
 
 H200, 4096 rows of 129,280: 620 µs, 0.80 of the speed of a copy that reads and writes the logits once.
 """
