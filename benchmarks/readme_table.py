@@ -12,7 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin: made by benchmarks/readme_table.py -->\n", "<!-- end -->"
 KIND = ("source", "family", "layers", "experts", "tokens", "batch", "routing", "mode")
 ALL_EXPERTS = {"v3-671b": 256}  # of rows that do not say
-SHOWN = ("memory GB", "saved GB", "first call s", "TB/s", "outside products (idle)")
+SHOWN = ("saved GB", "outside products (idle)")
 
 
 def updated(readme: str) -> str:
