@@ -11,8 +11,8 @@ host for a call among others of its kind; a forward's are milliseconds on a GPU 
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 
@@ -32,7 +32,8 @@ class Switch:
 
     def __init__(self) -> None:
         self.now = "replay"
-        replay, launcher = Replay.__call__, launch._Launcher.__call__
+        classes: tuple[Any, Any] = Replay, launch._Launcher
+        replay, launcher = (cls.__call__ for cls in classes)
 
         def call(operator, *args):
             return replay(operator, *args) if self.now == "replay" else operator._call(None, args, [])
@@ -43,7 +44,7 @@ class Switch:
             args = [arg.full() if isinstance(arg, launch.Descriptor) else arg for arg in args]
             return kernel.first(*args, grid=grid, warmup=warmup, **options)
 
-        Replay.__call__, launch._Launcher.__call__ = call, run
+        classes[0].__call__, classes[1].__call__ = call, run
 
     def contenders(self, call: Callable) -> dict[str, Callable]:
         def as_one(name: str) -> Callable:
@@ -58,7 +59,8 @@ class Switch:
 
 def operators(rows: int = 256) -> dict[str, Callable]:
     """Calls of operators that take the GPU less time than the host."""
-    ops, options = torch.ops.dsv3c, {"device": "cuda", "dtype": torch.bfloat16}
+    ops = torch.ops.dsv3c
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     x, weight, h = torch.randn(rows, 1024, **options), torch.ones(1024, **options), torch.randn(rows, 2048, **options)
     q = ops.quantize_tile.default(x, *CAST)
     wide, narrow = (ops.quantize_block.default(torch.randn(n, 1024, **options), *CAST) for n in (2048, 2056))
@@ -88,11 +90,9 @@ def host_us(contenders: dict[str, Callable], batches: int = 15, calls: int = 40)
 
 def forward_of(tokens: int) -> Callable[[], torch.Tensor]:
     """Two layers of a GPU's share at EP32, without the head."""
-    config = replace(
-        preset("v3-671b").with_layers(2), n_routed_experts=8, num_experts_per_tok=8, n_group=1, topk_group=1
-    )
+    config = preset("v3-671b").with_layers(2).with_experts(8)
     with torch.device("meta"):
-        model = DeepseekV3(config)
+        model: Any = DeepseekV3(config)
     model = model.to(torch.bfloat16).to_empty(device="cuda")
     model.init_weights()
     model.lm_head = torch.nn.Identity()
