@@ -41,8 +41,8 @@ class Switch:
         def run(kernel, *args, grid, warmup, **options):
             if self.now != "triton":
                 return launcher(kernel, *args, grid=grid, warmup=warmup, **options)
-            args = [arg.full() if isinstance(arg, launch.Descriptor) else arg for arg in args]
-            return kernel.first(*args, grid=grid, warmup=warmup, **options)
+            full = (arg.full() if isinstance(arg, launch.Descriptor) else arg for arg in args)
+            return kernel.first(*full, grid=grid, warmup=warmup, **options)
 
         classes[0].__call__, classes[1].__call__ = call, run
 
