@@ -3,7 +3,7 @@
     python -m dsv3c.benchmarks.bench_kernels --out results/ [--only dense,grouped,...]
 
 Every contender is checked before any is timed, against float64 on the same operands. Prints a table a section; the last
-line is JSON. TFLOPS count two operations a product, GB/s every operand once. Casts: bench_producers.py.
+line is JSON. TFLOPS count two operations a product. Casts: bench_producers.py.
 """
 
 import argparse
@@ -217,14 +217,15 @@ def main() -> int:
             for run in contenders.values():
                 run()  # compiles
             for name, t in interleaved(contenders, rounds=15).items():
-                tflops, gbps = case.flops / t.median_us / 1e6, case.bytes / t.median_us / 1e3
-                rows.append([case.name, name, t.median_us, t.p20_us, t.p80_us, tflops, gbps])
-                results.append({"section": section, "case": case.name, "contender": name, **asdict(t),
-                                "tflops": tflops, "gb_per_s": gbps})  # fmt: skip
+                tflops = case.flops / t.median_us / 1e6
+                rows.append([case.name, name, t.median_us, t.p20_us, t.p80_us, tflops])
+                results.append(
+                    {"section": section, "case": case.name, "contender": name, **asdict(t), "tflops": tflops}
+                )
             print(f"[{time.monotonic() - begin:5.0f} s] {section} {case.name}", flush=True)
             del case, contenders
             torch.cuda.empty_cache()
-        headers = ["case", "contender", "µs", "p20", "p80", "TFLOPS", "GB/s"]
+        headers = ["case", "contender", "µs", "p20", "p80", "TFLOPS"]
         print(tabulate(rows, headers, floatfmt=".0f"), flush=True)
         document = {
             "gpu": torch.cuda.get_device_name(),

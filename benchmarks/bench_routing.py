@@ -18,7 +18,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
-from dsv3c.benchmarks.bench_kernels import Case, normal, same_bits
+from dsv3c.benchmarks.bench_kernels import Case, normal
+from dsv3c.benchmarks.bench_producers import same_bits
 from dsv3c.benchmarks.timing import interleaved
 from dsv3c.config import preset
 from dsv3c.kernels.reference import permute as moves

@@ -7,7 +7,6 @@ which skips the passes, hides nothing.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import LocalSource
+from torch._functorch import config as functorch_config
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, partition_fn
@@ -138,11 +138,13 @@ class Backend:
         return stacks, inputs
 
     def lower(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
-        patches = {**_INDUCTOR, "joint_custom_pre_pass": self.joint, "deterministic": self.deterministic}
-        # Inductor then adds nothing up with atomics, and times no reduction to choose its form. The flag is in torch's
-        # cache keys.
-        with deterministic_algorithms() if self.deterministic else nullcontext():
+        patches = {**_INDUCTOR, "joint_custom_pre_pass": self.joint}
+        if not self.deterministic:
             return compile_fx(gm, example_inputs, config_patches=patches)
+        # Inductor then adds nothing up with atomics, and times no reduction to choose its form. The flag is in torch's
+        # cache keys. Backward is compiled here too, not when it is first called.
+        with deterministic_algorithms(), functorch_config.patch(force_non_lazy_backward_lowering=True):
+            return compile_fx(gm, example_inputs, config_patches=patches | {"deterministic": True})
 
     def _stacks(self, gm: fx.GraphModule) -> list[Stack]:
         """The quantisable weights (Dynamo says which parameter an input is), together those that are used together."""

@@ -17,7 +17,7 @@ from dsv3c.debug import debug_config
 from dsv3c.errors import CompileError
 from dsv3c.fp8_weights import recipe_of
 from dsv3c.out_of_memory import explain
-from dsv3c.passes import Pass, Pipeline, default
+from dsv3c.passes import OrderSums, Pass, Pipeline, default
 from dsv3c.passes.choose_saved import Memory
 from dsv3c.tuning.targets import Target, resolve
 from dsv3c.weights import QuantizedWeights
@@ -82,6 +82,10 @@ def compile(  # the name users type
     recipe = recipe_of(model.config)
     chosen = default(resolved, recipe, memory, deterministic) if passes is None else passes
     pipeline = Pipeline.of(chosen, (*skip, *debug_config().skip))
+    if deterministic and not any(isinstance(step, OrderSums) for step in pipeline.joint):
+        raise CompileError(
+            "deterministic=True: expected OrderSums among the passes, found none; try leaving them alone"
+        )
     weights = QuantizedWeights(recipe) if pipeline.quantizes else None
     dump = debug_config().dump
     backends: dict[Unit, Backend] = {}

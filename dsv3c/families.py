@@ -211,7 +211,7 @@ def check(model: nn.Module) -> None:
     whole."""
     if not any(True for _ in layers(model)):
         raise CompileError(
-            f"dsv3c.compile: expected a dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM, found "
+            f"dsv3c.compile: expected a dsv3c.DeepseekV3, transformers' DeepseekV3ForCausalLM, or a MoE of one, found "
             f"{type(model).__module__}.{type(model).__name__}; try dsv3c.load(checkpoint)"
         )
     config = getattr(model, "config", None)

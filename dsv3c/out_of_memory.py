@@ -75,5 +75,6 @@ def _saved(node: Any) -> list[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages, each once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    """Of the storages, each once; what has none (sparse gradients) is left out."""
+    dense = (t.untyped_storage() for t in tensors if t.layout is torch.strided)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in dense}.values())

@@ -66,7 +66,8 @@ def against_rooflines(launches: Iterable[Launch], costs: Iterable[Cost], target:
 
 
 def _why(costs: list[Cost], kernels: int, measured_us: float, target: Target) -> str:
-    """What bounds them, in this order: that there is no work to speak of, or the slower of memory and arithmetic."""
+    """What bounds them, in this order: that there is no work to speak of, or what most of their rooflines are of,
+    memory or arithmetic."""
     flops, moved = sum(cost.flops for cost in costs), sum(cost.moved_bytes for cost in costs)
     roofline = sum(cost.predicted_us for cost in costs)
     if not costs:
@@ -75,7 +76,8 @@ def _why(costs: list[Cost], kernels: int, measured_us: float, target: Target) ->
         return f"launch-bound: {kernels} kernel{'s' * (kernels > 1)}, {START_US} us each for nothing"
     several = f"; {kernels} kernels" if kernels > len(costs) else ""
     copying_us = target.roofline_us(0, moved, "bf16")
-    if roofline <= copying_us:
+    of_memory = (x.predicted_us for x in costs if x.predicted_us == target.roofline_us(0, x.moved_bytes, "bf16"))
+    if 2 * sum(of_memory) >= roofline:
         return (
             f"memory-bound: {moved / measured_us / 1e6:.2f} TB/s, {copying_us / measured_us:.0%} of a copy's{several}"
         )

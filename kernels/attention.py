@@ -83,7 +83,11 @@ def _flash_backward(dout, q, k, v, out, lse, scale, is_causal) -> tuple[Tensor, 
 
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """Inside, `torch.use_deterministic_algorithms` is on, for the whole process; memory is not filled."""
+    """Inside, `torch.use_deterministic_algorithms` is on, for the whole process, which sets Inductor's flag as well;
+    memory is not filled."""
+    from torch._inductor import config as inductor_config
+
+    inductor = inductor_config.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -93,6 +97,7 @@ def deterministic_algorithms() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fills
+        inductor_config.deterministic = inductor
 
 
 def _explicit_backward(dout, q, k, v, mask, scale, is_causal) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,8 +5,8 @@ Every group is cut into tiles of `block` rows, the last one short; groups withou
 through all groups. There are at most ⌈R/block⌉ + min(E, R) of them, which is what the host allocates and launches for:
 few where few rows meet many groups, as in decoding.
 
-For who computes tiles in an order of his own, `tiles_by_length` puts those of short groups first. Casts find
-their own tile with `find_tile`: a launch before theirs would cost more.
+For a kernel with an order of its own, `tiles_by_length` puts tiles of short groups first. Casts find their own tile
+with `find_tile`: a launch before theirs would cost more.
 """
 
 from collections.abc import Iterator

@@ -140,7 +140,12 @@ def recorded() -> Iterator[tuple[list[Launch], list]]:
     not `launched`."""
     tape: list[Launch] = []
     seen: list = []
-    hook = seen.append
+    thread = threading.get_ident()
+
+    def hook(metadata) -> None:
+        if threading.get_ident() == thread:
+            seen.append(metadata)
+
     knobs.runtime.launch_enter_hook.add(hook)
     _here.tape = tape
     try:

@@ -26,10 +26,10 @@ class DropSentinels:
         sites = 0
         for mask in gm.graph.find_nodes(op="call_function", target=aten.ge.Scalar):
             idx, limit = mask.args
-            if (bound := _bound(idx)) is None or bound > limit:
+            if isinstance(limit, fx.Node) or (bound := _bound(idx)) is None or bound > limit:
                 continue
             for fill in list(users_through(mask, aten.where.self)):
-                if bare(fill.args[0]) is mask and _shape(fill) == _shape(fill.args[2]):
+                if bare(fill.args[0]) is mask and _kind(fill) == _kind(fill.args[2]):
                     replace(fill, fill.args[2])
                     sites += 1
         return sites
@@ -48,5 +48,5 @@ def _bound(idx: fx.Node) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _shape(node: fx.Node) -> tuple[str, ...]:
-    return tuple(map(str, value(node).shape))
+def _kind(node: fx.Node) -> tuple:
+    return value(node).dtype, *map(str, value(node).shape)

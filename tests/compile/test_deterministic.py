@@ -1,12 +1,18 @@
 """deterministic=True: the bits of a step repeat."""
 
+from functools import partial
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import dsv3c
 from dsv3c import backend
 from dsv3c.compiler import compilation_of
-from dsv3c.passes import OrderSums, run
+from dsv3c.errors import CompileError
+from dsv3c.kernels.attention import deterministic_algorithms
+from dsv3c.passes import OrderSums, default, run
 
 
 def attention_backward(x):
@@ -32,7 +38,7 @@ def test_inductor_is_told(make_model, compiled, monkeypatch, deterministic):
     told = []
 
     def compile_fx(gm, inputs, config_patches):
-        told.append((torch.are_deterministic_algorithms_enabled(), config_patches["deterministic"]))
+        told.append((torch.are_deterministic_algorithms_enabled(), config_patches.get("deterministic", False)))
         return gm.forward
 
     monkeypatch.setattr(backend, "compile_fx", compile_fx)
@@ -42,6 +48,37 @@ def test_inductor_is_told(make_model, compiled, monkeypatch, deterministic):
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert (OrderSums() in compilation_of(model).pipeline.joint) is deterministic
+
+
+def test_backward_is_compiled_so_too(make_model, compiled, monkeypatch):
+    """One token of one sequence: torch would compile backward when it is called."""
+    told = []
+
+    def inner(gm, inputs, is_backward=False, **kwargs):
+        told.append((is_backward, torch.are_deterministic_algorithms_enabled()))
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr(backend, "compile_fx", partial(backend.compile_fx, inner_compile=inner))
+    model = compiled(make_model(num_hidden_layers=1), deterministic=True)
+    model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
+    assert (True, True) in told
+    assert all(enabled for _, enabled in told)
+
+
+def test_settings_are_as_they_were(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "deterministic", True)
+    with deterministic_algorithms():
+        assert torch.are_deterministic_algorithms_enabled()
+    assert config.deterministic
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("without", [{"skip": ("OrderSums",)}, {"passes": default("exact")}])
+def test_the_pass_is_needed(make_model, without):
+    with pytest.raises(CompileError, match="OrderSums"):
+        dsv3c.compile(make_model(num_hidden_layers=1), deterministic=True, **without)
 
 
 SIZES = {

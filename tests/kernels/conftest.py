@@ -32,7 +32,6 @@ def _seed(request):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that must be written holds NaN before."""
-
     new_empty = torch.Tensor.new_empty
 
     def filled(self, *args, **kwargs):
@@ -59,9 +58,12 @@ def _replayed(request, monkeypatch):
     if not request.node.get_closest_marker("gpu") or not torch.cuda.is_available():
         return
     replay = import_module("dsv3c.kernels.replay").Replay
-    call = replay.__call__
+    call, asked = replay.__call__, set()
 
     def third(self, *args):
+        if self not in asked:  # what another test patched is forgotten
+            asked.add(self)
+            self.ways.clear()
         if sum(x.nbytes for x in args if isinstance(x, Tensor)) < 1 << 30:
             for _ in range(2):
                 call(self, *[x.clone() if isinstance(x, Tensor) else x for x in args])

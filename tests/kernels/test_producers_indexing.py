@@ -2,9 +2,8 @@
 
 It has no inline assembly, and its casts to BF16 and FP8 are wrong. So what `tiles.py` does on words is written out
 here, with E4M3 replaced by a quarter of the quotient in 8 bits; what is compared is where numbers go, within a few of
-those roundings. Gluon is not interpreted: cross-entropy, the norm and
-the SwiGLU gradient are left to the GPU tests. A process of its
-own, since the interpreter is chosen as Triton is imported.
+those roundings. Gluon is not interpreted: cross-entropy, the norm and the SwiGLU gradient are left to the GPU tests.
+A process of its own, since the interpreter is chosen as Triton is imported.
 """
 
 import os

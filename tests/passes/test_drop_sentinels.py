@@ -59,9 +59,20 @@ def test_numbers_that_may_be_that_large_stay(inputs, settings):
     assert (record.sites, text(gm)) == (0, before)
 
 
-def test_a_mask_that_widens_stays(inputs):
-    gm = make_fx(lambda x, s: torch.where(s.topk(2).indices[..., None] >= E, 0.0, x), tracing_mode="fake")(
-        torch.randn(4), inputs[1]
-    )
+@pytest.mark.parametrize("wide", [{"shape": (4,)}, {"dtype": torch.bfloat16}], ids=["shape", "dtype"])
+def test_a_mask_that_widens_stays(inputs, wide):
+    x = torch.randn(wide.get("shape", (6, 2, 4))).to(wide.get("dtype", torch.float32))
+    gm = make_fx(
+        lambda x, s: torch.where(s.topk(2).indices[..., None] >= E, torch.zeros(6, 2, 4), x), tracing_mode="fake"
+    )(x, inputs[1])
+    gm.graph.eliminate_dead_code()
+    assert run(gm, [DropSentinels()])[0].sites == 0
+
+
+def test_a_limit_that_varies_stays(inputs):
+    def masked(x, scores, w):
+        return x[:, :2].masked_fill(scores.detach().topk(2).indices >= w.shape[0], 0.0)
+
+    gm = make_fx(masked, tracing_mode="symbolic")(*inputs, torch.randn(E + 3))
     gm.graph.eliminate_dead_code()
     assert run(gm, [DropSentinels()])[0].sites == 0

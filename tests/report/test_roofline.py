@@ -56,6 +56,14 @@ def test_the_reason_follows_from_the_numbers(amounts, excess, kernels, says):
     assert (against.roofline_us, against.kernels, against.region) == (found.predicted_us, kernels, "mlp.up_proj")
 
 
+def test_sums_of_fused_groups_are_of_memory():
+    """Whose rooflines do not add up to their sum's in the last bit."""
+    for number in range(2, 40):
+        groups = [cost(FUSED, moved=10**8 + 7 * i) for i in range(number)]
+        (against,) = of(*((group, 2 * group.predicted_us) for group in groups))
+        assert against.why.startswith("memory-bound")
+
+
 def test_launches_of_one_operator_and_region_are_one_line_and_the_largest_excess_is_first():
     product, copy = cost(**BIG), cost("dsv3c.permute.default", **COPY)
     found = of((product, 300.0), (product, 100.0), (copy, 1000.0))

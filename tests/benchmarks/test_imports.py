@@ -1,0 +1,18 @@
+"""Every benchmark can be imported: most run on a GPU only."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from dsv3c import benchmarks
+
+NAMES = sorted(path.stem for path in Path(benchmarks.__file__).parent.glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_import(name):
+    pytest.importorskip("triton")
+    if name == "bench_deepgemm":
+        pytest.importorskip("deep_gemm", reason="needs DeepGEMM, which is not on PyPI")
+    import_module(f"dsv3c.benchmarks.{name}")
