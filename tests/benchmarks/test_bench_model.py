@@ -302,7 +302,7 @@ def test_recorded_rows_make_the_readme_table(quick, monkeypatch, tmp_path):
     table = readme_table.table(record.read())
     (line,) = (line for line in table.splitlines() if "quantize" in line)
     assert "quantize, 1 x 4096, Zipf routing" in line
-    assert [cell.strip() for cell in line.split("|")[4:11]] == ["", "", "", "1.00", "", "4.00", "20% (5%)"]
+    assert [cell.strip() for cell in line.split("|")[4:8]] == ["", "", "1.00", "20% (5%)"]
     assert "28.00 (29.00-31.00)" in table
     readme = f"before\n{readme_table.BEGIN}old\n{readme_table.END}\nafter\n"
     assert readme_table.updated(readme) == f"before\n{readme_table.BEGIN}{table}\n{readme_table.END}\nafter\n"
