@@ -119,7 +119,7 @@ def measure(
         rows["start"] = _measure_start(source, layers, experts, family, batch, tokens, precisions[0])
     if modes != ("start",):
         model = build(source, config, family, dtype, device)
-        rows_per_expert = skew_routing(model, batch * tokens) if routing == "zipf" else None
+        rows_per_expert = skew_routing(model, batch, tokens) if routing == "zipf" else None
     for mode in modes:
         if mode == "start":
             continue

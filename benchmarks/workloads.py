@@ -104,8 +104,9 @@ def zipf(E: int, R: int) -> Tensor:
     return sizes
 
 
-def skew_routing(model: Model, tokens: int) -> list[int]:
-    """Has `tokens` tokens' rows computed by each MoE layer's experts in Zipf's proportions; returns how many each gets.
+def skew_routing(model: Model, batch: int, tokens: int) -> list[int]:
+    """Has the rows of `batch` sequences computed by each MoE layer's experts in Zipf's proportions, each sequence's
+    alike; returns how many each expert gets.
 
     For models whose tokens go to all experts, as in a GPU's share: its router decides weights alone, and what it calls
     an expert of a token is another one's work now, or the same one's twice. To the experts a row is a row.
@@ -115,16 +116,16 @@ def skew_routing(model: Model, tokens: int) -> list[int]:
     """
     experts, top_k = model.config.n_routed_experts, model.config.num_experts_per_tok
     if experts != top_k:
-        raise Dsv3cError(f"--routing zipf: expected a token's {top_k} experts alone, found {experts}; try --experts 8")
+        raise Dsv3cError(f"--routing zipf: expected a token's {top_k} experts alone, found {experts}; try --experts {top_k}")
     sizes = zipf(experts, tokens * top_k)
     order = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(0))
     idx_TE = torch.arange(experts).repeat_interleave(sizes)[order].view(tokens, experts)
-    idx_TE = torch.cat((idx_TE, idx_TE[:1]))  # one row more than is taken, or torch would compile for this many tokens
+    idx_TE = torch.cat((idx_TE.repeat(batch, 1), idx_TE[:1]))  # one row more than is taken, or torch would compile for this many tokens
     for module in model.modules():
         if REGIONS.get(type(module).__name__) == "experts":
             module.register_buffer("injected_idx", idx_TE.to(module.down_proj.device), persistent=False)
             module.register_forward_pre_hook(_inject)
-    return sizes.tolist()
+    return (batch * sizes).tolist()
 
 
 def _inject(experts: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from dsv3c import losses, numerics
-from dsv3c.benchmarks import bench_model, kernel_times, parts, readme_table, record, start, timing, workloads
+from dsv3c.benchmarks import bench_model, gate, kernel_times, parts, readme_table, record, start, timing, workloads
 from dsv3c.benchmarks.bench_model import draw, measure, report
 from dsv3c.benchmarks.gate import median_row_distance
 from dsv3c.cli import app
@@ -163,7 +163,7 @@ def test_zipf_routing(family):
         pytest.importorskip("transformers", reason="their model: pip install 'dsv3c[hf]'")
     config = workloads.configured("tiny", 2, 4)
     model = workloads.build("tiny", config, family, torch.float32, torch.device("cpu"))
-    sizes = workloads.skew_routing(model, 100)
+    sizes = workloads.skew_routing(model, 1, 100)
     assert sum(sizes) == 400
     assert sizes == [193, 96, 48, 63]  # 1, 1/2, 1/4, 1/3, rounded down, the rest to the first
     experts, seen = workloads.moe_of(model).experts, []
@@ -175,6 +175,18 @@ def test_zipf_routing(family):
     # A router may list its experts in any order.
     again = experts(x, order, weights.gather(1, order))
     assert numerics.distance(again, out)[0] <= numerics.experts_rms(256, 128, torch.float32)
+
+
+def test_zipf_routing_is_the_same_for_all_sequences():
+    """The oracle of forward is called with one after another."""
+    model = workloads.build("tiny", workloads.configured("tiny", 2, 4), "ours", torch.float32, torch.device("cpu"))
+    assert workloads.skew_routing(model, 3, 16) == [3 * 32, 3 * 15, 3 * 7, 3 * 10]
+    with workloads.Workload("forward", "ours", 3, 16).prepared(model) as calls:
+        (_, _), (path, call) = gate.record_calls(model, lambda: calls.checked(model)).items()
+    layer = model.get_submodule(path)
+    one_by_one, together = (gate._oracle(layer, call, backward)["x"] for backward in (False, True))
+    eager = numerics.distance(gate._results(layer, call, False)["x"], together)[0]
+    assert numerics.distance(one_by_one, together)[0] <= numerics.float64_agreement(eager)
 
 
 def test_zipf_routing_is_the_same_for_all_contenders(quick):
@@ -322,7 +334,7 @@ def test_environment_says_what_and_where():
         ({"source": "tiny", "tokens": 0}, "--tokens: expected at least 1, found 0"),
         ({"source": "v3-16bn"}, "did you mean 'v3-16b'"),
         ({"source": "tiny", "layers": 1, "modes": ("moe",)}, "--mode moe: expected a MoE layer at the end"),
-        ({"source": "tiny", "routing": "zipf"}, "--routing zipf: expected a token's 4 experts alone, found 16"),
+        ({"source": "tiny", "routing": "zipf"}, "--routing zipf: expected a token's 4 experts alone, found 16; try --experts 4"),
         ({"source": "tiny", "routing": "zipf", "modes": ("decode",)}, "--routing zipf: expected modes of forward"),
     ],
 )
