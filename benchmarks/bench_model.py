@@ -114,6 +114,8 @@ def measure(
             raise Dsv3cError(f"--{name}: expected at least 1, found {number}")
     if routing == "zipf" and not set(modes) <= set(SKEWED):
         raise Dsv3cError(f"--routing zipf: expected modes of {', '.join(SKEWED)}, found {','.join(modes)}")
+    if "start" in modes and len(precisions) > 1:
+        raise Dsv3cError(f"--mode start: expected one precision, found {','.join(precisions)}; try --precision auto")
     config, rows, rows_per_expert = configured(source, layers, experts), {}, None
     if "start" in modes:  # before this process takes memory
         rows["start"] = _measure_start(source, layers, experts, family, batch, tokens, precisions[0])
@@ -215,10 +217,9 @@ def _measure_start(
     from dsv3c.benchmarks import start, timing
 
     _progress("start: in processes of their own")
-    seconds, checks = start.starts(
+    seconds, found = start.starts(
         source=source, layers=layers, experts=experts, family=family, batch=batch, tokens=tokens, precision=precision
     )
-    found = dict.fromkeys(seconds, checks)
     times = {name: timing.summary([s * 1e6 for s in taken]) for name, taken in seconds.items()}
     return _failed("start", found) or _row("start", times, found, {})
 

@@ -116,11 +116,14 @@ def skew_routing(model: Model, batch: int, tokens: int) -> list[int]:
     """
     experts, top_k = model.config.n_routed_experts, model.config.num_experts_per_tok
     if experts != top_k:
-        raise Dsv3cError(f"--routing zipf: expected a token's {top_k} experts alone, found {experts}; try --experts {top_k}")
+        raise Dsv3cError(
+            f"--routing zipf: expected {top_k} experts, all a token's, found {experts}; try --experts {top_k}"
+        )
     sizes = zipf(experts, tokens * top_k)
     order = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(0))
     idx_TE = torch.arange(experts).repeat_interleave(sizes)[order].view(tokens, experts)
-    idx_TE = torch.cat((idx_TE.repeat(batch, 1), idx_TE[:1]))  # one row more than is taken, or torch would compile for this many tokens
+    # One row more than is taken, or torch would compile for this many tokens.
+    idx_TE = torch.cat((idx_TE.repeat(batch, 1), idx_TE[:1]))
     for module in model.modules():
         if REGIONS.get(type(module).__name__) == "experts":
             module.register_buffer("injected_idx", idx_TE.to(module.down_proj.device), persistent=False)

@@ -259,15 +259,40 @@ def test_starts_are_processes_with_caches_of_their_own(quick, monkeypatch):
     (row,) = measure("tiny", layers=1, tokens=16, modes=("start",), precisions=("exact",))["modes"]
     assert row["passed"]
     assert [c["name"] for c in row["contenders"]] == ["cold caches", "warm caches"]
-    assert [(c["runs"], c["median_us"] / 1e6) for c in row["contenders"]] == [(2, (1 + 3) / 2), (2, (2 + 4) / 2)]
-    assert len(set(folders)) == start.ROUNDS == 2
+    assert [(c["runs"], c["median_us"] / 1e6) for c in row["contenders"]] == [(3, 3), (3, 4)]
+    assert len(set(folders)) == start.ROUNDS == 3
     assert not any(folder.exists() for folder in folders)
 
 
-def test_a_start_that_fails():
-    arguments = {"layers": None, "experts": None, "family": "ours", "batch": 1, "tokens": 16, "precision": "exact"}
-    with pytest.raises(Dsv3cError, match="--mode start: expected a result of a new process"):
-        start.starts(source="v3-16bn", **arguments)
+def test_no_speed_of_a_wrong_start(monkeypatch):
+    """The mutant: the first cold start alone is wrong."""
+    errors = iter([1.0])
+
+    def result(folder, arguments):
+        return {"seconds": 1.0, "checks": [gate.Check("layer", "x", next(errors, 0.0), 0.0, 0.5).__dict__]}
+
+    monkeypatch.setattr(start, "_in_a_process", result)
+    (row,) = measure("tiny", modes=("start",))["modes"]
+    assert not row["passed"]
+    assert [(found["contender"], found["error"]) for found in row["failed"]] == [("cold caches", 1.0)]
+
+
+def test_a_start_that_cannot_be():
+    """A real process's error is one line of the one that started it, exit code 2."""
+    command = [sys.executable, "-P", "-c", "from dsv3c.cli import main; main()"]
+    done = subprocess.run([*command, "bench", "v3-671b", "--mode", "start"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    line = done.stderr.removeprefix("start: in processes of their own\n")
+    assert line.startswith("dsv3c: v3-671b: expected ")
+    assert line.endswith("; try --layers 2\n")
+    assert line.count("\n") == 1
+
+
+def test_a_start_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(start.sys, "executable", "false")
+    with pytest.raises(Dsv3cError, match="--mode start: expected a result of a new process, found exit code 1"):
+        start._in_a_process(tmp_path, {})
 
 
 def test_median_row_distance(monkeypatch):
@@ -334,7 +359,11 @@ def test_environment_says_what_and_where():
         ({"source": "tiny", "tokens": 0}, "--tokens: expected at least 1, found 0"),
         ({"source": "v3-16bn"}, "did you mean 'v3-16b'"),
         ({"source": "tiny", "layers": 1, "modes": ("moe",)}, "--mode moe: expected a MoE layer at the end"),
-        ({"source": "tiny", "routing": "zipf"}, "--routing zipf: expected a token's 4 experts alone, found 16; try --experts 4"),
+        ({"source": "tiny", "routing": "zipf"}, "--routing zipf: expected 4 experts, .* found 16; try --experts 4"),
+        (
+            {"source": "tiny", "modes": ("start",), "precisions": ("exact", "fp8")},
+            "start: expected one precision, found",
+        ),
         ({"source": "tiny", "routing": "zipf", "modes": ("decode",)}, "--routing zipf: expected modes of forward"),
     ],
 )
