@@ -110,6 +110,7 @@ def test_parts_have_rows_of_their_own(quick, monkeypatch, tmp_path):
     assert list(found["cross-entropy"]) == ["eager", "torch.compile", "dsv3c"]
     assert found["cross-entropy"]["eager"]["speedup_over_eager"] == 1
     assert found["quantize"]["copy"]["speedup_over_eager"] is None
+    assert all(c["first_call_s"] is None for row in document["modes"] for c in row["contenders"])
     layer = list(DeepseekV3(preset("tiny").with_layers(2)).model.layers[-1].parameters())
     values = sum(p.numel() for p in layer if p.dim() > 1) - 16 * 256  # the gate's stay as they are
     scales = 2 * 4 * values / 128**2  # a little more: blocks at the ends are ragged
@@ -136,17 +137,32 @@ def _not_written(self):
     self.optimizer.step()
 
 
-def _added_twice(parameter):
-    parameter.main_grad.add_(parameter.grad, alpha=2)
+def _added(alpha, embedding_only):
+    """A hook that adds so many times the gradient, or does so in the embedding alone."""
+
+    def add(parameter):
+        mutated = not embedding_only or len(parameter) == preset("tiny").vocab_size
+        parameter.main_grad.add_(parameter.grad, alpha=alpha if mutated else 1)
+        parameter.grad = None
+
+    return add
+
+
+def _not_summed(parameter):
+    parameter.main_grad.copy_(parameter.grad)
     parameter.grad = None
 
 
 @pytest.mark.parametrize(
     ("mode", "target", "mutant"),
     [
-        ("main-grad", "dsv3c.main_grad._add", _added_twice),
+        ("main-grad", "dsv3c.main_grad._add", _added(2, False)),
+        ("main-grad", "dsv3c.main_grad._add", _added(2, True)),
+        ("main-grad", "dsv3c.main_grad._add", _added(0, True)),
+        ("main-grad", "dsv3c.main_grad._add", _not_summed),
         ("cross-entropy", "dsv3c.benchmarks.parts.cross_entropy", lambda *a: losses.cross_entropy(*a) * 1.001),
         ("optimizer", "dsv3c.main_grad.MainGradOptimizer.step", _not_written),
+        ("optimizer", "dsv3c.main_grad.MainGradOptimizer.step", lambda self: None),
     ],
 )
 def test_no_speed_of_a_wrong_part(quick, monkeypatch, mode, target, mutant):
@@ -302,6 +318,8 @@ def test_median_row_distance(monkeypatch):
     expected = rows.sort().values[(len(rows) - 1) // 2] / ref.square().mean().sqrt()
     assert f"{median_row_distance(out, ref):.6g}" == f"{float(expected):.6g}"
     assert median_row_distance(ref, ref) == 0
+    zeros = torch.zeros(5, 100, 16)  # most rows, of both
+    assert median_row_distance(torch.cat((2 * out, zeros), 1), torch.cat((out, zeros), 1)) > 0
     assert not median_row_distance(torch.full_like(out, torch.nan), ref) <= 1
 
 
