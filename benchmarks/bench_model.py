@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dsv3c.benchmarks.gate import Check
     from dsv3c.benchmarks.timing import Timing
     from dsv3c.benchmarks.workloads import Model, Workload
+    from dsv3c.config import ModelConfig
 
 WORKLOADS = ("forward", "backward", "moe", "decode")
 MODES = (*WORKLOADS, "quantize", "main-grad", "cross-entropy", "optimizer", "start")
@@ -117,6 +118,7 @@ def measure(
     if "start" in modes and len(precisions) > 1:
         raise Dsv3cError(f"--mode start: expected one precision, found {','.join(precisions)}; try --precision auto")
     config, rows, rows_per_expert = configured(source, layers, experts), {}, None
+    _check_modes(source, config, modes, device, dtype)
     if "start" in modes:  # before this process takes memory
         rows["start"] = _measure_start(source, layers, experts, family, batch, tokens, precisions[0])
     if modes != ("start",):
@@ -127,6 +129,8 @@ def measure(
             continue
         torch._dynamo.reset()
         gc.collect()  # compiled models are cycles, and hold copies of the weights
+        if on_gpu:
+            torch.cuda.empty_cache()
         workload = Workload(mode, family, batch, tokens)
         if mode in WORKLOADS:
             rows[mode] = _measure_mode(workload, model, precisions, device)
@@ -157,6 +161,22 @@ def measure(
         "environment": environment(device.type),
         "modes": [rows[mode] for mode in modes],
     }  # fmt: skip
+
+
+def _check_modes(
+    source: str, config: "ModelConfig", modes: tuple[str, ...], device: "torch.device", dtype: "torch.dtype"
+) -> None:
+    """Raises, before the first is measured, what a later one would."""
+    from dsv3c.benchmarks.parts import ROOM, check_room
+    from dsv3c.benchmarks.workloads import LARGER, moe_of, outline_of
+    from dsv3c.config import PRESETS
+
+    outline = outline_of(config, dtype)
+    if "moe" in modes:
+        moe_of(outline)
+    for mode in ROOM.keys() & set(modes):
+        hint = f"--layers 2 --experts {config.num_experts_per_tok}" if source in PRESETS else LARGER
+        check_room(mode, outline, device, hint)
 
 
 def _measure_mode(

@@ -34,9 +34,10 @@ from dsv3c.numerics import (
 if TYPE_CHECKING:
     from dsv3c.weights import QuantizedWeights
 
-# Bytes a parameter of BF16 takes besides itself: in main-grad a second model, FP8 copies of both, float32 weights and
-# gradients, a gradient; in optimizer two copies with gradients, their moments, float32 weights and gradients.
-MAIN_GRAD_BYTES, OPTIMIZER_BYTES = 16, 28
+# Bytes a parameter takes besides itself, and how many times its own size. In main-grad: FP8 copies of two models,
+# float32 weights and gradients; a second model, a gradient. In optimizer: float32 weights and gradients, their moments,
+# the check's weights and moments; two copies with gradients, and a copy's moments.
+ROOM = {"main-grad": (12, 2), "optimizer": (28, 6)}
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,6 @@ def _share_of_wrong(stack: list[Tensor], copies: list[Tensor], weights: "Quantiz
 
 def main_grad(model: Model, workload: Workload) -> Part:
     """Forward and backward of the body, with gradients in the parameters' dtype, and summed up in float32."""
-    parameters = sum(p.numel() for p in model.parameters())
-    _check_room("main-grad", model, parameters * MAIN_GRAD_BYTES)
     with _backward(workload).prepared(model) as calls:
         plain = _fp8(model)
         summed = _fp8(deepcopy(model))  # whose hooks leave the other's gradients alone
@@ -158,7 +157,6 @@ def optimizer_steps(model: Model, workload: Workload) -> Part:
     """Fused AdamW on the last layer's parameters as they are, and on float32 weights with `MainGradOptimizer`."""
     *_, (path, layer) = families.layers(model)
     count = sum(p.numel() for p in layer.parameters())
-    _check_room("optimizer", model, count * OPTIMIZER_BYTES)
     adamw = partial(torch.optim.AdamW, lr=1e-4, fused=True)
     plain, ours = (_with_gradients(layer) for _ in range(2))
     optimizer, main = adamw(plain.parameters()), MainGradOptimizer(ours, adamw)
@@ -204,9 +202,13 @@ def _fp8(model: Model) -> Model:
         return compile(model, precision="fp8")
 
 
-def _check_room(mode: str, model: Model, needed: int) -> None:
-    device = next(model.parameters()).device
-    check_memory(f"--mode {mode}", needed, device, "more of {} memory", "--experts 8")
+def check_room(mode: str, outline: Model, device: torch.device, hint: str) -> None:
+    """Raises Dsv3cError if `device` has no room for the model and what `mode` takes besides; `outline` is on meta."""
+    *_, (_, layer) = families.layers(outline)
+    size, (fixed, times) = outline.lm_head.weight.itemsize, ROOM[mode]
+    count = sum(p.numel() for p in (outline if mode == "main-grad" else layer).parameters())
+    needed = outline.num_parameters() * size + count * (fixed + times * size)
+    check_memory(f"--mode {mode}", needed, device, "of {} memory", hint)
 
 
 PARTS = {

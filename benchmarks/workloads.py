@@ -27,6 +27,7 @@ from dsv3c.model import DeepseekV3
 from dsv3c.passes.regions import REGIONS
 from dsv3c.source import model_config
 
+LARGER = "a machine with more"  # a checkpoint's layers and experts are its own
 Model = Any  # dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM; or the MoE of one
 
 
@@ -53,16 +54,22 @@ def build(source: str, config: ModelConfig, family: str, dtype: torch.dtype, dev
     Raises:
         Dsv3cError: bad input, or less memory than the weights take, before any is taken.
     """
-    with torch.device("meta"):
-        model = DeepseekV3(config).to(dtype)
+    model = outline_of(config, dtype)
     needed = model.num_parameters() * dtype.itemsize
-    check_memory(source, needed, device, "of {} memory for the weights alone", "--layers 2")
+    hint = "--layers 2" if source in PRESETS else LARGER
+    check_memory(source, needed, device, "of {} memory for the weights alone", hint)
     if source in PRESETS:
         torch.manual_seed(0)
         model.to_empty(device=device).init_weights()
     else:
         model = load(source, dtype=dtype, device=device)
     return (model if family == "ours" else _transformers(model, device)).eval()
+
+
+def outline_of(config: ModelConfig, dtype: torch.dtype) -> DeepseekV3:
+    """The model without weights."""
+    with torch.device("meta"):
+        return DeepseekV3(config).to(dtype)
 
 
 def check_memory(where: str, needed: int, device: torch.device, what: str, hint: str) -> None:

@@ -390,12 +390,37 @@ def test_bad_input(arguments, message):
         measure(**arguments)
 
 
-def test_a_part_that_would_not_fit(monkeypatch):
-    monkeypatch.setattr(parts, "MAIN_GRAD_BYTES", 10**9)
-    with pytest.raises(
-        Dsv3cError, match=r"--mode main-grad: expected \S+ GB more of cpu memory, found .*; try --experts 8"
-    ):
-        measure("tiny", modes=("main-grad",))
+@pytest.mark.parametrize(
+    ("layers", "later", "message"),
+    [
+        (1, "moe", "--mode moe: expected a MoE layer at the end"),
+        (2, "main-grad", r"--mode main-grad: expected \S+ GB of cpu memory, found .*; try --layers 2 --experts 4"),
+        (2, "optimizer", r"--mode optimizer: expected \S+ GB of cpu memory, found .*; try --layers 2 --experts 4"),
+    ],
+)
+def test_what_cannot_be_is_known_before_anything_is_measured(monkeypatch, layers, later, message):
+    monkeypatch.setitem(parts.ROOM, later, (10**9, 0))
+    monkeypatch.setattr(bench_model, "_measure_mode", lambda *a: pytest.fail("measured"))
+    with pytest.raises(Dsv3cError, match=message):
+        measure("tiny", layers=layers, modes=("forward", later))
+
+
+def test_hints_for_a_checkpoint_are_no_options_of_presets(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(preset("tiny").to_dict()))
+    monkeypatch.setattr(workloads.os, "sysconf", lambda name: 1)  # a byte of memory
+    for mode in ("forward", "main-grad"):
+        with pytest.raises(Dsv3cError, match=r"; try a machine with more$"):
+            measure(str(tmp_path), modes=(mode,))
+
+
+@pytest.mark.parametrize(("dtype", "each"), [(torch.bfloat16, 2 + 16), (torch.float32, 4 + 20)])
+def test_room_depends_on_the_dtype(monkeypatch, dtype, each):
+    needed = []
+    monkeypatch.setattr(parts, "check_memory", lambda where, bytes_, *rest: needed.append(bytes_))
+    outline = workloads.outline_of(preset("tiny"), dtype)
+    parts.check_room("main-grad", outline, torch.device("cpu"), "")
+    biases = outline.num_parameters() - sum(p.numel() for p in outline.parameters())
+    assert needed == [each * sum(p.numel() for p in outline.parameters()) + biases * dtype.itemsize]
 
 
 @pytest.mark.parametrize(
