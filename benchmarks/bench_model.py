@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv3c.benchmarks.bench_report import EMULATED, RATIOS_ONLY, draw, report
+from dsv3c.benchmarks.bench_report import EMULATED, RATIOS_ONLY, check_drawable, draw, report
 from dsv3c.errors import Dsv3cError
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def bench(
     record: Annotated[bool, typer.Option("--record", help="Append them to benchmarks/results.")] = False,
 ) -> None:
     """Compiled against eager and torch.compile: correctness first, then interleaved timing."""
+    if plot:
+        check_drawable(plot)
     document = measure(
         source,
         layers=layers,

@@ -13,7 +13,18 @@ import torch
 from typer.testing import CliRunner
 
 from dsv3c import losses, numerics
-from dsv3c.benchmarks import bench_model, gate, kernel_times, parts, readme_table, record, start, timing, workloads
+from dsv3c.benchmarks import (
+    bench_model,
+    bench_report,
+    gate,
+    kernel_times,
+    parts,
+    readme_table,
+    record,
+    start,
+    timing,
+    workloads,
+)
 from dsv3c.benchmarks.bench_model import draw, measure, report
 from dsv3c.benchmarks.gate import median_row_distance
 from dsv3c.cli import app
@@ -251,6 +262,13 @@ def test_kernel_times_add_up_to_the_span():
     assert kernel_times.kernel_times(lambda: None) is None  # no GPU
 
 
+def test_kernel_times_of_a_round_without_kernels(monkeypatch):
+    rounds = iter([[("nvjet", 1.0, 2.0)], [], [("nvjet", 1.0, 2.0)]])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_times, "_kernels", lambda call: next(rounds))
+    assert kernel_times.kernel_times(lambda: None) is None
+
+
 def test_starts_are_processes_with_caches_of_their_own(quick, monkeypatch):
     folders, subprocess_run = [], subprocess.run
 
@@ -429,6 +447,21 @@ def test_room_depends_on_the_dtype(monkeypatch, dtype, each):
 def test_bad_choices(option):
     with pytest.raises(Dsv3cError, match=f"{option[0]}: expected .*, found '{option[1]}'"):
         CliRunner().invoke(app, ["bench", "tiny", *option], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["nonexistent/x.png", "x.bmp3", "folder.png"])
+def test_a_plot_that_cannot_be_drawn(monkeypatch, tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(bench_model, "measure", lambda *a, **k: pytest.fail("measured"))
+    with pytest.raises(Dsv3cError, match=r"--plot: expected a .png in a folder that is there, found .*; try \w+.png"):
+        CliRunner().invoke(app, ["bench", "tiny", "--plot", str(tmp_path / name)], catch_exceptions=False)
+
+
+def test_a_plot_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_model, "measure", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(bench_report, "find_spec", lambda name: None)
+    with pytest.raises(Dsv3cError, match="--plot: expected matplotlib, found none"):
+        CliRunner().invoke(app, ["bench", "tiny", "--plot", str(tmp_path / "x.png")], catch_exceptions=False)
 
 
 def test_layers_of_a_checkpoint_are_its_own(tmp_path):
