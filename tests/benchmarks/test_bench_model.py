@@ -5,7 +5,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from dsv3c.cli import app
 from dsv3c.config import preset
 from dsv3c.errors import Dsv3cError
 from dsv3c.kernels.reference import gemms as reference
+from dsv3c.main_grad import MainGradOptimizer
 from dsv3c.model import DeepseekV3
 from dsv3c.numerics import Recipe
 from dsv3c.weights import QuantizedWeights
@@ -182,6 +183,23 @@ def test_no_speed_of_a_wrong_part(quick, monkeypatch, mode, target, mutant):
     (row,) = measure("tiny", layers=2, tokens=16, modes=(mode,))["modes"]
     assert not row["passed"]
     assert row["contenders"] == []
+
+
+def test_wrong_steps_are_counted():
+    make = partial(torch.optim.AdamW, lr=1e-4)
+    model = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    before = model.weight.detach().clone()
+    main = MainGradOptimizer(model, make)
+    model.weight.main_grad.normal_()
+    main.step()
+    wrong = partial(parts._share_of_wrong_steps, make, before)
+    (weight,), parameter = main.weights, model.weight
+    assert wrong(weight, parameter) == 0
+    nearly = weight.clone()
+    nearly[0] *= 1 + 2**-20  # less than bfloat16 shows
+    assert wrong(nearly, parameter) == 1 / 8
+    parameter.detach()[0] *= 2
+    assert wrong(weight, parameter) == 1 / 8
 
 
 @pytest.mark.parametrize("family", bench_model.FAMILIES)
