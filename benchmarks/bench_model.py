@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv3c.benchmarks.bench_report import EMULATED, RATIOS_ONLY, draw, report
+from dsv3c.benchmarks.bench_report import EMULATED, RATIOS_ONLY, check_drawable, draw, report
 from dsv3c.errors import Dsv3cError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dsv3c.benchmarks.gate import Check
     from dsv3c.benchmarks.timing import Timing
     from dsv3c.benchmarks.workloads import Model, Workload
+    from dsv3c.config import ModelConfig
 
 WORKLOADS = ("forward", "backward", "moe", "decode")
 MODES = (*WORKLOADS, "quantize", "main-grad", "cross-entropy", "optimizer", "start")
@@ -64,6 +65,8 @@ def bench(
     record: Annotated[bool, typer.Option("--record", help="Append them to benchmarks/results.")] = False,
 ) -> None:
     """Compiled against eager and torch.compile: correctness first, then interleaved timing."""
+    if plot:
+        check_drawable(plot)
     document = measure(
         source,
         layers=layers,
@@ -114,22 +117,27 @@ def measure(
             raise Dsv3cError(f"--{name}: expected at least 1, found {number}")
     if routing == "zipf" and not set(modes) <= set(SKEWED):
         raise Dsv3cError(f"--routing zipf: expected modes of {', '.join(SKEWED)}, found {','.join(modes)}")
+    if "start" in modes and len(precisions) > 1:
+        raise Dsv3cError(f"--mode start: expected one precision, found {','.join(precisions)}; try --precision auto")
     config, rows, rows_per_expert = configured(source, layers, experts), {}, None
+    _check_modes(source, config, modes, device, dtype)
     if "start" in modes:  # before this process takes memory
         rows["start"] = _measure_start(source, layers, experts, family, batch, tokens, precisions[0])
     if modes != ("start",):
         model = build(source, config, family, dtype, device)
-        rows_per_expert = skew_routing(model, batch * tokens) if routing == "zipf" else None
+        rows_per_expert = skew_routing(model, batch, tokens) if routing == "zipf" else None
     for mode in modes:
         if mode == "start":
             continue
         torch._dynamo.reset()
         gc.collect()  # compiled models are cycles, and hold copies of the weights
+        if on_gpu:
+            torch.cuda.empty_cache()
         workload = Workload(mode, family, batch, tokens)
         if mode in WORKLOADS:
             rows[mode] = _measure_mode(workload, model, precisions, device)
         else:
-            rows[mode] = _measure_part(workload, model, device)
+            rows[mode] = _measure_part(workload, model)
     names = {contender["name"] for row in rows.values() for contender in row["contenders"]}
     return {
         "benchmark": "model",
@@ -155,6 +163,22 @@ def measure(
         "environment": environment(device.type),
         "modes": [rows[mode] for mode in modes],
     }  # fmt: skip
+
+
+def _check_modes(
+    source: str, config: "ModelConfig", modes: tuple[str, ...], device: "torch.device", dtype: "torch.dtype"
+) -> None:
+    """Raises, before the first is measured, what a later one would."""
+    from dsv3c.benchmarks.parts import ROOM, check_room
+    from dsv3c.benchmarks.workloads import LARGER, moe_of, outline_of
+    from dsv3c.config import PRESETS
+
+    outline = outline_of(config, dtype)
+    if "moe" in modes:
+        moe_of(outline)
+    for mode in ROOM.keys() & set(modes):
+        hint = f"--layers 2 --experts {config.num_experts_per_tok}" if source in PRESETS else LARGER
+        check_room(mode, outline, device, hint)
 
 
 def _measure_mode(
@@ -194,7 +218,7 @@ def _measure_mode(
     return _row(workload.mode, times, found, more)
 
 
-def _measure_part(workload: "Workload", model: "Model", device: "torch.device") -> dict[str, Any]:
+def _measure_part(workload: "Workload", model: "Model") -> dict[str, Any]:
     from dsv3c.benchmarks import timing
     from dsv3c.benchmarks.parts import PARTS
 
@@ -202,11 +226,12 @@ def _measure_part(workload: "Workload", model: "Model", device: "torch.device") 
     part = PARTS[workload.mode](model, workload)
     if failed := _failed(workload.mode, part.checks):
         return failed
-    first_call_s = {name: _first_call_s(call, device) for name, call in part.calls.items()}
+    for call in part.calls.values():  # of which the checks made some already, so that a first call says nothing
+        call()
+        call()
     _progress(f"{workload.mode}: timing")
     times = timing.interleaved(part.calls)
-    more = {name: {"first_call_s": s, "moved_bytes": part.moved_bytes.get(name)} for name, s in first_call_s.items()}
-    return _row(workload.mode, times, part.checks, more)
+    return _row(workload.mode, times, part.checks, {name: {"moved_bytes": b} for name, b in part.moved_bytes.items()})
 
 
 def _measure_start(
@@ -215,10 +240,9 @@ def _measure_start(
     from dsv3c.benchmarks import start, timing
 
     _progress("start: in processes of their own")
-    seconds, checks = start.starts(
+    seconds, found = start.starts(
         source=source, layers=layers, experts=experts, family=family, batch=batch, tokens=tokens, precision=precision
     )
-    found = dict.fromkeys(seconds, checks)
     times = {name: timing.summary([s * 1e6 for s in taken]) for name, taken in seconds.items()}
     return _failed("start", found) or _row("start", times, found, {})
 

@@ -1,5 +1,6 @@
 """What `dsv3c bench` measured, for people: tables and a picture of its JSON document."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,18 @@ def _emulated(contender: dict[str, Any], notes: list[str]) -> bool:
     return EMULATED in notes and contender["name"].startswith("dsv3c fp8")
 
 
+def check_drawable(path: Path) -> None:
+    """Raises Dsv3cError where `draw` could not."""
+    if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
+        raise Dsv3cError(f"--plot: expected a .png in a folder that is there, found {path}; try {path.stem}.png")
+    if find_spec("matplotlib") is None:
+        raise Dsv3cError("--plot: expected matplotlib, found none; try pip install 'dsv3c[plot]'")
+
+
 def draw(document: dict[str, Any], path: Path) -> None:
     """A panel a mode, a bar a contender, whiskers from p20 to p80, times as fast as eager above."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise Dsv3cError("--plot: expected matplotlib, found none; try pip install 'dsv3c[plot]'") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

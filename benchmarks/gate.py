@@ -147,12 +147,14 @@ def _errors(results: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, 
 
 
 def median_row_distance(out: Tensor, reference: Tensor) -> float:
-    """The median over rows (all dimensions but the last) of the RMS error, over the RMS of `reference`."""
+    """The median over rows (all dimensions but the last) of the RMS error, over the RMS of `reference`. Rows that are
+    zero in both, as an embedding's gradient is for most tokens, do not count."""
     dtype, columns = torch.promote_types(reference.dtype, torch.float32), out.shape[-1]
     rows = max(1, CHUNK // columns)
     errors, squares = [], 0.0
     for mine, wide in zip(*(t.reshape(-1, columns).split(rows) for t in (out, reference)), strict=True):
-        errors.append((mine.to(dtype) - wide.to(dtype)).square().mean(dim=1))
+        counts = mine.any(dim=1) | wide.any(dim=1)
+        errors.append((mine.to(dtype) - wide.to(dtype)).square().mean(dim=1)[counts])
         squares += float(wide.to(dtype).square().sum(dtype=torch.float64))
     return float(torch.cat(errors).median().sqrt()) / (squares / reference.numel()) ** 0.5
 

@@ -41,10 +41,13 @@ def kind(name: str) -> str:
 
 
 def kernel_times(call: Callable[[], object]) -> KernelTimes | None:
-    """Of the median of ROUNDS calls, by length; None without a GPU. The call must be warm."""
+    """Of the median of ROUNDS calls, by length; None without a GPU, or kernels seen. The call must be warm."""
     if not torch.cuda.is_available():
         return None
-    rounds = [_summary(_kernels(call)) for _ in range(ROUNDS)]
+    seen = [_kernels(call) for _ in range(ROUNDS)]
+    if not all(seen):
+        return None
+    rounds = [_summary(kernels) for kernels in seen]
     middle = median_low(times.total_us for times in rounds)
     return next(times for times in rounds if times.total_us == middle)
 

@@ -1,6 +1,7 @@
 """From `dsv3c.compile` to the first synchronised result, in a process of its own, whose caches are empty or warm.
 
-`dsv3c bench --mode start` runs this file: `python -m dsv3c.benchmarks.start JSON`, the arguments of `first_result`.
+`dsv3c bench --mode start` runs this file: `python -m dsv3c.benchmarks.start JSON`, the arguments of `first_result`;
+the last line it prints is the result, or {"error": what was wrong with them}.
 Modules are imported and weights are there before. The call is that of the mode forward, all tokens in, the last one's
 logits out; the result is checked after it, layer by layer.
 """
@@ -20,20 +21,23 @@ from dsv3c.benchmarks.workloads import Workload, build, configured, place
 from dsv3c.compiler import compilation_of, compile
 from dsv3c.errors import Dsv3cError
 
-ROUNDS = 2  # of a cold and a warm start each
+ROUNDS = 3  # of a cold and a warm start each
 LIMIT_S = 600
+_WANTED = "--mode start: expected a result of a new process"
 
 
-def starts(**arguments: Any) -> tuple[dict[str, list[float]], list[Check]]:
-    """Seconds of each round by contender, and the checks of the last. The second process of a round finds the caches
-    of the first. Raises Dsv3cError if one fails."""
+def starts(**arguments: Any) -> tuple[dict[str, list[float]], dict[str, list[Check]]]:
+    """By contender: seconds of each round, and the checks of all. The second process of a round finds the caches of the
+    first. Raises Dsv3cError if one fails."""
     seconds: dict[str, list[float]] = {"cold caches": [], "warm caches": []}
+    checks: dict[str, list[Check]] = {name: [] for name in seconds}
     for _ in range(ROUNDS):
         with TemporaryDirectory() as folder:
             for name in seconds:
                 found = _in_a_process(Path(folder), arguments)
                 seconds[name].append(found["seconds"])
-    return seconds, [Check(**one) for one in found["checks"]]
+                checks[name] += [Check(**one) for one in found["checks"]]
+    return seconds, checks
 
 
 def _in_a_process(caches: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -43,9 +47,14 @@ def _in_a_process(caches: Path, arguments: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(
             command, env=os.environ | where, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=True
         )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise Dsv3cError(f"--mode start: expected a result of a new process, found {error}") from None
-    return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        raise Dsv3cError(f"{_WANTED}, found exit code {error.returncode}; try --mode forward") from None
+    except subprocess.TimeoutExpired:
+        raise Dsv3cError(f"{_WANTED} in {LIMIT_S} s, found none; try --layers 2") from None
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise Dsv3cError(found["error"])
+    return found
 
 
 def first_result(
@@ -68,4 +77,8 @@ def first_result(
 
 
 if __name__ == "__main__":
-    print(json.dumps(first_result(**json.loads(sys.argv[1]))))
+    try:
+        result = first_result(**json.loads(sys.argv[1]))
+    except Dsv3cError as error:
+        result = {"error": str(error)}
+    print(json.dumps(result))

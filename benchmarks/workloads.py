@@ -27,6 +27,7 @@ from dsv3c.model import DeepseekV3
 from dsv3c.passes.regions import REGIONS
 from dsv3c.source import model_config
 
+LARGER = "a machine with more"  # a checkpoint's layers and experts are its own
 Model = Any  # dsv3c.DeepseekV3 or transformers' DeepseekV3ForCausalLM; or the MoE of one
 
 
@@ -53,16 +54,22 @@ def build(source: str, config: ModelConfig, family: str, dtype: torch.dtype, dev
     Raises:
         Dsv3cError: bad input, or less memory than the weights take, before any is taken.
     """
-    with torch.device("meta"):
-        model = DeepseekV3(config).to(dtype)
+    model = outline_of(config, dtype)
     needed = model.num_parameters() * dtype.itemsize
-    check_memory(source, needed, device, "of {} memory for the weights alone", "--layers 2")
+    hint = "--layers 2" if source in PRESETS else LARGER
+    check_memory(source, needed, device, "of {} memory for the weights alone", hint)
     if source in PRESETS:
         torch.manual_seed(0)
         model.to_empty(device=device).init_weights()
     else:
         model = load(source, dtype=dtype, device=device)
     return (model if family == "ours" else _transformers(model, device)).eval()
+
+
+def outline_of(config: ModelConfig, dtype: torch.dtype) -> DeepseekV3:
+    """The model without weights."""
+    with torch.device("meta"):
+        return DeepseekV3(config).to(dtype)
 
 
 def check_memory(where: str, needed: int, device: torch.device, what: str, hint: str) -> None:
@@ -104,8 +111,9 @@ def zipf(E: int, R: int) -> Tensor:
     return sizes
 
 
-def skew_routing(model: Model, tokens: int) -> list[int]:
-    """Has `tokens` tokens' rows computed by each MoE layer's experts in Zipf's proportions; returns how many each gets.
+def skew_routing(model: Model, batch: int, tokens: int) -> list[int]:
+    """Has the rows of `batch` sequences computed by each MoE layer's experts in Zipf's proportions, each sequence's
+    alike; returns how many each expert gets.
 
     For models whose tokens go to all experts, as in a GPU's share: its router decides weights alone, and what it calls
     an expert of a token is another one's work now, or the same one's twice. To the experts a row is a row.
@@ -115,16 +123,19 @@ def skew_routing(model: Model, tokens: int) -> list[int]:
     """
     experts, top_k = model.config.n_routed_experts, model.config.num_experts_per_tok
     if experts != top_k:
-        raise Dsv3cError(f"--routing zipf: expected a token's {top_k} experts alone, found {experts}; try --experts 8")
+        raise Dsv3cError(
+            f"--routing zipf: expected {top_k} experts, all a token's, found {experts}; try --experts {top_k}"
+        )
     sizes = zipf(experts, tokens * top_k)
     order = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(0))
     idx_TE = torch.arange(experts).repeat_interleave(sizes)[order].view(tokens, experts)
-    idx_TE = torch.cat((idx_TE, idx_TE[:1]))  # one row more than is taken, or torch would compile for this many tokens
+    # One row more than is taken, or torch would compile for this many tokens.
+    idx_TE = torch.cat((idx_TE.repeat(batch, 1), idx_TE[:1]))
     for module in model.modules():
         if REGIONS.get(type(module).__name__) == "experts":
             module.register_buffer("injected_idx", idx_TE.to(module.down_proj.device), persistent=False)
             module.register_forward_pre_hook(_inject)
-    return sizes.tolist()
+    return (batch * sizes).tolist()
 
 
 def _inject(experts: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,25 @@ import torch
 from typer.testing import CliRunner
 
 from dsv3c import losses, numerics
-from dsv3c.benchmarks import bench_model, kernel_times, parts, readme_table, record, start, timing, workloads
+from dsv3c.benchmarks import (
+    bench_model,
+    bench_report,
+    gate,
+    kernel_times,
+    parts,
+    readme_table,
+    record,
+    start,
+    timing,
+    workloads,
+)
 from dsv3c.benchmarks.bench_model import draw, measure, report
 from dsv3c.benchmarks.gate import median_row_distance
 from dsv3c.cli import app
 from dsv3c.config import preset
 from dsv3c.errors import Dsv3cError
 from dsv3c.kernels.reference import gemms as reference
+from dsv3c.main_grad import MainGradOptimizer
 from dsv3c.model import DeepseekV3
 from dsv3c.numerics import Recipe
 from dsv3c.weights import QuantizedWeights
@@ -110,6 +122,7 @@ def test_parts_have_rows_of_their_own(quick, monkeypatch, tmp_path):
     assert list(found["cross-entropy"]) == ["eager", "torch.compile", "dsv3c"]
     assert found["cross-entropy"]["eager"]["speedup_over_eager"] == 1
     assert found["quantize"]["copy"]["speedup_over_eager"] is None
+    assert all(c["first_call_s"] is None for row in document["modes"] for c in row["contenders"])
     layer = list(DeepseekV3(preset("tiny").with_layers(2)).model.layers[-1].parameters())
     values = sum(p.numel() for p in layer if p.dim() > 1) - 16 * 256  # the gate's stay as they are
     scales = 2 * 4 * values / 128**2  # a little more: blocks at the ends are ragged
@@ -136,17 +149,32 @@ def _not_written(self):
     self.optimizer.step()
 
 
-def _added_twice(parameter):
-    parameter.main_grad.add_(parameter.grad, alpha=2)
+def _added(alpha, embedding_only):
+    """A hook that adds so many times the gradient, or does so in the embedding alone."""
+
+    def add(parameter):
+        mutated = not embedding_only or len(parameter) == preset("tiny").vocab_size
+        parameter.main_grad.add_(parameter.grad, alpha=alpha if mutated else 1)
+        parameter.grad = None
+
+    return add
+
+
+def _not_summed(parameter):
+    parameter.main_grad.copy_(parameter.grad)
     parameter.grad = None
 
 
 @pytest.mark.parametrize(
     ("mode", "target", "mutant"),
     [
-        ("main-grad", "dsv3c.main_grad._add", _added_twice),
+        ("main-grad", "dsv3c.main_grad._add", _added(2, False)),
+        ("main-grad", "dsv3c.main_grad._add", _added(2, True)),
+        ("main-grad", "dsv3c.main_grad._add", _added(0, True)),
+        ("main-grad", "dsv3c.main_grad._add", _not_summed),
         ("cross-entropy", "dsv3c.benchmarks.parts.cross_entropy", lambda *a: losses.cross_entropy(*a) * 1.001),
         ("optimizer", "dsv3c.main_grad.MainGradOptimizer.step", _not_written),
+        ("optimizer", "dsv3c.main_grad.MainGradOptimizer.step", lambda self: None),
     ],
 )
 def test_no_speed_of_a_wrong_part(quick, monkeypatch, mode, target, mutant):
@@ -157,13 +185,30 @@ def test_no_speed_of_a_wrong_part(quick, monkeypatch, mode, target, mutant):
     assert row["contenders"] == []
 
 
+def test_wrong_steps_are_counted():
+    make = partial(torch.optim.AdamW, lr=1e-4)
+    model = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    before = model.weight.detach().clone()
+    main = MainGradOptimizer(model, make)
+    model.weight.main_grad.normal_()
+    main.step()
+    wrong = partial(parts._share_of_wrong_steps, make, before)
+    (weight,), parameter = main.weights, model.weight
+    assert wrong(weight, parameter) == 0
+    nearly = weight.clone()
+    nearly[0] *= 1 + 2**-20  # less than bfloat16 shows
+    assert wrong(nearly, parameter) == 1 / 8
+    parameter.detach()[0] *= 2
+    assert wrong(weight, parameter) == 1 / 8
+
+
 @pytest.mark.parametrize("family", bench_model.FAMILIES)
 def test_zipf_routing(family):
     if family == "hf":
         pytest.importorskip("transformers", reason="their model: pip install 'dsv3c[hf]'")
     config = workloads.configured("tiny", 2, 4)
     model = workloads.build("tiny", config, family, torch.float32, torch.device("cpu"))
-    sizes = workloads.skew_routing(model, 100)
+    sizes = workloads.skew_routing(model, 1, 100)
     assert sum(sizes) == 400
     assert sizes == [193, 96, 48, 63]  # 1, 1/2, 1/4, 1/3, rounded down, the rest to the first
     experts, seen = workloads.moe_of(model).experts, []
@@ -175,6 +220,18 @@ def test_zipf_routing(family):
     # A router may list its experts in any order.
     again = experts(x, order, weights.gather(1, order))
     assert numerics.distance(again, out)[0] <= numerics.experts_rms(256, 128, torch.float32)
+
+
+def test_zipf_routing_is_the_same_for_all_sequences():
+    """The oracle of forward is called with one after another."""
+    model = workloads.build("tiny", workloads.configured("tiny", 2, 4), "ours", torch.float32, torch.device("cpu"))
+    assert workloads.skew_routing(model, 3, 16) == [3 * 32, 3 * 15, 3 * 7, 3 * 10]
+    with workloads.Workload("forward", "ours", 3, 16).prepared(model) as calls:
+        (_, _), (path, call) = gate.record_calls(model, lambda: calls.checked(model)).items()
+    layer = model.get_submodule(path)
+    one_by_one, together = (gate._oracle(layer, call, backward)["x"] for backward in (False, True))
+    eager = numerics.distance(gate._results(layer, call, False)["x"], together)[0]
+    assert numerics.distance(one_by_one, together)[0] <= numerics.float64_agreement(eager)
 
 
 def test_zipf_routing_is_the_same_for_all_contenders(quick):
@@ -223,6 +280,13 @@ def test_kernel_times_add_up_to_the_span():
     assert kernel_times.kernel_times(lambda: None) is None  # no GPU
 
 
+def test_kernel_times_of_a_round_without_kernels(monkeypatch):
+    rounds = iter([[("nvjet", 1.0, 2.0)], [], [("nvjet", 1.0, 2.0)]])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_times, "_kernels", lambda call: next(rounds))
+    assert kernel_times.kernel_times(lambda: None) is None
+
+
 def test_starts_are_processes_with_caches_of_their_own(quick, monkeypatch):
     folders, subprocess_run = [], subprocess.run
 
@@ -247,15 +311,40 @@ def test_starts_are_processes_with_caches_of_their_own(quick, monkeypatch):
     (row,) = measure("tiny", layers=1, tokens=16, modes=("start",), precisions=("exact",))["modes"]
     assert row["passed"]
     assert [c["name"] for c in row["contenders"]] == ["cold caches", "warm caches"]
-    assert [(c["runs"], c["median_us"] / 1e6) for c in row["contenders"]] == [(2, (1 + 3) / 2), (2, (2 + 4) / 2)]
-    assert len(set(folders)) == start.ROUNDS == 2
+    assert [(c["runs"], c["median_us"] / 1e6) for c in row["contenders"]] == [(3, 3), (3, 4)]
+    assert len(set(folders)) == start.ROUNDS == 3
     assert not any(folder.exists() for folder in folders)
 
 
-def test_a_start_that_fails():
-    arguments = {"layers": None, "experts": None, "family": "ours", "batch": 1, "tokens": 16, "precision": "exact"}
-    with pytest.raises(Dsv3cError, match="--mode start: expected a result of a new process"):
-        start.starts(source="v3-16bn", **arguments)
+def test_no_speed_of_a_wrong_start(monkeypatch):
+    """The mutant: the first cold start alone is wrong."""
+    errors = iter([1.0])
+
+    def result(folder, arguments):
+        return {"seconds": 1.0, "checks": [gate.Check("layer", "x", next(errors, 0.0), 0.0, 0.5).__dict__]}
+
+    monkeypatch.setattr(start, "_in_a_process", result)
+    (row,) = measure("tiny", modes=("start",))["modes"]
+    assert not row["passed"]
+    assert [(found["contender"], found["error"]) for found in row["failed"]] == [("cold caches", 1.0)]
+
+
+def test_a_start_that_cannot_be():
+    """A real process's error is one line of the one that started it, exit code 2."""
+    command = [sys.executable, "-P", "-c", "from dsv3c.cli import main; main()"]
+    done = subprocess.run([*command, "bench", "v3-671b", "--mode", "start"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    line = done.stderr.removeprefix("start: in processes of their own\n")
+    assert line.startswith("dsv3c: v3-671b: expected ")
+    assert line.endswith("; try --layers 2\n")
+    assert line.count("\n") == 1
+
+
+def test_a_start_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(start.sys, "executable", "false")
+    with pytest.raises(Dsv3cError, match="--mode start: expected a result of a new process, found exit code 1"):
+        start._in_a_process(tmp_path, {})
 
 
 def test_median_row_distance(monkeypatch):
@@ -265,6 +354,8 @@ def test_median_row_distance(monkeypatch):
     expected = rows.sort().values[(len(rows) - 1) // 2] / ref.square().mean().sqrt()
     assert f"{median_row_distance(out, ref):.6g}" == f"{float(expected):.6g}"
     assert median_row_distance(ref, ref) == 0
+    zeros = torch.zeros(5, 100, 16)  # most rows, of both
+    assert median_row_distance(torch.cat((2 * out, zeros), 1), torch.cat((out, zeros), 1)) > 0
     assert not median_row_distance(torch.full_like(out, torch.nan), ref) <= 1
 
 
@@ -302,7 +393,7 @@ def test_recorded_rows_make_the_readme_table(quick, monkeypatch, tmp_path):
     table = readme_table.table(record.read())
     (line,) = (line for line in table.splitlines() if "quantize" in line)
     assert "quantize, 1 x 4096, Zipf routing" in line
-    assert [cell.strip() for cell in line.split("|")[4:11]] == ["", "", "", "1.00", "", "4.00", "20% (5%)"]
+    assert [cell.strip() for cell in line.split("|")[4:8]] == ["", "", "1.00", "20% (5%)"]
     assert "28.00 (29.00-31.00)" in table
     readme = f"before\n{readme_table.BEGIN}old\n{readme_table.END}\nafter\n"
     assert readme_table.updated(readme) == f"before\n{readme_table.BEGIN}{table}\n{readme_table.END}\nafter\n"
@@ -322,7 +413,11 @@ def test_environment_says_what_and_where():
         ({"source": "tiny", "tokens": 0}, "--tokens: expected at least 1, found 0"),
         ({"source": "v3-16bn"}, "did you mean 'v3-16b'"),
         ({"source": "tiny", "layers": 1, "modes": ("moe",)}, "--mode moe: expected a MoE layer at the end"),
-        ({"source": "tiny", "routing": "zipf"}, "--routing zipf: expected a token's 4 experts alone, found 16"),
+        ({"source": "tiny", "routing": "zipf"}, "--routing zipf: expected 4 experts, .* found 16; try --experts 4"),
+        (
+            {"source": "tiny", "modes": ("start",), "precisions": ("exact", "fp8")},
+            "start: expected one precision, found",
+        ),
         ({"source": "tiny", "routing": "zipf", "modes": ("decode",)}, "--routing zipf: expected modes of forward"),
     ],
 )
@@ -331,12 +426,37 @@ def test_bad_input(arguments, message):
         measure(**arguments)
 
 
-def test_a_part_that_would_not_fit(monkeypatch):
-    monkeypatch.setattr(parts, "MAIN_GRAD_BYTES", 10**9)
-    with pytest.raises(
-        Dsv3cError, match=r"--mode main-grad: expected \S+ GB more of cpu memory, found .*; try --experts 8"
-    ):
-        measure("tiny", modes=("main-grad",))
+@pytest.mark.parametrize(
+    ("layers", "later", "message"),
+    [
+        (1, "moe", "--mode moe: expected a MoE layer at the end"),
+        (2, "main-grad", r"--mode main-grad: expected \S+ GB of cpu memory, found .*; try --layers 2 --experts 4"),
+        (2, "optimizer", r"--mode optimizer: expected \S+ GB of cpu memory, found .*; try --layers 2 --experts 4"),
+    ],
+)
+def test_what_cannot_be_is_known_before_anything_is_measured(monkeypatch, layers, later, message):
+    monkeypatch.setitem(parts.ROOM, later, (10**9, 0))
+    monkeypatch.setattr(bench_model, "_measure_mode", lambda *a: pytest.fail("measured"))
+    with pytest.raises(Dsv3cError, match=message):
+        measure("tiny", layers=layers, modes=("forward", later))
+
+
+def test_hints_for_a_checkpoint_are_no_options_of_presets(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(preset("tiny").to_dict()))
+    monkeypatch.setattr(workloads.os, "sysconf", lambda name: 1)  # a byte of memory
+    for mode in ("forward", "main-grad"):
+        with pytest.raises(Dsv3cError, match=r"; try a machine with more$"):
+            measure(str(tmp_path), modes=(mode,))
+
+
+@pytest.mark.parametrize(("dtype", "each"), [(torch.bfloat16, 2 + 16), (torch.float32, 4 + 20)])
+def test_room_depends_on_the_dtype(monkeypatch, dtype, each):
+    needed = []
+    monkeypatch.setattr(parts, "check_memory", lambda where, bytes_, *rest: needed.append(bytes_))
+    outline = workloads.outline_of(preset("tiny"), dtype)
+    parts.check_room("main-grad", outline, torch.device("cpu"), "")
+    biases = outline.num_parameters() - sum(p.numel() for p in outline.parameters())
+    assert needed == [each * sum(p.numel() for p in outline.parameters()) + biases * dtype.itemsize]
 
 
 @pytest.mark.parametrize(
@@ -345,6 +465,21 @@ def test_a_part_that_would_not_fit(monkeypatch):
 def test_bad_choices(option):
     with pytest.raises(Dsv3cError, match=f"{option[0]}: expected .*, found '{option[1]}'"):
         CliRunner().invoke(app, ["bench", "tiny", *option], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["nonexistent/x.png", "x.bmp3", "folder.png"])
+def test_a_plot_that_cannot_be_drawn(monkeypatch, tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(bench_model, "measure", lambda *a, **k: pytest.fail("measured"))
+    with pytest.raises(Dsv3cError, match=r"--plot: expected a .png in a folder that is there, found .*; try \w+.png"):
+        CliRunner().invoke(app, ["bench", "tiny", "--plot", str(tmp_path / name)], catch_exceptions=False)
+
+
+def test_a_plot_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_model, "measure", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(bench_report, "find_spec", lambda name: None)
+    with pytest.raises(Dsv3cError, match="--plot: expected matplotlib, found none"):
+        CliRunner().invoke(app, ["bench", "tiny", "--plot", str(tmp_path / "x.png")], catch_exceptions=False)
 
 
 def test_layers_of_a_checkpoint_are_its_own(tmp_path):
