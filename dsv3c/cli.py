@@ -128,6 +128,11 @@ def main() -> None:
         line = getattr(error, "message", str(error))
         typer.echo(f"dsv3c: {' '.join(line.split())}", err=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be imported
+            raise
+        typer.echo(f"dsv3c: {' '.join(str(error).split())}; try fewer --tokens, --layers or --experts", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,7 +9,7 @@ M = 4096: 983–1182 TFLOPS, 0.87 of DeepGEMM 2.6.1, which shares copies between
 
 By group a program draws its next tile from a counter: tiles take different times, and only those that are begun
 together find each other's x and w in the L2 cache. Groups of one tile, where reading w is the time, and longer ones,
-where the products are, take turns in lots. (Zipf's counts over 256 groups: 9 to 15 % less time than tiles dealt out.)
+where the products are, take turns in lots. (Zipf's counts over 256 groups: 5 to 13 % less time than tiles dealt out.)
 
 A half of a consumer's part is one tensor core product, 64×128 (or 64×64). It must lie in one column of the weight's
 blocks, and only one half's product is alive at a time: the promotion is volatile, as in `gemm.py`. The order of sums

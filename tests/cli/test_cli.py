@@ -55,6 +55,16 @@ def test_the_command_line_starts_without_torch():
     assert done.stdout.strip() == "[]"
 
 
+def test_no_memory_is_one_line(dsv3c, monkeypatch):
+    def measure(*args, **kwargs):
+        raise torch.OutOfMemoryError("Tried to allocate 28.00 GiB.\nGPU 0 has less")
+
+    monkeypatch.setattr(bench_model, "measure", measure)
+    code, _, err = dsv3c("bench", "tiny")
+    assert code == 2
+    one_line(err, "28.00 GiB", "--tokens")
+
+
 def test_info_of_the_real_model(dsv3c):
     code, document, err = dsv3c("info", "v3-671b", "--json")
     assert (code, err) == (0, "")
