@@ -4,9 +4,8 @@ One small DeepSeek-V3 is trained on real text, from each seed with the same weig
 compiled in exact precision, the control, which shows how far rounding alone drives two runs apart; in FP8; and, from
 the first seed, in FP8 with the scales of each product's input shifted by one tile, which has to fail.
 
-The runs are chaotic: what differs in the last bit grows. With higher rates, or longer sequences, from which a model
-suddenly learns to copy, two runs in BF16 part by more than the 0.25 % that are to be seen (LOG.md). At this rate they
-agree to 0.1 %.
+The runs are chaotic: what differs in the last bit grows. With higher rates or longer sequences two runs in BF16 part by
+more than the 0.25 % that are to be seen (LOG.md). With these they agree to 0.1 %.
 
 It passes if, for every seed, FP8's mean loss over the last tenth of the steps is within 0.25 % of eager's (the report's
 bound, section 3.3), without a spike that eager does not have, and the shifted run does not pass. Each run writes a CSV
