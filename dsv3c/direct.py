@@ -38,6 +38,7 @@ class Way(NamedTuple):
 def signature(tensors: list[Tensor | None]) -> tuple:
     """Of a unit's parameters and arguments; what else counts is in a `Way`'s state."""
     return (
+        torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch._C._len_torch_dispatch_stack(),
         torch._C._len_torch_function_stack(),

@@ -64,6 +64,16 @@ def test_the_second_call_of_each_size(model, compiled, logits, through_dynamo, g
                 torch.testing.assert_close(of_one, of_other)
 
 
+def test_training_and_inference_in_turns(dense, through_dynamo):
+    for turn in range(3):
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                dense(torch.randint(0, 256, (1, 9)))
+        if not turn:
+            first = len(through_dynamo)
+    assert len(through_dynamo) == first
+
+
 def test_equal_layers_share_what_was_seen(dense, through_dynamo):
     with torch.no_grad():
         dense(torch.randint(0, 256, (1, 9)))
