@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3c.cache import Pages
+from dsv3c.embedding import embedding_forward, is_plain
 from dsv3c.errors import CompileError
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -117,12 +118,18 @@ class TransformersLayer:
 _CAUSAL = torch.empty(0, 0, 0, 0)  # the mask that says: no mask
 
 
-def wrap_body(model: nn.Module) -> None:
+def adapt(model: nn.Module) -> None:
+    """New forwards for what is around the compiled modules."""
+    body = getattr(model, "model", None)
+    if is_plain(getattr(body, "embed_tokens", None)):
+        body.embed_tokens.forward = embedding_forward(body.embed_tokens)
+    if type(body).__name__ == "DeepseekV3Model":
+        body.forward = _body_forward(body)
+
+
+def _body_forward(body: nn.Module) -> Callable:
     """Called with tokens alone, DeepseekV3Model waits for the GPU: are the positions that it has just counted up those
     of several packed sequences? A mask of four dimensions it takes for a finished one, and hands it to the layers."""
-    body = getattr(model, "model", None)
-    if type(body).__name__ != "DeepseekV3Model":
-        return
     eager = type(body).forward
 
     def forward(*args, **kwargs):
@@ -132,7 +139,7 @@ def wrap_body(model: nn.Module) -> None:
             args = args[:1]
         return eager(body, *args, **kwargs)
 
-    body.forward = forward
+    return forward
 
 
 class _NewEntries:

@@ -33,6 +33,7 @@ FAMILIES = (
     "norm",
     "rotary",
     "cross_entropy",
+    "embedding",
     "heads",
     "mla_decode",
     "warp_specialized",

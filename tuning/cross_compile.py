@@ -58,6 +58,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "join_keys": ("join_keys_kernel", {}),
     "split_keys": ("split_keys_kernel", {}),
     "cross_entropy": ("cross_entropy_kernel", {}),
+    "embedding_backward": ("embedding_backward_kernel", {}),
     "cast_queries": ("cast_heads_kernel", {"ROTATE": True}),
     "cast_keys": ("cast_heads_kernel", {"ROTATE": False}),
     "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
@@ -117,6 +118,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.mla_decode.default": ("mla_decode", "mla_decode_combine"),
     "dsv3c.cross_entropy_.default": ("cross_entropy",),
     "dsv3c.linear_cross_entropy.default": ("cross_entropy",),
+    "dsv3c.embedding_backward.default": ("embedding_backward",),
 }
 
 

@@ -10,6 +10,7 @@ that were traced.
 from dsv3c.operators import (  # noqa: F401
     casts,
     cross_entropy,
+    embedding,
     gemms,
     heads,
     mla_decode,
