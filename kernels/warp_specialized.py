@@ -146,17 +146,18 @@ def _produce(
     _num_m, _num_n, _M, N, blocks = problem
     _tiles_ptr, _bound, drawn_ptr, _num_short = groups
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    block, last_w = 0, -N  # where no w begins, and no constant: see `block` in `_consume`
+    block = 0
+    last_w0, last_w1 = -N, -N  # where no w begins, and no constant: see `block` in `_consume`
     tile, end, step = _walk(problem, BAND)
     while tile < end:
         next_tile = tile + step
         if GROUPED:
             next_tile = step + gl.atomic_add(drawn_ptr, 1, sem="relaxed")
         row, _end, e, column0, column1 = _locate(tile, problem, groups, COLUMNS, BAND, GROUPED)
-        w = e * N + column0
-        new = (w != last_w) | (blocks != STAGES)
-        kept = (w == last_w) & (blocks == STAGES)
-        last_w = w
+        w0, w1 = e * N + column0, e * N + column1
+        # Both halves, since one may be outside: where the next group's w begins.
+        new = (w0 != last_w0) | (w1 != last_w1) | (blocks != STAGES)
+        last_w0, last_w1 = w0, w1
         for k in range(blocks):
             stage = block % STAGES
             ready = full.index(stage)
@@ -164,10 +165,9 @@ def _produce(
             if GROUPED and k == blocks - 1:
                 next_buf.index(stage).store(gl.full((1,), next_tile, gl.int32, ONE))
             mbarrier.expect(ready, (128 + COLUMNS) * 128, pred=new)
-            mbarrier.expect(ready, 128 * 128, pred=kept)
+            mbarrier.expect(ready, 128 * 128, pred=~new)
             tma.async_copy_global_to_shared(x_desc, [row, k * 128], ready, x_buf.index(stage))
-            tma.async_copy_global_to_shared(w0_desc, [w, k * 128], ready, w0_buf.index(stage), pred=new)
-            w1 = e * N + column1
+            tma.async_copy_global_to_shared(w0_desc, [w0, k * 128], ready, w0_buf.index(stage), pred=new)
             tma.async_copy_global_to_shared(w1_desc, [w1, k * 128], ready, w1_buf.index(stage), pred=new)
             block += 1
         tile = next_tile
