@@ -1,8 +1,8 @@
 """From `dsv3c.compile` to the first synchronised result, in a process of its own, whose caches are empty or warm.
 
-`dsv3c bench --mode start` runs this file: `python -m dsv3c.benchmarks.start JSON FILE`, the arguments of `first_result`;
-its result goes to the file, or {"error": what was wrong with them}. Not through a pipe: Inductor's compile workers hold
-on to its end, and whoever reads waits for them too.
+`dsv3c bench --mode start` runs this file: `python -m dsv3c.benchmarks.start JSON FILE`, the arguments of
+`first_result`; its result goes to the file, or {"error": what was wrong with them}. Not through a pipe: Inductor's
+compile workers hold on to its end, and whoever reads waits for them too.
 Modules are imported and weights are there before. The call is that of the mode forward, all tokens in, the last one's
 logits out; the result is checked after it, layer by layer.
 """
