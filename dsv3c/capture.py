@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.func import functional_call
 
+from dsv3c.direct import KEPT, Compiled, Way, signature
 from dsv3c.errors import Dsv3cError
 from dsv3c.families import LAYERS, OTHERS, Outputs, call_of
 from dsv3c.out_of_memory import watch_backward
@@ -114,8 +115,8 @@ class Unit:
     def name(self) -> str:
         return f"{self.kind.name}_{self.variant.name}"
 
-    def compiled(self, backend: Callable) -> Callable[..., Outputs]:
-        return torch.compile(self.function, backend=backend, fullgraph=True, dynamic=None)
+    def compiled(self, backend: Callable) -> Compiled:
+        return Compiled(self.function, backend)
 
 
 @contextmanager
@@ -145,7 +146,8 @@ class Units:
     def __init__(self, backend: BackendFactory, out_of_memory: OutOfMemory) -> None:
         self.backend, self.out_of_memory = backend, out_of_memory
         self.units: dict[tuple[Kind, Variant], Unit] = {}
-        self.functions: dict[tuple[Kind, Variant], Callable[..., Outputs]] = {}
+        self.functions: dict[tuple[Kind, Variant], Compiled] = {}
+        self.ways: dict[Kind, dict[tuple, Way]] = {}
         self.templates: dict[Kind, nn.Module] = {}
 
     def runner(self, module: nn.Module) -> Callable[..., Outputs]:
@@ -158,49 +160,51 @@ class Units:
             for name, tensor in table.items()
             if tensor is not None
         ]
-        symbolic, kind = call_of(module).symbolic, f"a {Kind.of(module).name}"
-        functions: dict[tuple, Callable[..., Outputs]] = {}
+        kind = f"a {Kind.of(module).name}"
+        ways = self.ways.setdefault(Kind.of(module), {})
 
-        # Runs once a module and call, ahead of the GPU: plain tuples, and no name that is not needed.
+        # Runs once a module and call, ahead of the GPU: plain lists, and no name that is not needed.
         def run(*tensors: Tensor | None) -> Outputs:
-            parameters = {path: table[name] for path, table, name in slots}
-            key = (
-                *map(Argument.of, tensors, symbolic),
-                *[(p.requires_grad, p.dtype) for p in parameters.values()],
-                torch.is_grad_enabled(),
-            )
-            function = functions.get(key)
+            every = [*[table[name] for _, table, name in slots], *tensors]
+            key = signature(every)
+            way = ways.get(key)
             try:
-                if function is None:
-                    function = functions[key] = self._function(module, parameters, tensors)
-                    with varying(tensors, symbolic):
-                        outputs = function(parameters, *tensors)
-                    results = outputs if isinstance(outputs, tuple) else (outputs,)
-                    watch_backward(results, partial(self.out_of_memory, f"the backward of {kind}"))
-                    return outputs
-                return function(parameters, *tensors)
+                if way is not None and way.state.check():
+                    return way(every)
+                parameters = {path: table[name] for path, table, name in slots}
+                outputs, way = self._call(module, kind, parameters, tensors)
             except torch.OutOfMemoryError as error:
                 self.out_of_memory(kind, error, getattr(tensors[0], "grad_fn", None))
                 raise
             except BackendCompilerFailed as failure:  # torch's wrapping, a page long, of an error of ours
                 ours = isinstance(failure.inner_exception, Dsv3cError)
                 raise (failure.inner_exception if ours else failure) from None
+            if way is not None:
+                if len(ways) >= KEPT:
+                    ways.clear()
+                ways[key] = way
+            return outputs
 
         return run
 
-    def _function(self, module: nn.Module, parameters: dict[str, Tensor], tensors) -> Callable[..., Outputs]:
-        """The compiled function for these tensors: another module's of the same kind, or a new one."""
-        kind = Kind.of(module)
-        arguments = tuple(map(Argument.of, tensors, call_of(module).symbolic))
+    def _call(self, module: nn.Module, name: str, parameters: dict[str, Tensor], tensors) -> tuple[Outputs, Way | None]:
+        """Through Dynamo, in the compiled function of these tensors: another module's of the same kind, or a new one.
+        Returns the way of later calls, too."""
+        kind, symbolic = Kind.of(module), call_of(module).symbolic
+        arguments = tuple(map(Argument.of, tensors, symbolic))
         variant = Variant(arguments, tuple(p.requires_grad for p in parameters.values()), torch.is_grad_enabled())
-        if (kind, variant) not in self.functions:
-            if kind not in self.templates:
-                self.templates[kind] = template_of(module)
-            shapes = tuple(None if t is None else t.shape for t in tensors)
-            unit = Unit(kind, variant, self.templates[kind], shapes)
-            self.units[kind, variant] = unit
-            self.functions[kind, variant] = unit.compiled(self.backend(unit))
-        return self.functions[kind, variant]
+        if (kind, variant) in self.functions:
+            return self.functions[kind, variant](parameters, *tensors)
+        if kind not in self.templates:
+            self.templates[kind] = template_of(module)
+        shapes = tuple(None if t is None else t.shape for t in tensors)
+        unit = self.units[kind, variant] = Unit(kind, variant, self.templates[kind], shapes)
+        function = self.functions[kind, variant] = unit.compiled(self.backend(unit))
+        with varying(tensors, symbolic):
+            outputs, way = function(parameters, *tensors)
+        results = outputs if isinstance(outputs, tuple) else (outputs,)
+        watch_backward(results, partial(self.out_of_memory, f"the backward of {name}"))
+        return outputs, way
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -102,6 +102,7 @@ def compile(  # the name users type
     compiled = _shallow_copy(model, {})
     for _, module in families.compiled_modules(compiled):
         module.forward = families.call_of(module).forward(module, units.runner(module))
+    families.wrap_body(compiled)
     compiled._dsv3c = Compilation(resolved, resolve(target), pipeline, weights, units, backends, notes)
     compiled.weights_changed = weights.forget if weights else lambda: None
     # A copied module would go on calling its unit with this one's parameters, so a deep copy is compiled anew.

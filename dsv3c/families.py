@@ -96,6 +96,7 @@ class TransformersLayer:
             position_embeddings=None,
             **kwargs,
         ):
+            attention_mask = None if attention_mask is _CAUSAL else attention_mask
             past = _past_of(past_key_values, index)
             if past is None or any(value is not None and value is not False for value in kwargs.values()):
                 # A cache that is not a plain growing one, or arguments of other attention kernels: transformers' own
@@ -111,6 +112,27 @@ class TransformersLayer:
             return hidden_states
 
         return forward
+
+
+_CAUSAL = torch.empty(0, 0, 0, 0)  # the mask that says: no mask
+
+
+def wrap_body(model: nn.Module) -> None:
+    """Called with tokens alone, DeepseekV3Model waits for the GPU: are the positions that it has just counted up those
+    of several packed sequences? A mask of four dimensions it takes for a finished one, and hands it to the layers."""
+    body = getattr(model, "model", None)
+    if type(body).__name__ != "DeepseekV3Model":
+        return
+    eager = type(body).forward
+
+    def forward(*args, **kwargs):
+        given = [*args[1:], *map(kwargs.get, ("attention_mask", "position_ids", "past_key_values"))]
+        if body.config._attn_implementation == "sdpa" and all(value is None for value in given):
+            kwargs["attention_mask"] = _CAUSAL
+            args = args[:1]
+        return eager(body, *args, **kwargs)
+
+    body.forward = forward
 
 
 class _NewEntries:

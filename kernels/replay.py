@@ -3,10 +3,10 @@
 A launcher checks, allocates, chooses a kernel and its configuration, and lays out arguments. All of that follows from
 the shapes, strides, dtypes and alignments of the tensors and from the other arguments, the *signature* of a call, and
 from the tuning table, which a process reads once. At the second call with a signature the launcher is watched. If all
-it did was to allocate, to make views and to launch kernels, the calls after it allocate the same (workspaces at once,
-not one after the other) and launch the same kernels at their own addresses. A launcher that does more (copies what is
-not contiguous, fills, calls a library) is asked each time. On an H200's host a call costs 18 to 24 µs so, instead of 43
-to 67; and all operators share this code, which stays in the processor's caches.
+it did was to allocate, to make views, to launch kernels and to call a library's product, the calls after it allocate
+the same (workspaces at once, not one after the other), launch the same kernels at their own addresses and call the same
+products. A launcher that does more (copies what is not contiguous, fills) is asked each time. On an H200's host a call
+costs 18 to 24 µs so, instead of 43 to 67; and all operators share this code, which stays in the processor's caches.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,9 @@ KEPT = 4096  # signatures of an operator; more, and they are forgotten
 ALIGNMENT = 16  # bytes; all that kernels and launchers ask of an address
 
 _empty = torch._C._dynamo.guards._empty_strided_cuda  # what Inductor's code calls; on the current device
+_reinterpret = torch._C._dynamo.guards._reinterpret_tensor
 _aten = torch.ops.aten
+_PRODUCTS = {_aten._scaled_mm_v2.out, _aten.mm.out, _aten.mm.dtype_out}
 _ALLOCATE = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default,
              _aten.new_empty_strided.default, _aten.empty_like.default}  # fmt: skip
 
@@ -42,18 +44,49 @@ class _Step(NamedTuple):
     pointers: list[tuple[int, Place]]  # positions in `values`
 
 
+class _View(NamedTuple):
+    """Of a tensor of the call."""
+
+    source: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int  # elements
+
+
+class _Product(NamedTuple):
+    """A library's product, with views in place of tensors."""
+
+    func: Callable
+    args: list
+    kwargs: dict[str, Any]
+
+    def __call__(self, tensors: list[Tensor]) -> None:
+        kwargs = {name: _filled(value, tensors) for name, value in self.kwargs.items()}
+        self.func(*_filled(self.args, tensors), **kwargs)
+
+
+def _filled(value: Any, tensors: list[Tensor]) -> Any:
+    if type(value) is _View:
+        return _reinterpret(tensors[value.source], value.shape, value.strides, value.offset)
+    return [_filled(part, tensors) for part in value] if type(value) is list else value
+
+
 class _Plan(NamedTuple):
     """What the calls of a signature do."""
 
     made: list[Spec]  # results, then workspaces
     results: Callable[[list[Tensor]], Any]  # of what is made, what the operator returns
-    steps: list[_Step]
+    steps: list[_Step | _Product]
 
     def replay(self, signature: tuple, args: tuple, addresses: list[int]):
         made = [_empty(*spec) for spec in self.made]
         addresses += [x.data_ptr() for x in made]
         stream = driver.active.get_current_stream(signature[0])
-        for kernel, grid, descs, values, pointers in self.steps:
+        for step in self.steps:
+            if type(step) is _Product:
+                step([x for x in args if isinstance(x, Tensor)] + made)
+                continue
+            kernel, grid, descs, values, pointers = step
             arguments: list = []
             for encode, (source, offset), shape, strides in descs:
                 arguments += encode(addresses[source] + offset, shape, strides)
@@ -111,11 +144,11 @@ class Replay:
             return self._call(signature, args, addresses)  # which is which shows in a call with others
         out = self.allocate(*args)
         results = [] if out is None else [out] if isinstance(out, Tensor) else list(out)
-        with recorded() as (launches, seen), _Watch(tensors + results) as watch:
+        with recorded() as (tape, seen), _Watch(tensors + results, tape) as watch:
             self.launcher(*args, *(() if out is None else (out,)))
-        made, steps = watch.tensors[len(tensors) :], [watch.step(launch) for launch in launches]
+        made, steps = watch.tensors[len(tensors) :], [watch.step(done) for done in tape]
         here = all(x.get_device() == signature[0] for x in watch.tensors)
-        if watch.exact and len(seen) == len(launches) and here:
+        if watch.exact and len(seen) == sum(isinstance(done, Launch) for done in tape) and here:
             specs = [(tuple(x.shape), x.stride(), x.dtype) for x in made]
             self.ways[signature] = _Plan(specs, _returned(out), steps).replay
         else:
@@ -133,11 +166,12 @@ def _returned(out) -> Callable[[list[Tensor]], Any]:
 
 
 class _Watch(TorchDispatchMode):
-    """Where each tensor comes from. `exact` says whether all that torch did was to allocate and to make views."""
+    """Where each tensor comes from. `exact` says whether all that torch did was to allocate, to make views and to call
+    products, which go on the tape."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], tape: list) -> None:
         super().__init__()
-        self.tensors, self.exact = tensors, True
+        self.tensors, self.tape, self.exact = tensors, tape, True
         self.places: dict[int, Place] = {id(x): (source, 0) for source, x in enumerate(tensors)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -148,11 +182,25 @@ class _Watch(TorchDispatchMode):
         elif func.is_view and isinstance(out, Tensor) and id(args[0]) in self.places and _shares(out, args[0]):
             source, offset = self.places[id(args[0])]
             self.places[id(out)] = source, offset + out.data_ptr() - args[0].data_ptr()
+        elif func in _PRODUCTS:
+            kwargs = {name: self._view(value) for name, value in kwargs.items()}
+            self.tape.append(_Product(func, self._view(list(args)), kwargs))
         else:
             self.exact = False
         return out
 
-    def step(self, launch: Launch) -> _Step:
+    def _view(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._view(part) for part in value]
+        if not isinstance(value, Tensor):
+            return value
+        source, offset = self._place(value)
+        self.exact &= value.dtype == self.tensors[source].dtype
+        return _View(source, tuple(value.shape), value.stride(), offset // value.itemsize)
+
+    def step(self, launch: Launch | _Product) -> _Step | _Product:
+        if isinstance(launch, _Product):
+            return launch
         pointers = [(at, self._place(value)) for at, value in enumerate(launch.values) if isinstance(value, Tensor)]
         values = [0 if isinstance(value, Tensor) else value for value in launch.values]
         self.exact &= not any(isinstance(value, (tuple, list)) for value in values)

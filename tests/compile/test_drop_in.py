@@ -53,7 +53,7 @@ def test_the_given_model_stays_eager(model, compiled, logits, units, monkeypatch
     with torch.no_grad():
         logits(model, ids(1, 8))
         assert not units(result)  # the eager call compiled nothing
-        monkeypatch.setattr(Units, "_function", _never)
+        monkeypatch.setattr(Units, "_call", _never)
         logits(model, ids(1, 8))  # and asks for no compiled unit
         with pytest.raises(AssertionError, match="a compiled unit"):
             logits(result, ids(1, 8))
@@ -110,6 +110,27 @@ def test_gradients_of_what_is_not_frozen(model, compiled, logits):
     out, eager, exact = gradients
     assert set(out) == set(eager)
     assert all(close(gradient, eager[name], exact[name]) for name, gradient in out.items())
+
+
+def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_model, compiled, logits, monkeypatch):
+    """Asking waits for the GPU."""
+    from transformers import masking_utils
+
+    asked, find = [], masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda x: asked.append(x) or find(x))
+    model, tokens = make_their_model(), ids(1, 8)
+    result = compiled(model)
+    with torch.no_grad():
+        for candidate, positions, expected in (
+            (result, None, False), (model, None, True), (result, torch.arange(8), True),
+            (result, torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]), True),
+        ):  # fmt: skip
+            asked.clear()
+            kwargs = {} if positions is None else {"position_ids": positions[None]}
+            out = logits(candidate, tokens, use_cache=False, **kwargs)
+            assert bool(asked) == expected
+            exact = logits(float64(model), tokens, use_cache=False, **kwargs)
+            assert close(out, logits(model, tokens, use_cache=False, **kwargs), exact)
 
 
 def test_left_padding_equals_eager(model, compiled, logits):

@@ -260,6 +260,38 @@ class TestReplay:
             assert operator.asked == turn + 1
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_products_of_a_library(self, mode):
+        def launcher(a, out):
+            """Launches and products in turns, on views of what is given, returned and kept in between."""
+            half = a.new_empty(6, 4)
+            _zero(half)
+            _axpy[(1,)](a[1:], half[2:], 16, 2.0)
+            torch.mm(half[2:], a[1:].t(), out=out[1:])
+            _zero(out[:1])
+            _axpy[(1,)](out, half, 20, 1.0)
+            torch.ops.aten.mm.out(half[1:5].t(), half[1:5], out=out[:4])
+
+        with mode():
+            operator = Operator(launcher, lambda a: a.new_empty(5, 4))
+            for _ in range(6):
+                a = torch.randn(5, 4)
+                out, first = operator(a), 2 * a[1:] @ a[1:].T
+                second = first + torch.cat([torch.zeros(1, 4), 2 * a[1:4]])
+                assert torch.equal(out[:4], second.T @ second)
+                assert torch.equal(out[4], first[3])
+            assert operator.asked == 2
+
+    def test_a_product_of_words_seen_otherwise_is_not_replayed(self):
+        def launcher(a, out):
+            torch.mm(a.view(torch.float32), a.view(torch.float32).t(), out=out)
+
+        operator = Operator(launcher, lambda a: torch.empty(3, 3))
+        for turn in range(4):
+            a = torch.randn(3, 3)
+            operator(a.view(torch.int32))
+            assert operator.asked == turn + 1
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_a_view_that_copies_is_always_asked(self, mode):
         def launcher(x, scale, out):
             _zero(out)

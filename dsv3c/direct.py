@@ -1,0 +1,89 @@
+"""Calls of a unit whose like has been seen go straight to what the backend made.
+
+In each call Dynamo evaluates guards, and its wrappers run more Python, while the GPU has nothing to do: two units lie
+in front of the first long kernel. All that Dynamo decides follows from the classes, shapes, strides, dtypes and devices
+of the tensors and from torch's global state. Once a call with that signature has gone through it, and shown which
+inputs the graph was given and which of its outputs came back, the calls after it do the same by themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._C._dynamo.guards import GlobalStateGuard
+
+KEPT = 4096  # signatures of a kind of module; more, and they are forgotten
+PLAIN = (Tensor, nn.Parameter)  # what a subclass does, no signature says
+
+
+class Way(NamedTuple):
+    """What a call does behind Dynamo."""
+
+    state: GlobalStateGuard
+    made: Callable[..., Sequence]  # the compiled graph
+    inputs: list[Any]  # its sizes; None in place of tensors
+    sources: list[tuple[int, int]]  # a position among its inputs, and one among the call's tensors
+    results: list[int]  # positions among its outputs
+    single: bool
+
+    def __call__(self, tensors: list[Tensor | None]) -> Tensor | tuple[Tensor, ...]:
+        inputs = self.inputs.copy()
+        for position, source in self.sources:
+            inputs[position] = tensors[source]
+        outputs = self.made(*inputs)
+        return outputs[self.results[0]] if self.single else tuple([outputs[position] for position in self.results])
+
+
+def signature(tensors: list[Tensor | None]) -> tuple:
+    """Of a unit's parameters and arguments; what else counts is in a `Way`'s state."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._len_torch_function_stack(),
+        *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors],
+    )
+
+
+class Compiled:
+    """A unit, `function(parameters, *tensors)`, compiled whole for tensors of any sizes."""
+
+    def __init__(self, function: Callable[..., Any], backend: Callable) -> None:
+        self.backend = backend
+        self.function = torch.compile(function, backend=self._compile, fullgraph=True, dynamic=None)
+        self.calls: list[tuple[Callable, tuple, Sequence]] = []  # of what the backend made, in a call of the unit
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Sequence]:
+        made = self.backend(gm, example_inputs)
+
+        def call(*inputs):
+            outputs = made(*inputs)
+            self.calls.append((made, inputs, outputs))
+            return outputs
+
+        return call
+
+    def __call__(self, parameters: dict[str, Tensor], *tensors: Tensor | None) -> tuple[Any, Way | None]:
+        """The unit's outputs, and the way of calls with this signature: None if it is not clear what goes where."""
+        state, every = GlobalStateGuard(), [*parameters.values(), *tensors]
+        try:
+            outputs = self.function(parameters, *tensors)
+            plain = all(x is None or type(x) in PLAIN for x in every)
+            way = _way(state, *self.calls[0], every, outputs) if plain and len(self.calls) == 1 else None
+        finally:
+            self.calls.clear()
+        return outputs, way
+
+
+def _way(state: GlobalStateGuard, made, given: tuple, found: Sequence, tensors: list, outputs: Any) -> Way | None:
+    single = isinstance(outputs, Tensor)
+    there = [x for x in tensors if x is not None]
+    places = {id(x): place for place, x in enumerate(tensors)}
+    sources = [(position, places.get(id(x))) for position, x in enumerate(given) if isinstance(x, Tensor)]
+    positions = {id(x): position for position, x in enumerate(found)}
+    results = [positions.get(id(x)) for x in ([outputs] if single else outputs)]
+    unique = len(set(map(id, there))) == len(there)  # else which is which shows in a call with others
+    if not unique or None in results or any(place is None for _, place in sources):
+        return None
+    return Way(state, made, [None if isinstance(x, Tensor) else x for x in given], sources, results, single)
