@@ -7,6 +7,7 @@ Keys and values are both views of the result.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -35,10 +36,10 @@ def _fill_rope_kernel(
 
 
 def gemm_keys(
-    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, rope_Rr: Tensor, out_RHD: Tensor
+    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, rope_BTr: Tensor, out_RHD: Tensor
 ) -> None:
     """Launcher of `dsv3c::gemm_keys`."""
-    (R, H, D), (N, K), r = out_RHD.shape, w_fp8.shape, rope_Rr.shape[1]
+    (R, H, D), (N, K), r = out_RHD.shape, w_fp8.shape, rope_BTr.shape[2]
     if out_RHD.numel() == 0:
         return
     problem = Problem("gemm", R, N, K)
@@ -52,7 +53,7 @@ def gemm_keys(
         implementation.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, y_RHD.flatten(1), **config)
         out_RHD[..., :TILE] = y_RHD[..., :TILE]
         out_RHD[..., TILE + r :] = y_RHD[..., TILE:]
-    rope_Rr = rope_Rr if rope_Rr.stride(1) == 1 else rope_Rr.contiguous()
+    rope_Rr = (rope_BTr if rope_BTr.stride(2) == 1 else rope_BTr.contiguous()).flatten(0, 1)
     rotary = out_RHD[..., TILE:]
     _fill_rope_kernel[(R, ceil_div(H, HEADS))](
         rope_Rr, rotary, H, r, rope_Rr.stride(0), rotary.stride(0), rotary.stride(1), triton.next_power_of_2(r), HEADS,
@@ -62,4 +63,6 @@ def gemm_keys(
 
 def variants() -> Iterator[Variant]:
     pointers = {"rope_ptr": BF16, "out_ptr": BF16}
+    dense = warp_specialized.variant(False, warp_specialized.KNOWN[2])
+    yield replace(dense, constants=dense.constants | {"GAP": 64})
     yield Variant(_fill_rope_kernel, pointers, {"BLOCK": 64, "HEADS": HEADS}, num_warps=WARPS)

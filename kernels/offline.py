@@ -36,6 +36,7 @@ FAMILIES = (
     "heads",
     "mla_decode",
     "warp_specialized",
+    "keys",
 )
 
 
