@@ -1,6 +1,10 @@
 """Keys and values from one product: against float64, the bits of the product stored plainly, and where the parts go."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +38,46 @@ def test_parts(check, poisoned, size, device):
     check.assert_product(torch.cat((own, values), 2).flatten(1), *check.product(*pairs), K)
     again = ops.gemm_keys(*pairs, rope.permute(0, 2, 1).contiguous().permute(0, 2, 1))  # columns that lie apart
     assert torch.equal(again, out)
+
+
+PROGRAM = """
+import sys
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+import conftest
+from gluon_on_cpu import Kernel
+from dsv3c.kernels import gemm, keys, warp_specialized as ws
+from test_keys import operands, ops
+
+ws._warp_specialized_gemm_kernel = Kernel(
+    ws.__file__, "_warp_specialized_gemm_kernel", _promote=lambda product, scale, acc: acc + product * scale[:, None]
+)
+torch.manual_seed(0)
+size, columns = eval(sys.argv[2])
+gemm.multiprocessors, gemm.hopper = lambda: 3, lambda: True
+config = ws.Config(columns, 3, 8)._asdict()
+keys.choose = lambda problem: (SimpleNamespace(name="warp_specialized"), config)
+*pairs, rope = operands(conftest, *size, "cpu")
+expected = ops.gemm_keys(*pairs, rope)
+found = torch.full_like(expected, torch.nan)
+keys.gemm_keys(*pairs, rope, found)
+own, shared, values = found.split((128, size[-1], 128), dim=2)
+assert torch.equal(shared, expected[..., 128:-128])
+conftest.assert_product(torch.cat((own, values), 2).flatten(1), *conftest.product(*pairs), size[3])
+"""
+
+
+@pytest.mark.parametrize("case", [((2, 70, 3, 272, 8), 256), ((1, 140, 2, 128, 64), 192)], ids=str)
+def test_places(case):
+    """Threads run the product's kernel, Triton's interpreter the other: chosen as Triton is imported, hence a
+    process."""
+    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
+    command = [sys.executable, "-P", "-c", PROGRAM, str(Path(__file__).parent), repr(case)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.gpu

@@ -25,12 +25,12 @@ def operands():
     return q, *x, *w, torch.randn(B, T, 40 + ROPE).bfloat16()
 
 
-def ours(q, *operands, nope=NOPE, dtype=torch.bfloat16):
+def ours(q, *operands, nope=NOPE, dtype=torch.bfloat16, shared=lambda rope: rope.expand(-1, -1, H, -1)):
     *pairs, latent = operands
     kv = ops.gemm(*pairs, dtype).view(B, T, H, -1)
     own, values = kv.split((nope, kv.shape[-1] - nope), -1)
-    rope = latent[..., 40:].to(dtype).unsqueeze(2).expand(-1, -1, H, -1)
-    keys = torch.cat((own, rope), -1).transpose(1, 2)
+    rope = latent[..., 40:].to(dtype).unsqueeze(2)
+    keys = torch.cat((own, shared(rope)), -1).transpose(1, 2)
     return q, keys, values.transpose(1, 2)
 
 
@@ -101,6 +101,8 @@ def test_the_shared_part_last_would_be_another_tensor(operands, monkeypatch):
         lambda *o: (*attention(*(qkv := ours(*o))), qkv[1].sum()),  # keys are read elsewhere
         lambda *o: (*attention(*(qkv := ours(*o))), qkv[2].sum()),  # values are
         lambda *o: attention(*ours(*o, nope=64)),  # other halves
+        lambda *o: attention(*ours(*o, shared=lambda rope: torch.cat((rope, rope, -rope), 2))),  # a head's own
+        lambda *o: attention(*ours(*o, shared=lambda rope: rope[..., :4].expand(-1, -1, H, -1))),  # not 16 bytes
         lambda *o: attention(*(x.float() for x in ours(*o)[:1]), *ours(*o, dtype=torch.float32)[1:]),
         lambda q, *o: attention(q, *(x.transpose(1, 2) for x in ours(q.transpose(1, 2), *o)[1:])),  # heads are tokens
         lambda *o: attention(ours(*o)[0], ours(*o)[1], ours(*o)[2].flip(3)),
