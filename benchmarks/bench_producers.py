@@ -107,7 +107,8 @@ def norms() -> Iterator[Case]:
         rstd = norm.rms_norm(x, weight, EPS)[1]
         for name, size, arguments in [
             ("rms_norm_quantize", 3, (x, weight, EPS, FLOOR, False)),
-            ("add_rms_norm_quantize", 9, (x, residual, weight, EPS, FLOOR, False)),
+            ("add_rms_norm_quantize", 7, (x, residual, weight, EPS, FLOOR, False, False)),
+            ("add_rms_norm_quantize", 9, (x, residual, weight, EPS, FLOOR, False, True)),
             ("rms_norm_backward", 8, (residual, x, weight, rstd, x)),
         ]:
             yield case(f"{name} {rows}x{width}", name, arguments, getattr(norm, f"{name}_ref"), size * n)

@@ -45,7 +45,7 @@ def interleaved(
 
 
 def summary(us: list[float], peak_bytes: int | None = None) -> Timing:
-    p20, *_, p80 = quantiles(us, n=5, method="inclusive")
+    p20, *_, p80 = quantiles(us, n=5, method="inclusive") if len(us) > 1 else 4 * us
     return Timing(median(us), p20, p80, len(us), peak_bytes)
 
 

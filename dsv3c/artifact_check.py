@@ -20,7 +20,7 @@ from dsv3c.operators.mla_decode import LATENT, RANK
 from dsv3c.tuning import targets
 
 _LINE = re.compile(r"%(\d+) = (\S+?)\((.*?)\)(?: : (.+?))?(?:  # (\S+) \((\w+)\))?")
-_FP8_PRODUCT = re.compile(r"dsv3c\.(?:grouped_)?gemm(?:_dgrad|_wgrad)?\.default")
+_FP8_PRODUCT = re.compile(r"dsv3c\.(?:grouped_)?gemm(?:_keys|_dgrad|_wgrad)?\.default")
 _PRODUCT = re.compile(r"aten\.(?:mm|bmm|addmm|baddbmm|linear|_grouped_mm)\.|dsv3c\.grouped_linear")
 _ATTENTION = "scaled_dot_product_attention"
 LEVELS = ("L0", "L1", "L2_forward", "L2_backward")

@@ -1,5 +1,5 @@
-"""RMSNorm and the cast behind it, memory-bound: 3 bytes a value, 9 with the residual addition in front and the BF16
-result beside. A program has one row, which stays in registers between its sum of squares and its result.
+"""RMSNorm and the cast behind it, memory-bound: 3 bytes a value, 7 with the residual addition in front, 9 with
+the BF16 result beside. A program has one row, which stays in registers between its sum of squares and its result.
 
 Backward needs a sum over rows for the weight's gradient: as many programs as the GPU runs at a time add up theirs, and
 a second launch adds up the programs'. No atomics: the order is always the same.
@@ -68,7 +68,7 @@ def _norm_kernel(
         inside = column < K // 2 - chunk * 64 * TILES
         weight = gl.load(weight_ptr + column + chunk * 64 * TILES, mask=inside, other=0)
         y = times(scaled(chunks[chunk], rstd), weight)
-        if ADD:
+        if y_ptr is not None:
             gl.store(y_ptr + at + chunk * 64 * TILES, y, mask=inside)
         scale_at = scale_inv_ptr + (chunk * TILES + tile).to(gl.int64) * R + row
         inside_tile = tile < K // 128 - chunk * TILES
@@ -118,12 +118,13 @@ def rms_norm_quantize(x_RK: Tensor, weight_K: Tensor, eps: float, amax_floor: fl
 
 
 def add_rms_norm_quantize(
-    x_RK: Tensor, residual_RK: Tensor, weight_K: Tensor, eps: float, amax_floor: float, pow2: bool, out: tuple
-) -> None:
+    x_RK: Tensor, residual_RK: Tensor, weight_K: Tensor, eps: float, amax_floor: float, pow2: bool, normed: bool,
+    out: tuple,
+) -> None:  # fmt: skip
     """Launcher of `dsv3c::add_rms_norm_quantize`."""
     total, y, *quantized = out
-    residual = as_words(residual_RK.contiguous())
-    _forward(x_RK, residual, weight_K, as_words(total), as_words(y), *quantized, eps, amax_floor, pow2)
+    residual, y = as_words(residual_RK.contiguous()), as_words(y) if normed else None
+    _forward(x_RK, residual, weight_K, as_words(total), y, *quantized, eps, amax_floor, pow2)
 
 
 def _forward(x_RK, residual, weight_K, total, y, q, scale_inv, rstd, eps, amax_floor, pow2) -> None:
@@ -169,16 +170,17 @@ def _warps(tiles: int) -> int:
 
 
 def variants() -> Iterator[Variant]:
-    for add in (False, True):
-        also = ("residual_ptr", "sum_ptr", "y_ptr")
+    added = ("residual_ptr", "sum_ptr", "y_ptr")
+    for there in ((), added[:2], added):
         yield Variant(
             _norm_kernel,
             {"x_ptr": I32, "weight_ptr": I32, "q_ptr": I16, "scale_inv_ptr": F32, "rstd_ptr": F32}
             | {"eps": "fp32", "amax_floor": "fp32"}
-            | (dict.fromkeys(also, I32) if add else {}),
-            {"POW2": False, "ADD": add, "K": 7168, "TILES": TILES} | ({} if add else dict.fromkeys(also)),
+            | dict.fromkeys(there, I32),
+            {"POW2": False, "ADD": bool(there), "K": 7168, "TILES": TILES} | dict.fromkeys(added[len(there) :]),
             num_warps=NORM_WARPS,
         )
+    for add in (False, True):
         yield Variant(
             _norm_backward_kernel,
             {"dy_ptr": BF16, "x_ptr": BF16, "weight_ptr": BF16, "rstd_ptr": F32, "dx_ptr": BF16, "partial_ptr": F32}

@@ -37,6 +37,7 @@ FAMILIES = (
     "heads",
     "mla_decode",
     "warp_specialized",
+    "keys",
 )
 
 

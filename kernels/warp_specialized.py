@@ -146,17 +146,18 @@ def _produce(
     _num_m, _num_n, _M, N, blocks = problem
     _tiles_ptr, _bound, drawn_ptr, _num_short = groups
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    block, last_w = 0, -N  # where no w begins, and no constant: see `block` in `_consume`
+    block = 0
+    last_w0, last_w1 = -N, -N  # where no w begins, and no constant: see `block` in `_consume`
     tile, end, step = _walk(problem, BAND)
     while tile < end:
         next_tile = tile + step
         if GROUPED:
             next_tile = step + gl.atomic_add(drawn_ptr, 1, sem="relaxed")
         row, _end, e, column0, column1 = _locate(tile, problem, groups, COLUMNS, BAND, GROUPED)
-        w = e * N + column0
-        new = (w != last_w) | (blocks != STAGES)
-        kept = (w == last_w) & (blocks == STAGES)
-        last_w = w
+        w0, w1 = e * N + column0, e * N + column1
+        # Both halves, since one may be outside: where the next group's w begins.
+        new = (w0 != last_w0) | (w1 != last_w1) | (blocks != STAGES)
+        last_w0, last_w1 = w0, w1
         for k in range(blocks):
             stage = block % STAGES
             ready = full.index(stage)
@@ -164,10 +165,9 @@ def _produce(
             if GROUPED and k == blocks - 1:
                 next_buf.index(stage).store(gl.full((1,), next_tile, gl.int32, ONE))
             mbarrier.expect(ready, (128 + COLUMNS) * 128, pred=new)
-            mbarrier.expect(ready, 128 * 128, pred=kept)
+            mbarrier.expect(ready, 128 * 128, pred=~new)
             tma.async_copy_global_to_shared(x_desc, [row, k * 128], ready, x_buf.index(stage))
-            tma.async_copy_global_to_shared(w0_desc, [w, k * 128], ready, w0_buf.index(stage), pred=new)
-            w1 = e * N + column1
+            tma.async_copy_global_to_shared(w0_desc, [w0, k * 128], ready, w0_buf.index(stage), pred=new)
             tma.async_copy_global_to_shared(w1_desc, [w1, k * 128], ready, w1_buf.index(stage), pred=new)
             block += 1
         tile = next_tile
@@ -176,9 +176,9 @@ def _produce(
 @gluon.jit
 def _begin(
     tile, problem, groups, scales, rows, zero, COLUMNS: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
-    MINE: gl.constexpr,
+    GAP: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
-    """Where a consumer's part of a tile is, where its scales lie (x's rows, w's halves), and the first of them."""
+    """Where a consumer's part of a tile goes, where its scales lie (x's rows, w's halves), and the first of them."""
     _num_m, _num_n, M, N, blocks = problem
     x_ptr, _x_step, w_ptr = scales
     row, end, e, column0, column1 = _locate(tile, problem, groups, COLUMNS, BAND, GROUPED)
@@ -190,6 +190,8 @@ def _begin(
     w_ptr1 = w_ptr + gl.minimum(column1 // 128, last) * blocks
     next_x = gl.load(x_ptr + rows, mask=rows < M - row, other=0.0)
     following = (next_x, gl.load(w_ptr0 + zero), gl.load(w_ptr1 + zero))
+    column0 += (column0 + 128) // 256 * GAP
+    column1 += (column1 + 128) // 256 * GAP
     return (row, end, column0, column1), (x_ptr, w_ptr0, w_ptr1), following
 
 
@@ -217,7 +219,7 @@ def _drawn(slot):
 @gluon.jit
 def _consume(
     shared, scales, y, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
-    MINE: gl.constexpr,
+    GAP: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
     """Rows MINE to MINE + 64 of each tile."""
     problem, groups, operands, barriers = shared
@@ -236,7 +238,7 @@ def _consume(
     # registers, and wait for them at once.
     zero = gl.minimum(N + rows, 0)
     tile, last, step = _walk(problem, BAND)
-    place, pointers, following = _begin(tile, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE)
+    place, pointers, following = _begin(tile, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, GAP, MINE)
     block = 0  # counted one by one: Triton folds away what a loop adds if it was not made in the partition (3.6, 3.7)
     while tile < last:
         tile += step
@@ -250,7 +252,9 @@ def _consume(
                         tile = _drawn(next_buf.index(stage))
                     mbarrier.arrive(empty.index(stage), count=1)
                     block += 1
-            place, pointers, following = _begin(tile, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE)
+            place, pointers, following = _begin(
+                tile, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, GAP, MINE
+            )
         else:
             x_ptr, w_ptr0, w_ptr1 = pointers
             next_x, next0, next1 = following
@@ -281,7 +285,7 @@ def _consume(
                     if LAST:
                         _store(acc0, y0_desc, y_ptr, y0_buf, row, end, column0, N, GROUPED)
                         place, pointers, following = _begin(
-                            tile, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, MINE
+                            tile, problem, groups, scales, rows, zero, COLUMNS, BAND, GROUPED, GAP, MINE
                         )
                     other = warpgroup_mma_wait(0, deps=[other])
                     mbarrier.arrive(empty.index(stage), count=1)
@@ -300,6 +304,7 @@ def _consume(
 def _warp_specialized_gemm_kernel(
     x_desc, w0_desc, w1_desc, y0_desc, y1_desc, y_ptr, x_scale_inv_ptr, w_scale_inv_ptr, tiles_ptr, counts_ptr, M, N, K,
     bound, x_step, COLUMNS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GROUPED: gl.constexpr,
+    GAP: gl.constexpr,
 ):  # fmt: skip
     num_m, num_n, blocks = gl.cdiv(M, 128), gl.cdiv(N, COLUMNS), gl.cdiv(K, 128)
     groups = (tiles_ptr, bound, None, 0)
@@ -328,8 +333,8 @@ def _warp_specialized_gemm_kernel(
     above, below = (y_ptr, y0_desc, y1_desc, above0_buf, above1_buf), (y_ptr, y0_desc, y1_desc, below0_buf, below1_buf)
     gl.warp_specialize(
         [
-            (_consume, (shared, scales, above, COLUMNS, STAGES, BAND, GROUPED, 0)),
-            (_consume, (shared, scales, below, COLUMNS, STAGES, BAND, GROUPED, 64)),
+            (_consume, (shared, scales, above, COLUMNS, STAGES, BAND, GROUPED, GAP, 0)),
+            (_consume, (shared, scales, below, COLUMNS, STAGES, BAND, GROUPED, GAP, 64)),
             (_produce, (shared, (x_desc, w0_desc, w1_desc), COLUMNS, STAGES, BAND, GROUPED)),
         ],
         [4, 1],
@@ -345,6 +350,15 @@ def launch(x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tenso
         gemm.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, **gemm.KNOWN[-1])  # the same bits
 
 
+def launch_heads(
+    x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out_RHD: Tensor, **knobs: int
+) -> None:
+    """y = x wᵀ, by head of 2·128 features, the first and the last 128 of each in `out`; what lies between is left."""
+    gap = out_RHD.shape[2] - 2 * TILE
+    out = out_RHD.flatten(1)
+    _launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, Config(**knobs), ceil_div(len(out), ROWS), gap=gap)
+
+
 def launch_grouped(
     x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, offs: Tensor, out: Tensor, **knobs: int
 ) -> None:
@@ -358,9 +372,9 @@ def launch_grouped(
 
 def _launch(
     x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, config: Config, num_m: int,
-    tiles: Tensor | None = None, count: Tensor | None = None,
+    tiles: Tensor | None = None, count: Tensor | None = None, gap: int = 0,
 ) -> None:  # fmt: skip
-    (M, N), K = out.shape, x_fp8.shape[1]
+    M, K, N = len(out), x_fp8.shape[1], w_fp8.shape[-2]
     x_scale_inv = column_major(x_scale_inv)
     x_fp8, w_fp8 = gemm.aligned(x_fp8), gemm.aligned(w_fp8.contiguous()).reshape(-1, K)
     grid = (min(num_m * ceil_div(N, config.columns), gemm.multiprocessors()),)
@@ -371,7 +385,8 @@ def _launch(
         Descriptor(out, (ROWS // 2, TILE), BF16_TILES),
         Descriptor(out, (ROWS // 2, config.narrow), BF16_TILES),
         out, x_scale_inv, w_scale_inv.contiguous(), tiles, count, M, N, K, num_m,
-        x_scale_inv.stride(1), config.columns, config.num_stages, config.band, tiles is not None, num_warps=4,
+        x_scale_inv.stride(1), config.columns, config.num_stages, config.band, tiles is not None, gap,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -393,7 +408,7 @@ def variant(grouped: bool, config: dict[str, Any]) -> Variant:
         "x_scale_inv_ptr": F32,
         "w_scale_inv_ptr": F32,
     }
-    constants = {"COLUMNS": c.columns, "STAGES": c.num_stages, "BAND": c.band, "GROUPED": grouped}
+    constants = {"COLUMNS": c.columns, "STAGES": c.num_stages, "BAND": c.band, "GROUPED": grouped, "GAP": 0}
     if grouped:
         arguments |= {"tiles_ptr": I32, "counts_ptr": I32}
     else:

@@ -16,6 +16,7 @@ from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
 from dsv3c.passes.order_sums import OrderSums
 from dsv3c.passes.pipeline import Pipeline, default
+from dsv3c.passes.place_keys import PlaceKeys
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
 from dsv3c.passes.quantize_both import QuantizeBoth
 from dsv3c.passes.quantize_linear import QuantizeGroupedLinear, QuantizeLinear, WeightInput
@@ -45,6 +46,7 @@ __all__ = [
     "Pass",
     "PassError",
     "Pipeline",
+    "PlaceKeys",
     "QuantizeBeforeGather",
     "QuantizeBoth",
     "QuantizeGroupedLinear",

@@ -19,7 +19,7 @@ Memory = Literal["default", "low", "none"]
 prims, ops = torch.ops.prims, torch.ops.dsv3c
 _CHEAP = (ops.rms_norm_quantize.default, ops.add_rms_norm_quantize.default, ops.permute.default)
 _PRODUCTS = (ops.gemm.default, aten.mm.default, aten.bmm.default)
-_LAYOUT = (*VIEWS, aten.permute.default)
+_LAYOUT = (*VIEWS, aten.permute.default, aten.slice.Tensor)
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,9 @@ class ChooseSaved:
     what to compute again, by `recompute` in the nodes' metadata, which `text` shows.
 
     "default": what is cheap to compute: norms with their cast (33 us for 29 MB of FP8, 69 with the BF16 result for 88;
-    H200, 4096 tokens of V3), tokens permuted to their experts (73 us for 242 MB), casts to a wider dtype, and the keys,
-    of which two thirds are in kv_b's output, which is saved for the values (84 us for 201 MB). "low": also queries,
-    keys and values, kv_b's and q_b's products included (0.8 ms a layer for 470 MB).
-    "none": what the partitioner likes.
+    H200, 4096 tokens of V3), tokens permuted to their experts (73 us for 242 MB), casts to a wider dtype, and keys, and
+    values if one product stores both (174 us for 335 MB). "low": also queries, q_b's product included (0.3 ms for 201
+    MB), and whatever products make keys and values. "none": what the partitioner likes.
 
     Source: DeepSeek-V3 report, section 3.2.3 ("recomputation of RMSNorm and MLA up-projection").
     """
@@ -79,5 +78,5 @@ def _up_to_products(nodes: tuple[fx.Node, ...]) -> Iterator[fx.Node]:
             continue
         seen.add(node)
         yield node
-        if node.target not in _PRODUCTS:
+        if node.target not in (*_PRODUCTS, ops.gemm_keys.default):
             frontier += node.all_input_nodes

@@ -17,12 +17,13 @@ prims, ops = torch.ops.prims, torch.ops.dsv3c
 
 @dataclass(frozen=True)
 class FuseQuantize:
-    """Before: `quantize_tile` of an RMSNorm, or of a SwiGLU of stacked gate and up. After: one operator for both;
-    where the norm has readers in BF16 as well (the router), one that also adds the residual in front of it.
+    """Before: `quantize_tile` of an RMSNorm, or of a SwiGLU of stacked gate and up. After: one operator for both, which
+    also adds the residual in front of a norm, and writes the norm in BF16 if that has readers too (the router). In
+    training it adds only for those: backward computes the norm again, which is quicker from the sum.
 
     NUMERIC because the fused operators round less often: silu is not rounded before it is multiplied. 1/rms, which
-    backward needs, comes from the fused operator too. Leaves alone: sizes that are no multiple of 128, and a gate and
-    up from two linears.
+    backward needs, comes from the fused operator too. Leaves alone: sizes that are no multiple of 128, a norm that is
+    read in BF16 and has no residual in front, and a gate and up from two linears.
     """
 
     tier: ClassVar[Tier] = Tier.NUMERIC
@@ -46,23 +47,26 @@ def _fuse_norm(cast: fx.Node) -> int:
     norm = norm_of(y)
     if norm is None or value(cast.args[0]).shape[1] % TILE:
         return 0
-    if all(reader is cast or is_backward(reader) for reader in readers(y)):
-        x_RK = as_rows(cast, norm.x)
-        call = insert(cast, ops.rms_norm_quantize.default, x_RK, norm.weight, norm.eps, *cast.args[1:])
-        _replace_rstd(norm, insert(cast, operator.getitem, call, 2))
-        replace_results(cast, call, first=0)
-        return 1
+    normed = any(reader is not cast and not is_backward(reader) for reader in readers(y))
     total = norm.x
     terms = total.args if total.target is aten.add.Tensor and not total.kwargs else ()
-    if [isinstance(t, fx.Node) and value(t).shape == value(total).shape for t in terms] != [True, True]:
+    both = [isinstance(t, fx.Node) and value(t).shape == value(total).shape for t in terms] == [True, True]
+    if both and (normed or not any(map(is_backward, norm.rstd.users))):
+        rows = [as_rows(total, term) for term in terms]
+        settings = norm.weight, norm.eps, *cast.args[1:], normed
+        call = insert(total, ops.add_rms_norm_quantize.default, *rows, *settings)
+        _replace_rstd(norm, insert(total, operator.getitem, call, 4))
+        replace_results(cast, call, first=2)
+        if normed:
+            replace(y, _shaped(total, insert(total, operator.getitem, call, 1), total))
+        replace(total, _shaped(total, insert(total, operator.getitem, call, 0), total))
+        return 1
+    if normed:
         return 0
-    rows = [as_rows(total, term) for term in terms]
-    call = insert(total, ops.add_rms_norm_quantize.default, *rows, norm.weight, norm.eps, *cast.args[1:])
-    both = [_shaped(total, insert(total, operator.getitem, call, index), total) for index in (0, 1)]
-    _replace_rstd(norm, insert(total, operator.getitem, call, 4))
-    replace_results(cast, call, first=2)
-    replace(y, both[1])
-    replace(total, both[0])
+    x_RK = as_rows(cast, norm.x)
+    call = insert(cast, ops.rms_norm_quantize.default, x_RK, norm.weight, norm.eps, *cast.args[1:])
+    _replace_rstd(norm, insert(cast, operator.getitem, call, 2))
+    replace_results(cast, call, first=0)
     return 1
 
 

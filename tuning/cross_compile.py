@@ -63,6 +63,8 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "cast_keys": ("cast_heads_kernel", {"ROTATE": False}),
     "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
     "warp_specialized_grouped_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": True}),
+    "warp_specialized_gemm_keys": ("warp_specialized_gemm_kernel", {"GROUPED": False, "GAP": 64}),
+    "fill_rope": ("fill_rope_kernel", {}),
     "mla_decode": ("mla_decode_kernel", {}),
     "mla_decode_combine": ("combine_kernel", {}),
 }
@@ -80,6 +82,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.gemm_wgrad.default": ("wgrad", "wgrad_specialized"),
     "dsv3c.gemm_wgrad_accumulate.default": ("wgrad_accumulate", "wgrad_specialized_accumulate"),
     "dsv3c.gemm.default": ("gemm", "small_gemm", "add_splits", "warp_specialized_gemm"),
+    "dsv3c.gemm_keys.default": ("warp_specialized_gemm_keys", "fill_rope"),
     "dsv3c.gemm_dgrad.default": ("gemm", "small_gemm", "add_splits", "warp_specialized_gemm", "transpose"),
     "dsv3c.grouped_gemm.default": ("grouped_gemm", "warp_specialized_grouped_gemm", "tile_map", "tiles_by_length"),
     "dsv3c.grouped_gemm_dgrad.default": (

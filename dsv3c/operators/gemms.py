@@ -30,6 +30,17 @@ def _gemm(x_fp8_RK, x_scale_inv, w_fp8_NK, w_scale_inv, dtype):
     return x_fp8_RK.new_empty((R, N), dtype=dtype)
 
 
+def _gemm_keys(x_fp8_RK, x_scale_inv, w_fp8_NK, w_scale_inv, rope_BTr):
+    R, N = _gemm(x_fp8_RK, x_scale_inv, w_fp8_NK, w_scale_inv, torch.bfloat16).shape
+    check_rank("rope", rope_BTr, 3)
+    B, T, r = rope_BTr.shape
+    expect("dtype of rope", rope_BTr.dtype, torch.bfloat16)
+    expect("rows of rope", B * T, R)
+    expect("columns of rope modulo 8", r % 8, 0)
+    expect(f"rows of w modulo {2 * TILE}", N % (2 * TILE), 0)
+    return rope_BTr.new_empty((R, N // (2 * TILE), 2 * TILE + r))
+
+
 def _gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_NK, w_scale_inv, dtype):
     check_tiles("dy", dy_fp8_RN, dy_scale_inv)
     check_blocks("w", w_fp8_NK, w_scale_inv)
@@ -103,6 +114,7 @@ _WGRAD = "Tensor dyt_fp8, Tensor dyt_scale_inv, Tensor xt_fp8, Tensor xt_scale_i
 _OUT = "ScalarType dtype) -> Tensor"
 
 define(f"gemm({_X_W}, {_OUT}", _gemm, gemms.gemm_ref, "gemm", _gemm_flops)
+define(f"gemm_keys({_X_W}, Tensor rope) -> Tensor", _gemm_keys, gemms.gemm_keys_ref, "keys", _gemm_flops)
 define(f"gemm_dgrad({_DY_W}, {_OUT}", _gemm_dgrad, gemms.gemm_dgrad_ref, "gemm", _gemm_flops)
 define(f"gemm_wgrad({_WGRAD}, {_OUT}", _gemm_wgrad, gemms.gemm_wgrad_ref, "wgrad", _gemm_wgrad_flops)
 define(f"grouped_gemm({_X_W}, Tensor offs, {_OUT}", _grouped_gemm, gemms.grouped_gemm_ref, "grouped_gemm", _gemm_flops)

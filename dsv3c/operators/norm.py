@@ -22,11 +22,12 @@ def _rms_norm_quantize(x_RK, weight_K, eps, amax_floor, pow2):
     return *empty_tiles(x_RK, *x_RK.shape), x_RK.new_empty(x_RK.shape[0], dtype=torch.float32)
 
 
-def _add_rms_norm_quantize(x_RK, residual_RK, weight_K, eps, amax_floor, pow2):
+def _add_rms_norm_quantize(x_RK, residual_RK, weight_K, eps, amax_floor, pow2, normed):
     expect("dtype of residual", residual_RK.dtype, x_RK.dtype)
     expect("shape of residual", tuple(residual_RK.shape), tuple(x_RK.shape))
     quantized = _rms_norm_quantize(x_RK, weight_K, eps, amax_floor, pow2)
-    return x_RK.new_empty(x_RK.shape), x_RK.new_empty(x_RK.shape), *quantized
+    R, K = x_RK.shape
+    return x_RK.new_empty(R, K), x_RK.new_empty(R if normed else 0, K), *quantized
 
 
 def _rms_norm_backward(dy_RK, x_RK, weight_K, rstd_R, dsum_RK):
@@ -40,11 +41,11 @@ def _rms_norm_backward(dy_RK, x_RK, weight_K, rstd_R, dsum_RK):
     return x_RK.new_empty(x_RK.shape), x_RK.new_empty(x_RK.shape[1], dtype=torch.float32)
 
 
-_NORM = "Tensor weight, float eps, float amax_floor, bool pow2) ->"
+_NORM = "Tensor weight, float eps, float amax_floor, bool pow2"
 
-define(f"rms_norm_quantize(Tensor x, {_NORM} (Tensor, Tensor, Tensor)",
+define(f"rms_norm_quantize(Tensor x, {_NORM}) -> (Tensor, Tensor, Tensor)",
        _rms_norm_quantize, norm.rms_norm_quantize_ref, "norm")  # fmt: skip
-define(f"add_rms_norm_quantize(Tensor x, Tensor residual, {_NORM} (Tensor, Tensor, Tensor, Tensor, Tensor)",
-       _add_rms_norm_quantize, norm.add_rms_norm_quantize_ref, "norm")  # fmt: skip
+define(f"add_rms_norm_quantize(Tensor x, Tensor residual, {_NORM}, bool normed) -> (Tensor, Tensor, Tensor, Tensor, "
+       "Tensor)", _add_rms_norm_quantize, norm.add_rms_norm_quantize_ref, "norm")  # fmt: skip
 define("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dsum) -> (Tensor, Tensor)",
        _rms_norm_backward, norm.rms_norm_backward_ref, "norm")  # fmt: skip

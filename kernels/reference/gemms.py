@@ -15,6 +15,17 @@ def gemm_ref(
     return (x_RK @ w_NK.mT).to(dtype)
 
 
+def gemm_keys_ref(
+    x_fp8_RK: Tensor, x_scale_inv: Tensor, w_fp8_NK: Tensor, w_scale_inv: Tensor, rope_BTr: Tensor
+) -> Tensor:
+    """Keys and values, [R, H, 128 + r + 128] in rope's dtype: by head the first half of x wᵀ, rope, and the other half.
+    w has 256 rows for each head; R = B·T."""
+    kv_RHD = gemm_ref(x_fp8_RK, x_scale_inv, w_fp8_NK, w_scale_inv, rope_BTr.dtype).unflatten(1, (-1, 2 * TILE))
+    own, values = kv_RHD.split(TILE, dim=2)
+    rope_RHr = rope_BTr.flatten(0, 1)[:, None].expand(-1, own.shape[1], -1)
+    return torch.cat((own, rope_RHr, values), dim=2)
+
+
 def gemm_dgrad_ref(
     dy_fp8_RN: Tensor, dy_scale_inv: Tensor, w_fp8_NK: Tensor, w_scale_inv: Tensor, dtype: torch.dtype
 ) -> Tensor:

@@ -26,13 +26,13 @@ def rms_norm_quantize_ref(
 
 
 def add_rms_norm_quantize_ref(
-    x_RK: Tensor, residual_RK: Tensor, weight_K: Tensor, eps: float, amax_floor: float, pow2: bool
+    x_RK: Tensor, residual_RK: Tensor, weight_K: Tensor, eps: float, amax_floor: float, pow2: bool, normed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum, y, y_fp8 [R, K], y_scale_inv, rstd [R]): the norm of sum = x + residual, which is rounded to BF16 first. y
-    in BF16 is for what does not take FP8: the router."""
+    in BF16 is for what does not take FP8, the router; [0, K] unless `normed`."""
     sum_RK = x_RK + residual_RK
     y_RK, rstd_R = rms_norm(sum_RK, weight_K, eps)
-    return sum_RK, y_RK, *quantize_tile_ref(y_RK, amax_floor, pow2), rstd_R
+    return sum_RK, y_RK if normed else y_RK[:0], *quantize_tile_ref(y_RK, amax_floor, pow2), rstd_R
 
 
 def rms_norm_backward_ref(

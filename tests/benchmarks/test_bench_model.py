@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 import warnings
+import weakref
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from dsv3c import losses, numerics
@@ -297,11 +300,11 @@ def test_starts_are_processes_with_caches_of_their_own(quick, monkeypatch):
         caches = [Path(env[name]) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
         assert caches[0] != caches[1]
         assert caches[0].parent == caches[1].parent
-        assert caches[0].exists() == bool(len(folders) % 2)  # cold, then warm
+        assert caches[0].exists() == bool(folders)  # cold, then warm
         caches[0].mkdir(exist_ok=True)
         folders.append(caches[0])
-        found = first_result(command[-1]) | {"seconds": len(folders)}
-        return subprocess.CompletedProcess(command, 0, "noise\n" + json.dumps(found))
+        *_, arguments, result = command
+        Path(result).write_text(json.dumps(first_result(arguments) | {"seconds": len(folders)}))
 
     @cache
     def first_result(arguments):
@@ -311,8 +314,8 @@ def test_starts_are_processes_with_caches_of_their_own(quick, monkeypatch):
     (row,) = measure("tiny", layers=1, tokens=16, modes=("start",), precisions=("exact",))["modes"]
     assert row["passed"]
     assert [c["name"] for c in row["contenders"]] == ["cold caches", "warm caches"]
-    assert [(c["runs"], c["median_us"] / 1e6) for c in row["contenders"]] == [(3, 3), (3, 4)]
-    assert len(set(folders)) == start.ROUNDS == 3
+    assert [(c["runs"], c["median_us"] / 1e6) for c in row["contenders"]] == [(1, 1), (2, 2.5)]
+    assert len(folders) == 3
     assert not any(folder.exists() for folder in folders)
 
 
@@ -345,6 +348,33 @@ def test_a_start_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(start.sys, "executable", "false")
     with pytest.raises(Dsv3cError, match="--mode start: expected a result of a new process, found exit code 1"):
         start._in_a_process(tmp_path, {})
+
+
+def test_an_oracle_has_room_beside_256_experts(monkeypatch):
+    """Of a bfloat16 model, on transformers' side: no gradient of all experts for each of them."""
+    pytest.importorskip("transformers", reason="their model: pip install 'dsv3c[hf]'")
+    config = workloads.configured("tiny", 2, 64)
+    model = workloads.build("tiny", config, "hf", torch.bfloat16, torch.device("cpu"))
+    wide = 4 * sum(p.numel() for p in workloads.moe_of(model).parameters())
+    with workloads.Workload("backward", "hf", 1, 16).prepared(model) as calls:
+        (_, _), moe = gate.record_calls(model, lambda: calls.checked(model)).items()
+    monkeypatch.setattr(gate, "CHUNK", 1 << 16)
+    peak = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal peak
+            out = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    live[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+            peak = max(peak, sum(live.values()))
+            return out
+
+    live = weakref.WeakKeyDictionary()
+    with Watch():
+        gate.check(model, {}, dict([moe]), backward=True)
+    assert wide < peak < 3 * wide
 
 
 def test_median_row_distance(monkeypatch):

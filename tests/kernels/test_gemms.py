@@ -98,6 +98,7 @@ def arguments(check) -> dict[str, tuple]:
         "dequantize_block": (*w3, torch.bfloat16),
         "wide_mm": (check.varied(40, 144).bfloat16(), check.varied(288, 144).bfloat16().mT, torch.float32),
         "gemm": (*x, *w, torch.bfloat16),
+        "gemm_keys": (*x, *ops.quantize_block(check.varied(512, 144), FLOOR, False), torch.rand(2, 20, 8).bfloat16()),
         "gemm_dgrad": (*dy, *w, torch.bfloat16),
         "gemm_wgrad": (*dyt, *xt, torch.float32),
         "grouped_gemm": (*x, *w3, offs, torch.bfloat16),
@@ -114,6 +115,7 @@ NAMES = [
     "dequantize_block",
     "wide_mm",
     "gemm",
+    "gemm_keys",
     "gemm_dgrad",
     "gemm_wgrad",
     "grouped_gemm",
@@ -141,7 +143,8 @@ def test_fake_agrees_with_real(check, name):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("wide_mm", 40 * 288 * 144),
-     ("gemm", 40 * 288 * 144), ("gemm_dgrad", 40 * 288 * 144), ("gemm_wgrad", 128 * 288 * 144),
+     ("gemm", 40 * 288 * 144), ("gemm_keys", 40 * 512 * 144),
+     ("gemm_dgrad", 40 * 288 * 144), ("gemm_wgrad", 128 * 288 * 144),
      ("grouped_gemm", 40 * 288 * 144), ("grouped_gemm_dgrad", 40 * 288 * 144), ("grouped_gemm_wgrad", 128 * 288 * 144)],
 )  # fmt: skip
 def test_flops(check, name, expected):

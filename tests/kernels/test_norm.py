@@ -38,7 +38,7 @@ def test_forward(check, shape, device):
         check.assert_tiles_between((y_fp8, y_scale_inv), low, high, FLOOR, pow2)
         assert bool(((rstd - expected).abs() <= numerics.rstd_bound() * expected).all())
 
-        total, y, y_fp8, y_scale_inv, rstd = ops.add_rms_norm_quantize(x, residual, weight, EPS, FLOOR, pow2)
+        total, y, y_fp8, y_scale_inv, rstd = ops.add_rms_norm_quantize(x, residual, weight, EPS, FLOOR, pow2, True)
         assert torch.equal(total, x + residual)
         low, high, expected = normed_between(total, weight)
         assert bool(((low <= y) & (y <= high)).all())
@@ -47,6 +47,10 @@ def test_forward(check, shape, device):
         assert torch.equal(y_scale_inv, pair[1])
         assert y_scale_inv.stride() == (1, len(x))
         assert bool(((rstd - expected).abs() <= numerics.rstd_bound() * expected).all())
+        without = ops.add_rms_norm_quantize(x, residual, weight, EPS, FLOOR, pow2, False)
+        assert without[1].shape == (0, shape[1])
+        for found, same in zip(without, (total, y[:0], y_fp8, y_scale_inv, rstd), strict=True):
+            assert torch.equal(found.float(), same.float())
     strided = torch.cat((x, residual), 1)[:, : shape[1]]
     first, again = (ops.rms_norm_quantize(v, weight, EPS, FLOOR, False)[0] for v in (x, strided))
     assert torch.equal(first.view(torch.uint8), again.view(torch.uint8))

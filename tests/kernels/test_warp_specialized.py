@@ -60,9 +60,9 @@ from test_warp_specialized import GROUPS, operands
 ws._warp_specialized_gemm_kernel = Kernel(
     ws.__file__, "_warp_specialized_gemm_kernel", _promote=lambda product, scale, acc: acc + product * scale[:, None]
 )
-gemm.multiprocessors = lambda: 3
 torch.manual_seed(0)
-sizes, N, K, config = eval(sys.argv[2])
+sizes, N, K, config, programs = eval(sys.argv[2])
+gemm.multiprocessors = lambda: programs
 E = len(sizes) if isinstance(sizes, list) else None
 rows = sum(sizes) + 3 if E else sizes
 given = operands(conftest, rows, N, K, E, device="cpu")
@@ -84,13 +84,14 @@ assert bool((y[start:] == 7.0).all()), "rows of no group are written"
 
 
 @pytest.mark.parametrize("case", [
-    (200, 264, 400, CONFIGS[2]),
-    (140, 72, 64, CONFIGS[2]),
-    (140, 576, 640, CONFIGS[0]),
-    ([5, 0, 130, 70], 264, 272, CONFIGS[3]),
-    ([0, 200, 0, 3, 64], 256, 384, CONFIGS[2]),
-    ([300, 1, 77, 0, 129], 136, 128, CONFIGS[1]),
-    ([20, 0, 150, 65, 33], 328, 512, CONFIGS[1]),
+    (200, 264, 400, CONFIGS[2], 3),
+    (140, 72, 64, CONFIGS[2], 3),
+    (140, 576, 640, CONFIGS[0], 3),
+    ([5, 0, 130, 70], 264, 272, CONFIGS[3], 3),
+    ([0, 200, 0, 3, 64], 256, 384, CONFIGS[2], 3),
+    ([300, 1, 77, 0, 129], 136, 128, CONFIGS[1], 3),
+    ([20, 0, 150, 65, 33], 328, 512, CONFIGS[1], 3),
+    ([3, 1, 130, 2, 1, 1, 5], 256, 384, CONFIGS[0], 1),  # from (e, 1) to (e + 1, 0), and w is kept
 ], ids=str)  # fmt: skip
 def test_tiles_tickets_and_barriers(case):
     """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process."""
@@ -143,6 +144,17 @@ class TestOnGpu:
         grouped_gemm.launch(*given, expected, **PLAIN)
         ws.launch_grouped(*given, found, **config)
         assert same_bits(found, expected)  # so what is of no group still holds NaN
+
+    @pytest.mark.parametrize("sizes", GROUPS)
+    def test_one_program_keeps_w(self, check, sizes, config, monkeypatch):
+        """It computes all tiles, in order: each time N = 256 is left the next group begins, K fills the stages."""
+        rows, K = sum(sizes), 128 * config["num_stages"]
+        given = *operands(check, rows, 256, K, len(sizes)), check.ends(sizes, device="cuda")
+        expected, found = poisoned(rows, 256), poisoned(rows, 256)
+        grouped_gemm.launch(*given, expected, **PLAIN)
+        monkeypatch.setattr(gemm, "multiprocessors", lambda: 1)
+        ws.launch_grouped(*given, found, **config)
+        assert same_bits(found, expected)
 
     @pytest.mark.parametrize("K", [64, 1280, 2112])  # half a block, whole ones, whole ones and a half
     def test_against_float64(self, check, K):

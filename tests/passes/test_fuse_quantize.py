@@ -70,6 +70,33 @@ def test_a_norm_with_a_residual_and_other_readers(x, weight):
     assert same(gm(x, residual, weight), program(x, residual, weight))
 
 
+def test_a_norm_with_a_residual_that_only_linears_read(x, weight):
+    """And the same in training, where the sum is saved and the norm computed again."""
+
+    def program(x, residual, weight):
+        total = x + residual
+        return *quantize(rms_norm(total, weight)), total
+
+    residual = torch.randn_like(x)
+    sites, gm = fused(program, x, residual, weight)
+    assert sites == 1
+    (call,) = gm.graph.find_nodes(op="call_function", target=torch.ops.dsv3c.add_rms_norm_quantize.default)
+    assert call.args[-1] is False
+    assert "aten" not in text(gm).replace("aten.view", "")
+    assert same(gm(x, residual, weight), program(x, residual, weight))
+
+    gm = make_fx(program, decomposition_table=select_decomp_table(), tracing_mode="fake")(x, residual, weight)
+    (rstd,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rsqrt.default)
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        again = gm.graph.call_function(torch.ops.aten.neg.default, (rstd,))
+    again.meta = {"partitioner_tag": "is_backward", "val": rstd.meta["val"]}
+    gm.graph.output_node().args = ((*gm.graph.output_node().args[0], again),)
+    (record,) = run(gm, [FuseQuantize()])
+    assert record.sites == 1
+    assert "add_rms_norm_quantize" not in text(gm)
+    assert "rms_norm_quantize" in text(gm)
+
+
 def test_swiglu_of_stacked_halves():
     def program(h):
         gate, up = h.chunk(2, dim=-1)
