@@ -406,12 +406,15 @@ def variant(grouped: bool, config: dict[str, Any]) -> Variant:
 
 
 _DENSE, _GROUPED = (
-    Implementation("warp_specialized", space, call, takes, variant=partial(variant, grouped), known=known)
+    Implementation(
+        "warp_specialized", space, call, takes, variant=partial(variant, grouped), known=known,
+        tile=lambda config: (ROWS, config["columns"]),
+    )
     for space, call, grouped, known in (
         (SPACE, launch, False, KNOWN),
         (GROUPED_SPACE, launch_grouped, True, GROUPED_KNOWN),
     )
-)
+)  # fmt: skip
 IMPLEMENTATIONS = {"gemm": (_DENSE,), "grouped_gemm": (_GROUPED,)}
 
 
