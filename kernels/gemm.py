@@ -63,6 +63,11 @@ BUILT_IN = (Config(64, 64, 1, 4, 4), Config(64, 128, 1, 4, 3), Config(64, 128, 1
 KNOWN = tuple(config._asdict() for config in BUILT_IN)
 
 
+def tile_of(config: dict[str, Any]) -> tuple[int, int]:
+    """Its rows and columns."""
+    return config["halves"] * config["rows"], config["columns"]
+
+
 def valid(config: dict[str, Any]) -> bool:
     """An accumulator and a product, each of a half, must fit into the registers of its warps."""
     return config["rows"] * config["columns"] <= 64 * 128 * config["num_warps"] // 4
@@ -336,7 +341,7 @@ def variant(config: dict[str, Any]) -> Variant:
 
 IMPLEMENTATIONS = {
     "gemm": (
-        Implementation("triton", SPACE, launch, valid=valid, variant=variant, known=KNOWN),
+        Implementation("triton", SPACE, launch, valid=valid, variant=variant, known=KNOWN, tile=tile_of),
         Implementation("cublaslt", {}, cublaslt, takes=cublaslt_takes),
     )
 }

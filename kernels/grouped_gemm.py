@@ -29,6 +29,7 @@ from dsv3c.kernels.gemm import (
     output_tile,
     swizzle,
     tile_constants,
+    tile_of,
     transpose,
     valid,
 )
@@ -124,7 +125,7 @@ def variant(config: dict[str, Any]) -> Variant:
 
 
 IMPLEMENTATIONS = {
-    "grouped_gemm": (Implementation("triton", SPACE, launch, valid=valid, variant=variant, known=KNOWN),)
+    "grouped_gemm": (Implementation("triton", SPACE, launch, valid=valid, variant=variant, known=KNOWN, tile=tile_of),)
 }
 
 

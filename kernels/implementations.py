@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
 from itertools import product
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsv3c.errors import CompileError
@@ -45,6 +46,8 @@ class Implementation:
         valid: combinations of knobs that its code supports; whether they fit the device is the assembler's to say.
         variant: a configuration's kernel, for compiling without a GPU. None for a library.
         known: configurations that were good somewhere, where a search begins.
+        tile: rows and columns of the result that a program computes at a time, which says how times grow with rows
+            (`tuning/buckets.py`). cuBLASLt's grow as if it took 128×128.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Implementation:
     valid: Callable[[Config], bool] = lambda config: True
     variant: "Callable[[Config], Variant] | None" = None
     known: tuple[Config, ...] = ()
+    tile: Callable[[Config], tuple[int, int]] = lambda config: (128, 128)
 
     def holds(self, config: Config) -> bool:
         """Whether `config` is one of its configurations."""
@@ -97,19 +101,23 @@ def default(problem: Problem) -> Choice:
 
 @lru_cache(maxsize=1 << 16)
 def choose(problem: Problem) -> Choice:
-    """By measurement where this process's GPU has a row for it, else by rule.
+    """By measurement where this process's GPU has a row for it: of its best and its runner-up, what is faster at this
+    number of rows. Else by rule.
 
     A row may name an implementation or a configuration that there is no longer, or not here; it is passed over.
     """
-    for entry in _table().entries(problem):
+    table, choices = _table(), []
+    row = table.row(problem)
+    for entry in row.entries if row else ():
         found = implementations(problem.operator).get(entry.implementation)
         if found is None or not found.holds(entry.config):
             _complain(
                 f"table: expected an implementation of {problem.operator}, found {entry.implementation} {entry.config}"
             )
         elif found.takes(problem):
-            return found, entry.config
-    return default(problem)
+            growth = table.growth(row, problem, found.tile(entry.config))
+            choices.append((entry.median_us * growth, found, entry.config))
+    return min(choices, key=itemgetter(0))[1:] if choices else default(problem)
 
 
 @cache

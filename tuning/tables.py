@@ -9,7 +9,7 @@ and for which bucket of them, with which Triton; times are medians in microsecon
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from dsv3c.debug import debug_config
 from dsv3c.errors import TuneError
 from dsv3c.kernels.implementations import Problem
 from dsv3c.tuning import targets
-from dsv3c.tuning.buckets import bucket
+from dsv3c.tuning.buckets import bucket, growth, in_waves
 
 SHIPPED = Path(__file__).parent / "tables"
 FORMAT = 1
@@ -58,6 +58,10 @@ class Row:
     @property
     def problem(self) -> Problem:
         return Problem(self.operator, self.rows, self.N, self.K, self.groups)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [self.best] if self.runner_up is None else [self.best, self.runner_up]
 
     @property
     def key(self) -> tuple:
@@ -136,19 +140,19 @@ class Table:
             self._buckets.setdefault((row.operator, row.groups, row.N, row.K), {})[row.bucket] = row
         self._bounds = {key: sorted(buckets) for key, buckets in self._buckets.items()}
 
-    def entries(self, problem: Problem) -> Iterator[Entry]:
-        """Choices for it, best first: of its bucket, or of the next larger one up to twice as large, or of the
-        largest."""
+    def row(self, problem: Problem) -> Row | None:
+        """Of its bucket, or of the next larger one, or of the largest; where waves are not what takes the time, of one
+        up to twice as large."""
         key = problem.operator, problem.groups, problem.N, problem.K
         if key not in self._bounds:
-            return
+            return None
         bounds, wanted = self._bounds[key], bucket(problem, self._sms)
-        at = min(bisect_left(bounds, wanted), len(bounds) - 1)
-        if bounds[at] <= 2 * wanted:
-            row = self._buckets[key][bounds[at]]
-            yield row.best
-            if row.runner_up is not None:
-                yield row.runner_up
+        found = bounds[min(bisect_left(bounds, wanted), len(bounds) - 1)]
+        return self._buckets[key][found] if found <= 2 * wanted or in_waves(problem) else None
+
+    def growth(self, row: Row, problem: Problem, tile: tuple[int, int]) -> float:
+        """How many times as long as the row's own the problem takes, in tiles of so many rows and columns."""
+        return growth(row.problem, problem, tile, self._sms)
 
 
 @cache

@@ -145,11 +145,11 @@ class TestOnGpu:
         ws.launch_grouped(*given, found, **config)
         assert same_bits(found, expected)  # so what is of no group still holds NaN
 
-    @pytest.mark.parametrize("sizes", GROUPS)
-    def test_one_program_keeps_w(self, check, sizes, config, monkeypatch):
-        """It computes all tiles, in order: each time N = 256 is left the next group begins, K fills the stages."""
-        rows, K = sum(sizes), 128 * config["num_stages"]
-        given = *operands(check, rows, 256, K, len(sizes)), check.ends(sizes, device="cuda")
+    def test_one_program_keeps_w(self, check, config, monkeypatch):
+        """It computes all tiles in order, so from the last columns of one group it goes to the first of the next. The
+        last half begins where the next group's w does, and K fills the stages."""
+        rows, K = 40 * 100, 128 * config["num_stages"]
+        given = *operands(check, rows, 256, K, 40), check.ends([100] * 40, device="cuda")
         expected, found = poisoned(rows, 256), poisoned(rows, 256)
         grouped_gemm.launch(*given, expected, **PLAIN)
         monkeypatch.setattr(gemm, "multiprocessors", lambda: 1)

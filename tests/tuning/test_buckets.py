@@ -3,7 +3,7 @@
 import pytest
 
 from dsv3c.kernels.implementations import Problem
-from dsv3c.tuning.buckets import bucket
+from dsv3c.tuning.buckets import bucket, growth
 
 SMS = 132
 
@@ -31,3 +31,14 @@ def test_few_rows_and_contracted_rows_go_in_octaves():
     ]  # fmt: skip
     assert bucket(Problem("gemm_wgrad", 4097, 4096, 7168), SMS) == 8192
     assert bucket(Problem("grouped_gemm", 256 * 100, 4096, 7168, 256), SMS) == 128
+
+
+def test_growth_is_of_waves_where_they_take_the_time():
+    measured = Problem("gemm", 4096, 7168, 2048)
+    assert growth(measured, measured._replace(rows=3328), (128, 256), SMS) == 6 / 7
+    assert growth(measured, measured._replace(rows=3328), (128, 128), SMS) == 12 / 14
+    assert growth(measured, measured._replace(rows=128), (128, 128), SMS) == 1
+    contracted = measured._replace(operator="gemm_wgrad")
+    assert growth(contracted, contracted._replace(rows=512), (128, 128), SMS) == 1
+    groups = Problem("grouped_gemm", 8 * 4096, 4096, 7168, 8)
+    assert growth(groups, groups._replace(rows=8 * 129), (128, 256), SMS) == 2 / 32

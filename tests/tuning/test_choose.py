@@ -18,7 +18,10 @@ def nothing(*operands, **config):
     raise AssertionError("nothing is launched when choosing")
 
 
-KERNEL = Implementation("kernel", {"x": (1, 2), "y": (1, 2)}, nothing, valid=lambda config: config != {"x": 2, "y": 2})
+KERNEL = Implementation(
+    "kernel", {"x": (1, 2), "y": (1, 2)}, nothing, valid=lambda config: config != {"x": 2, "y": 2},
+    tile=lambda config: (128, 128 * config["x"]),
+)  # fmt: skip
 LIBRARY = Implementation("library", {}, nothing, takes=lambda problem: problem.rows % 4 == 0)
 
 
@@ -39,7 +42,7 @@ def two_implementations(monkeypatch, tmp_path):
 
 
 def write(path, name, config, runner_up=None):
-    best = Entry(name, config, 1.0, 1.0, 1.0)
+    best = Entry(name, config, 100.0, 99.0, 101.0)
     row = Row("gemm", 4096, 7168, 1, 4096, 4096, best, runner_up, 1, "2.11.0", tables.triton_version())
     tables.write(path, "h200", [row])
 
@@ -56,9 +59,18 @@ def test_a_row_decides_and_always_alike(two_implementations):
 
 
 def test_the_runner_up_where_the_best_cannot(two_implementations):
-    write(two_implementations, "library", {}, Entry("kernel", {"x": 1, "y": 2}, 1.0, 1.0, 1.0))
+    write(two_implementations, "library", {}, Entry("kernel", {"x": 1, "y": 2}, 105.0, 104.0, 106.0))
     assert choose(PROBLEM) == (LIBRARY, {})
     assert choose(PROBLEM._replace(rows=4095)) == (KERNEL, {"x": 1, "y": 2})
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),  # waves of 128×256 and of 128×128 tiles
+    [(4096, KERNEL), (3712, KERNEL), (3328, LIBRARY), (3072, KERNEL), (256, LIBRARY)],  # 4, 8; 4, 8; 4, 7; 3, 6; 1, 1
+)
+def test_the_runner_up_where_the_best_has_waves_to_fill(two_implementations, rows, expected):
+    write(two_implementations, "kernel", {"x": 2, "y": 1}, Entry("library", {}, 110.0, 109.0, 111.0))
+    assert choose(PROBLEM._replace(rows=rows))[0] is expected
 
 
 @pytest.mark.parametrize(
