@@ -243,5 +243,9 @@ def test_columns_are_read_without_bank_conflicts(columns, bits):
         for chunk in range(0, columns, 4):
             starts = [places[first_row + row, chunk] for row in matrix]
             assert len({start % 128 // 16 for start in starts}) == 8
-            for row, start in zip(matrix, starts, strict=True):  # 16 bytes: four columns of a row, and of the row 64 below
-                assert [places[first_row + row + r, chunk + c] - start for r in (0, 64) for c in range(4)] == [*range(0, 16, 2)]
+            for row, start in zip(
+                matrix, starts, strict=True
+            ):  # 16 bytes: four columns of a row, and of the row 64 below
+                assert [places[first_row + row + r, chunk + c] - start for r in (0, 64) for c in range(4)] == [
+                    *range(0, 16, 2)
+                ]
