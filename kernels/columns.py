@@ -18,27 +18,26 @@ from dsv3c.kernels.tiles import divide, high, larger, low, magnitude
 
 
 @gluon.constexpr_function
-def shared_layout(rows: int, columns: int, bits: int) -> gl.SharedLinearLayout:
-    """Rows one after another, each in chunks of 16 bytes that are exchanged so that neither the eight rows of a matrix
-    (0 or 1, plus 0, 16, 32 or 48) nor eight threads that write 32 bytes each meet in a bank."""
-    chunk = 128 // bits
-    chunks = columns // chunk
+def shared_layout(columns: int, bits: int) -> gl.SharedLinearLayout:
+    """128 rows in chunks of 16 bytes, half of a row and half of the row 64 below. Chunks are exchanged so that neither
+    the eight of a matrix (rows 0 or 1, plus 0, 16, 32 or 48) nor those that eight threads write meet in a bank."""
+    half = 64 // bits
     across = [1 << i for i in range((columns - 1).bit_length())]
-    exchanged = {1: 4, 16: 1, 32: 2} if chunks >= 8 else {16: 1, 32: 2} if chunks == 4 else {16: 1}
-    along = [1 << i for i in range((rows - 1).bit_length())]
+    inside = [[0, c] for c in across if c < half] + [[64, 0]]
+    chunks = [[0, c + half * (c == 8 * half)] for c in across if c >= half]
     return gl.SharedLinearLayout(
-        [[0, c + chunk * (c == 8 * chunk)] for c in across] + [[r, exchanged.get(r, 0) * chunk] for r in along]
+        inside + chunks + [[r, {1: 5, 16: 1, 32: 2}.get(r, 0) * half] for r in (1, 2, 4, 8, 16, 32)]
     )
 
 
 @gluon.constexpr_function
-def column_layout(rows: int, columns: int, warps: int) -> gl.DistributedLinearLayout:
-    """16 bits of each of rows × columns: 16 rows of a column a thread, 8 columns a warp at a time."""
-    rest = [[0, 1 << i] for i in range(3, (columns - 1).bit_length())]
+def column_layout(columns: int, warps: int) -> gl.DistributedLinearLayout:
+    """16 bits of each of 128 rows × columns: 16 rows of a column a thread, 4 columns a warp at a time: whole lines."""
+    rest = [[0, 1 << i] for i in range(2, (columns - 1).bit_length())]
     split = warps.bit_length() - 1
-    along = [[r, 0] for r in (1, 2, 4, 8, 64) if r < rows]
-    lanes = [[16, 0], [32, 0], [0, 1], [0, 2], [0, 4]]
-    return gl.DistributedLinearLayout(along + rest[split:], lanes, rest[:split], [], [rows, columns])
+    along = [[1, 0], [2, 0], [4, 0], [8, 0]]
+    lanes = [[16, 0], [32, 0], [0, 1], [0, 2], [64, 0]]
+    return gl.DistributedLinearLayout(along + rest[split:], lanes, rest[:split], [], [128, columns])
 
 
 @gluon.jit
@@ -80,19 +79,30 @@ def quarters(x):
 
 @gluon.jit
 def load_words(shared):
-    """BF16 [R, C] as words of two rows, [R/4, C] twice: rows 4i and 4i + 1, rows 4i + 2 and 4i + 3."""
-    R: gl.constexpr = shared.shape[0]
-    C: gl.constexpr = shared.shape[1]
-    x = shared.load(column_layout(R, C, gl.num_warps()))
+    """BF16 [128, C] as words of two rows, [32, C] twice: rows 4i and 4i + 1, rows 4i + 2 and 4i + 3."""
+    x = shared.load(column_layout(shared.shape[1], gl.num_warps()))
     first, second = even_odd(x.to(gl.int16, bitcast=True))
     words = first.to(gl.uint16, bitcast=True).to(gl.int32) | (second.to(gl.int32) << 16)
     return even_odd(words)
 
 
 @gluon.jit
+def halves(x):
+    """x [32, C] as [2, 16, C]: a reduction takes neighbouring lanes, and those that have a column are not."""
+    return gl.reshape(x, (2, 16, x.shape[1]))
+
+
+@gluon.jit
+def of_columns(x, like):
+    """One number for each column, laid out for use beside `like` [32, C]."""
+    return gl.convert_layout(x, gl.SliceLayout(0, like.type.layout), assert_trivial=True)
+
+
+@gluon.jit
 def largest(words, others):
     """Of each column."""
-    return magnitude(gl.reduce(larger(words, others), 0, larger))
+    top = gl.reduce(gl.reduce(halves(larger(words, others)), 1, larger), 0, larger)
+    return of_columns(magnitude(top), words)
 
 
 @triton.jit

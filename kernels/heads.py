@@ -65,7 +65,7 @@ def _load_half(
 
 @gluon.jit
 def _cast_columns(tile, t_ptr, scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr):
-    words, others = load_words(tile._reinterpret(gl.bfloat16, (128, 64), shared_layout(128, 64, 16)))
+    words, others = load_words(tile._reinterpret(gl.bfloat16, (128, 64), shared_layout(64, 16)))
     scale = scale_inv(largest(words, others), amax_floor, POW2)
     first, second = reciprocal(scale)
     words = divide_words(words, others, first[None, :], second[None, :])
@@ -89,7 +89,7 @@ def _cast_heads_kernel(
         x_ptr, y_ptr, cos_ptr, sin_ptr, 2 * tile + 1, start, rows, K_words, x_row, x_head, y_row, y_head, NOPE, REST,
         ROTATE,
     )  # fmt: skip
-    SHARED: gl.constexpr = shared_layout(128, 32, 32)
+    SHARED: gl.constexpr = shared_layout(32, 32)
     left_tile = gl.allocate_shared_memory(gl.int32, (128, 32), SHARED, left)
     right_tile = gl.allocate_shared_memory(gl.int32, (128, 32), SHARED, right)
     LAYOUT: gl.constexpr = left.type.layout

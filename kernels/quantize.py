@@ -31,8 +31,10 @@ from triton.experimental.gluon import language as gl
 from dsv3c.kernels.columns import (
     column_layout,
     divide_words,
+    halves,
     largest,
     load_words,
+    of_columns,
     pack_rows,
     quarters,
     shared_layout,
@@ -126,7 +128,8 @@ def _store_quarters(
 ):
     """Float32 numbers, to every STEP-th row of t; zero if the tile is no group's."""
     amax = _maximum(_maximum(gl.abs(x0), gl.abs(x1)), _maximum(gl.abs(x2), gl.abs(x3)))
-    scale_inv = _scale_inv(gl.where(mine, gl.reduce(amax, 0, _maximum), 0.0), amax_floor, POW2)
+    amax = of_columns(gl.reduce(gl.reduce(halves(amax), 1, _maximum), 0, _maximum), x0)
+    scale_inv = _scale_inv(gl.where(mine, amax, 0.0), amax_floor, POW2)
     divisor, factor = scale_inv[None, :], _reciprocal(scale_inv)[None, :]
     words = pack_rows(
         _divide(x0, divisor, factor), _divide(x1, divisor, factor),
@@ -142,8 +145,8 @@ def _store_transposed(
     """A tile in shared memory, cast along its rows, transposed."""
     C: gl.constexpr = shared.shape[1]
     if shared.dtype.primitive_bitwidth == 8:  # two columns at a time
-        LAYOUT: gl.constexpr = column_layout(128, C // 2, gl.num_warps())
-        pairs = shared._reinterpret(gl.int16, (128, C // 2), shared_layout(128, C // 2, 16)).load(LAYOUT)
+        LAYOUT: gl.constexpr = column_layout(C // 2, gl.num_warps())
+        pairs = shared._reinterpret(gl.int16, (128, C // 2), shared_layout(C // 2, 16)).load(LAYOUT)
         pairs0, pairs1, pairs2, pairs3 = quarters(pairs)
         scales = gl.reshape(row_scales.load(gl.SliceLayout(1, LAYOUT)), (32, 2, 2))
         scales02, scales13 = gl.split(scales)
@@ -168,7 +171,7 @@ def _store_transposed(
         words = gl.where(mine, divide_words(words, others, first[None, :], second[None, :]), 0)
         store_columns(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
     else:
-        x0, x1, x2, x3 = quarters(shared.load(column_layout(128, C, gl.num_warps())).to(gl.float32))
+        x0, x1, x2, x3 = quarters(shared.load(column_layout(C, gl.num_warps())).to(gl.float32))
         _store_quarters(x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2, 1)
 
 
@@ -222,7 +225,7 @@ def _retile_kernel(
         x_scale_inv_ptr += first_column // 128 * scale_stride + start
         x_scale_inv = gl.load(x_scale_inv_ptr + scaled, mask=scaled < rows, other=0.0)
         row_scales = gl.allocate_shared_memory(gl.float32, (128,), gl.SwizzledSharedLayout(1, 1, 1, [0]), x_scale_inv)
-    SHARED: gl.constexpr = shared_layout(128, COLUMNS, BITS)
+    SHARED: gl.constexpr = shared_layout(COLUMNS, BITS)
     tiles = ()
     for part in gl.static_range(PARTS):
         tiles += (gl.allocate_shared_memory(x_ptr.dtype.element_ty, (128, COLUMNS), SHARED, parts[part]),)
