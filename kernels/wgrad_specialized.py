@@ -161,9 +161,9 @@ def _consume(
     sizes, dw, tickets, operands, barriers, STAGES: gl.constexpr, BUFFERS: gl.constexpr, BAND: gl.constexpr,
     ACCUMULATE: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
-    """Rows MINE to MINE + 64 of each tile."""
+    """Columns MINE to MINE + 128 of each tile."""
     _first_ptr, N, K, E = sizes
-    dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf = operands
+    dyt_buf, xt_buf, row_buf, column_buf = operands
     full, empty = barriers
     ROW: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     COLUMN: gl.constexpr = gl.SliceLayout(0, PRODUCT)
@@ -174,7 +174,8 @@ def _consume(
     tile = gl.program_id(0)
     while tile < E * gl.cdiv(N, 128) * gl.cdiv(K, 256):
         e, row, column, first, last = _locate(tile, sizes, BAND)
-        row += e * N + MINE
+        row += e * N
+        column += MINE
         if ACCUMULATE:
             _fetch(dw, row, column, sent, BUFFERS)
         acc0 = gl.zeros((64, 128), gl.float32, PRODUCT)
@@ -182,23 +183,24 @@ def _consume(
         for _ in range(first, last):
             stage = count % STAGES
             mbarrier.wait(full.index(stage), count // STAGES % 2)
-            dyt = dyt_buf.index(stage).slice(MINE, 64)
-            row_scale = row_buf.index(stage).slice(MINE, 64).load(ROW)
-            product = warpgroup_mma(dyt, xt0_buf.index(stage).permute((1, 0)), product, use_acc=False, is_async=True)
-            column_scale = column0_buf.index(stage).load(COLUMN)
+            above, below = dyt_buf.index(stage).slice(0, 64), dyt_buf.index(stage).slice(64, 64)
+            xt = xt_buf.index(stage).permute((1, 0))
+            product = warpgroup_mma(above, xt, product, use_acc=False, is_async=True)
+            column_scale = column_buf.index(stage).load(COLUMN)
+            row_scale0 = row_buf.index(stage).slice(0, 64).load(ROW)
+            row_scale1 = row_buf.index(stage).slice(64, 64).load(ROW)
             product = warpgroup_mma_wait(0, deps=[product])
-            acc0 = _promote(product, row_scale, column_scale, acc0)
-            product = warpgroup_mma(dyt, xt1_buf.index(stage).permute((1, 0)), product, use_acc=False, is_async=True)
-            column_scale = column1_buf.index(stage).load(COLUMN)
+            acc0 = _promote(product, row_scale0, column_scale, acc0)
+            product = warpgroup_mma(below, xt, product, use_acc=False, is_async=True)
             product = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(empty.index(stage), count=1)
-            acc1 = _promote(product, row_scale, column_scale, acc1)
+            acc1 = _promote(product, row_scale1, column_scale, acc1)
             count += 1
         _store(dw, acc0, row, column, sent, BUFFERS, ACCUMULATE)
         sent += 1
         if ACCUMULATE:
-            _fetch(dw, row, column + 128, sent, BUFFERS)
-        _store(dw, acc1, row, column + 128, sent, BUFFERS, ACCUMULATE)
+            _fetch(dw, row + 64, column, sent, BUFFERS)
+        _store(dw, acc1, row + 64, column, sent, BUFFERS, ACCUMULATE)
         sent += 1
         tile = _take(tickets, turn)
         turn += 1
@@ -218,18 +220,18 @@ def _wgrad_specialized_kernel(
     row_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
     column0_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
     column1_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
-    above_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
-    below_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
+    left_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
+    right_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
-    above_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
-    below_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
+    left_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
+    right_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(BUFFERS):
-        mbarrier.init(above_ready.index(i), count=1)
-        mbarrier.init(below_ready.index(i), count=1)
+        mbarrier.init(left_ready.index(i), count=1)
+        mbarrier.init(right_ready.index(i), count=1)
     ticket_buf = gl.allocate_shared_memory(gl.int32, (TICKETS, 1), gl.SwizzledSharedLayout(1, 1, 1, [0]))
     drawn = gl.allocate_shared_memory(gl.int64, (TICKETS, 1), mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, (TICKETS, 1), mbarrier.MBarrierLayout())
@@ -239,11 +241,13 @@ def _wgrad_specialized_kernel(
     sizes, barriers, tickets = (first_ptr, N, K, E), (full, empty), (ticket_buf, drawn, taken)
     descs = (dyt_desc, xt_desc, row_desc, column_desc)
     operands = (dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf)
-    above, below = (dw_desc, above_buf, above_ready), (dw_desc, below_buf, below_ready)
+    left, right = (dw_desc, left_buf, left_ready), (dw_desc, right_buf, right_ready)
+    left_operands = (dyt_buf, xt0_buf, row_buf, column0_buf)
+    right_operands = (dyt_buf, xt1_buf, row_buf, column1_buf)
     gl.warp_specialize(
         [
-            (_consume, (sizes, above, tickets, operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 0)),
-            (_consume, (sizes, below, tickets, operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 64)),
+            (_consume, (sizes, left, tickets, left_operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 0)),
+            (_consume, (sizes, right, tickets, right_operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 128)),
             (_produce, (sizes, descs, drawn_ptr, tickets, operands, barriers, STAGES, BAND)),
         ],
         [4, 1],
