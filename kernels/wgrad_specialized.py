@@ -1,14 +1,16 @@
 """Weight gradients with the warps of a program specialised as in `warp_specialized.py`.
 
 dw = dyᵀ x of one weight or of each group's. One warp copies operands and both their scales into shared memory; two
-groups of four warps each compute 64 rows of a tile, two products of 64×128 beside each other, one of which is
+groups of four warps each compute 128 columns of a tile, two products of 64×128 below each other, one of which is
 multiplied while the other consumer promotes. Both operands have a scale per row (`wgrad.py`), so that promotion takes
-two instructions a value. Order of sums and roundings are those of `wgrad.py`, and so are the bits of the result.
-(H200, 4096 rows, float32: 740–950 TFLOPS, 0.96 of cuBLASLt as a geometric mean over V3's shapes; plain Triton 0.79.)
+two instructions a value, and a thread 32 scales of columns for each product. Those and the products' operands come from
+shared memory, which was the limit (72 % busy, the tensor cores 55 %) as long as a consumer had 64 rows of all columns
+and read twice the scales: 5 to 9 % slower. Order of sums and roundings are those of `wgrad.py`, and so are the bits.
+(H200, 4096 rows, float32: 814–1005 TFLOPS, 1.01 of cuBLASLt as a geometric mean over V3's shapes.)
 
 A half of a result leaves through shared memory while the next one is computed. In BF16 there is room for two a
 consumer: all programs finish a tile at the same time, and the memory takes longer than a half does (8 groups of 4096
-rows: 930–980 TFLOPS, with one buffer 830–890).
+rows: 970–1046 TFLOPS; when it was tried, 930–980, with one buffer 830–890).
 
 Where tiles are many and short, a program draws the next one from a counter. All take the same time, but multiprocessors
 do not get the same share of memory: of few rows, where the result is the traffic, the slowest would keep the others
