@@ -5,7 +5,8 @@ wait for each other through barriers in shared memory. A program computes tiles 
 consumer 64 rows of them. So one consumer multiplies while the other promotes, copies for the next tile run while the
 last one is stored, and 128×256 fits, whose operands are 48 KiB for 8.4 MFLOP (twice 128×128: 64). The size counts: what
 the L2 cache gives and what memory puts into it is 9 to 9.7 TB/s together, by group at any length. (H200, V3's shapes at
-M = 4096: 983–1182 TFLOPS, 0.87 of DeepGEMM 2.6.1, which shares copies between two multiprocessors.)
+M = 4096: 962–1180 TFLOPS. DeepGEMM 2.6.1 shares copies between two multiprocessors; this was 0.87 of it when tiles of
+192 columns took 5 to 7 % longer.)
 
 By group a program draws its next tile from a counter: tiles take different times, and only those that are begun
 together find each other's x and w in the L2 cache. Groups of one tile, where reading w is the time, and longer ones,
@@ -13,8 +14,9 @@ where the products are, take turns in lots. (Zipf's counts over 256 groups: 5 to
 
 A half of a consumer's part is one tensor core product, 64×128 (or 64×64). It must lie in one column of the weight's
 blocks. Of 256 columns only one half's product is alive at a time: the promotion is volatile, as in `gemm.py`. Of 192
-there are registers for both, and one is promoted while the other is multiplied (8 groups of 4096 rows: 5 to 7 % less
-time). The order of sums and the roundings are those of `gemm.py` too, and so are the bits of the result.
+there are registers for both, and one is promoted while the other is multiplied. That takes 5 to 7 % less time, by group
+less than 256 columns, though it copies more (8 groups of 4096 rows: tensor cores 80 % busy, 74 with 256). The order of
+sums and the roundings are those of `gemm.py` too, and so are the bits of the result.
 """
 
 from collections.abc import Iterator
@@ -62,9 +64,9 @@ class Config(NamedTuple):
 
 SPACE = {"columns": (192, 256), "num_stages": (3, 4, 5), "band": (0, 4, 8, 16, 32)}
 GROUPED_SPACE = SPACE | {"band": SPACE["band"][1:]}  # a program's tiles are drawn one by one
-# On an H200, in this order: most dense shapes; grouped, 4096 rows and more each; K = 512; N = 2112, and few rows each.
+# On an H200, in this order: most dense shapes; groups, N = 2112, 16384 and 24576; K = 512; as the first, of few tiles.
 KNOWN = tuple(
-    config._asdict() for config in (Config(256, 3, 16), Config(256, 4, 8), Config(256, 4, 0), Config(192, 4, 8))
+    config._asdict() for config in (Config(256, 3, 16), Config(192, 4, 8), Config(192, 4, 0), Config(256, 4, 8))
 )
 GROUPED_KNOWN = tuple(config for config in KNOWN if config["band"])
 

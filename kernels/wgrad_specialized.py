@@ -1,14 +1,16 @@
 """Weight gradients with the warps of a program specialised as in `warp_specialized.py`.
 
 dw = dyᵀ x of one weight or of each group's. One warp copies operands and both their scales into shared memory; two
-groups of four warps each compute 64 rows of a tile, two products of 64×128 beside each other, one of which is
+groups of four warps each compute 128 columns of a tile, two products of 64×128 below each other, one of which is
 multiplied while the other consumer promotes. Both operands have a scale per row (`wgrad.py`), so that promotion takes
-two instructions a value. Order of sums and roundings are those of `wgrad.py`, and so are the bits of the result.
-(H200, 4096 rows, float32: 740–950 TFLOPS, 0.96 of cuBLASLt as a geometric mean over V3's shapes; plain Triton 0.79.)
+two instructions a value, and a thread 32 scales of columns for each product. Those and the products' operands come from
+shared memory, which was the limit (72 % busy, the tensor cores 55 %) as long as a consumer had 64 rows of all columns
+and read twice the scales: 5 to 9 % slower. Order of sums and roundings are those of `wgrad.py`, and so are the bits.
+(H200, 4096 rows, float32: 814–1005 TFLOPS, 1.01 of cuBLASLt as a geometric mean over V3's shapes.)
 
 A half of a result leaves through shared memory while the next one is computed. In BF16 there is room for two a
 consumer: all programs finish a tile at the same time, and the memory takes longer than a half does (8 groups of 4096
-rows: 930–980 TFLOPS, with one buffer 830–890).
+rows: 970–1046 TFLOPS; when it was tried, 930–980, with one buffer 830–890).
 
 Where tiles are many and short, a program draws the next one from a counter. All take the same time, but multiprocessors
 do not get the same share of memory: of few rows, where the result is the traffic, the slowest would keep the others
@@ -161,9 +163,9 @@ def _consume(
     sizes, dw, tickets, operands, barriers, STAGES: gl.constexpr, BUFFERS: gl.constexpr, BAND: gl.constexpr,
     ACCUMULATE: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
-    """Rows MINE to MINE + 64 of each tile."""
+    """Columns MINE to MINE + 128 of each tile."""
     _first_ptr, N, K, E = sizes
-    dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf = operands
+    dyt_buf, xt_buf, row_buf, column_buf = operands
     full, empty = barriers
     ROW: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     COLUMN: gl.constexpr = gl.SliceLayout(0, PRODUCT)
@@ -174,7 +176,8 @@ def _consume(
     tile = gl.program_id(0)
     while tile < E * gl.cdiv(N, 128) * gl.cdiv(K, 256):
         e, row, column, first, last = _locate(tile, sizes, BAND)
-        row += e * N + MINE
+        row += e * N
+        column += MINE
         if ACCUMULATE:
             _fetch(dw, row, column, sent, BUFFERS)
         acc0 = gl.zeros((64, 128), gl.float32, PRODUCT)
@@ -182,23 +185,24 @@ def _consume(
         for _ in range(first, last):
             stage = count % STAGES
             mbarrier.wait(full.index(stage), count // STAGES % 2)
-            dyt = dyt_buf.index(stage).slice(MINE, 64)
-            row_scale = row_buf.index(stage).slice(MINE, 64).load(ROW)
-            product = warpgroup_mma(dyt, xt0_buf.index(stage).permute((1, 0)), product, use_acc=False, is_async=True)
-            column_scale = column0_buf.index(stage).load(COLUMN)
+            above, below = dyt_buf.index(stage).slice(0, 64), dyt_buf.index(stage).slice(64, 64)
+            xt = xt_buf.index(stage).permute((1, 0))
+            product = warpgroup_mma(above, xt, product, use_acc=False, is_async=True)
+            column_scale = column_buf.index(stage).load(COLUMN)
+            row_scale0 = row_buf.index(stage).slice(0, 64).load(ROW)
+            row_scale1 = row_buf.index(stage).slice(64, 64).load(ROW)
             product = warpgroup_mma_wait(0, deps=[product])
-            acc0 = _promote(product, row_scale, column_scale, acc0)
-            product = warpgroup_mma(dyt, xt1_buf.index(stage).permute((1, 0)), product, use_acc=False, is_async=True)
-            column_scale = column1_buf.index(stage).load(COLUMN)
+            acc0 = _promote(product, row_scale0, column_scale, acc0)
+            product = warpgroup_mma(below, xt, product, use_acc=False, is_async=True)
             product = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(empty.index(stage), count=1)
-            acc1 = _promote(product, row_scale, column_scale, acc1)
+            acc1 = _promote(product, row_scale1, column_scale, acc1)
             count += 1
         _store(dw, acc0, row, column, sent, BUFFERS, ACCUMULATE)
         sent += 1
         if ACCUMULATE:
-            _fetch(dw, row, column + 128, sent, BUFFERS)
-        _store(dw, acc1, row, column + 128, sent, BUFFERS, ACCUMULATE)
+            _fetch(dw, row + 64, column, sent, BUFFERS)
+        _store(dw, acc1, row + 64, column, sent, BUFFERS, ACCUMULATE)
         sent += 1
         tile = _take(tickets, turn)
         turn += 1
@@ -218,18 +222,18 @@ def _wgrad_specialized_kernel(
     row_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
     column0_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
     column1_buf = gl.allocate_shared_memory(gl.float32, (STAGES, 128), row_desc.layout)
-    above_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
-    below_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
+    left_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
+    right_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
-    above_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
-    below_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
+    left_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
+    right_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(BUFFERS):
-        mbarrier.init(above_ready.index(i), count=1)
-        mbarrier.init(below_ready.index(i), count=1)
+        mbarrier.init(left_ready.index(i), count=1)
+        mbarrier.init(right_ready.index(i), count=1)
     ticket_buf = gl.allocate_shared_memory(gl.int32, (TICKETS, 1), gl.SwizzledSharedLayout(1, 1, 1, [0]))
     drawn = gl.allocate_shared_memory(gl.int64, (TICKETS, 1), mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, (TICKETS, 1), mbarrier.MBarrierLayout())
@@ -239,11 +243,13 @@ def _wgrad_specialized_kernel(
     sizes, barriers, tickets = (first_ptr, N, K, E), (full, empty), (ticket_buf, drawn, taken)
     descs = (dyt_desc, xt_desc, row_desc, column_desc)
     operands = (dyt_buf, xt0_buf, xt1_buf, row_buf, column0_buf, column1_buf)
-    above, below = (dw_desc, above_buf, above_ready), (dw_desc, below_buf, below_ready)
+    left, right = (dw_desc, left_buf, left_ready), (dw_desc, right_buf, right_ready)
+    left_operands = (dyt_buf, xt0_buf, row_buf, column0_buf)
+    right_operands = (dyt_buf, xt1_buf, row_buf, column1_buf)
     gl.warp_specialize(
         [
-            (_consume, (sizes, above, tickets, operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 0)),
-            (_consume, (sizes, below, tickets, operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 64)),
+            (_consume, (sizes, left, tickets, left_operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 0)),
+            (_consume, (sizes, right, tickets, right_operands, barriers, STAGES, BUFFERS, BAND, ACCUMULATE, 128)),
             (_produce, (sizes, descs, drawn_ptr, tickets, operands, barriers, STAGES, BAND)),
         ],
         [4, 1],

@@ -148,9 +148,9 @@ def test_what_is_registered(operator, monkeypatch, request):
     assert max(len(list(implementation.configs())) for implementation in found.values()) >= 200
 
 
-@pytest.mark.parametrize(("rows", "groups", "expected"), [(256 * 128, 256, 256), (8 * 4096, 8, 256), (64, 8, None)])
+@pytest.mark.parametrize(("rows", "groups", "expected"), [(256 * 128, 256, 192), (8 * 4096, 8, 192), (64, 8, None)])
 def test_the_rule_for_groups(rows, groups, expected, monkeypatch, request):
-    """Tiles of 256 columns were fastest for 128 rows a group and more, and plain ones for a few."""
+    """Tiles of 192 columns were fastest for 128 rows a group and more, and plain ones for a few."""
     monkeypatch.undo()
     request.getfixturevalue("hopper")
     implementation, config = default(Problem("grouped_gemm", rows, 4096, 7168, groups))
