@@ -10,13 +10,14 @@ not by every thread that has a value of it. Neighbouring programs take neighbour
 pages of memory.
 
 The transposing casts (`_retile_kernel`) read a tile's columns from shared memory as `columns.py` says: 16 rows of a
-column a thread, twice. What limits them is bytes under way: a program of `requantize_t` lives for about 5 µs, and its
-float32 numbers leave room for 20 warps. With tiles of 128 × 64 that was 0.67 of a copy's speed; two tiles a program,
-loaded together, made it 0.80. In `quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of
-which many experts make many, are only filled.
+column a thread. What limits them is bytes under way: a program of `requantize_t` lives for about 5 µs. With tiles of
+128 × 64 that was 0.67 of a copy's speed; two tiles a program, loaded together, made it 0.80, a layout with fewer
+registers 0.83. More programs at a time, a loop of a third of the code, or another order of tiles are no faster. In
+`quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of which many experts make many, are
+only filled. `permute_requantize_t` reads tokens' rows, an eighth as many, where `permute` would have put their copies.
 
 H200, 4096 and 32768 rows of 2048 to 18432, in the time of a copy of as many bytes: `quantize_tile` 0.93 to 0.99,
-`quantize_tile_t` 0.92 to 0.95, `requantize_t` 0.80 to 0.84, `quantize_tile_both` 0.89 to 0.93.
+`quantize_tile_t` 0.91 to 0.96, `requantize_t` 0.81 to 0.86, `quantize_tile_both` 0.89 to 0.96.
 """
 
 from collections.abc import Iterator
@@ -212,6 +213,8 @@ def _retile_kernel(
         nothing = _scale_inv(nothing, amax_floor, POW2)
         store_columns(words, nothing, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
         return
+    if not ROWWISE:
+        mine = True  # or it would have no rows
     row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))
     if TOP_K:
