@@ -10,13 +10,14 @@ not by every thread that has a value of it. Neighbouring programs take neighbour
 pages of memory.
 
 The transposing casts (`_retile_kernel`) read a tile's columns from shared memory as `columns.py` says: 16 rows of a
-column a thread, twice. What limits them is bytes under way: a program of `requantize_t` lives for about 5 µs, and its
-float32 numbers leave room for 20 warps. With tiles of 128 × 64 that was 0.67 of a copy's speed; two tiles a program,
-loaded together, made it 0.80. In `quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of
-which many experts make many, are only filled.
+column a thread. What limits them is bytes under way: a program of `requantize_t` lives for about 5 µs. With tiles of
+128 × 64 that was 0.67 of a copy's speed; two tiles a program, loaded together, made it 0.80, a layout with fewer
+registers 0.83. More programs at a time, a loop of a third of the code, or another order of tiles are no faster. In
+`quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of which many experts make many, are
+only filled. `permute_requantize_t` reads tokens' rows, an eighth as many, where `permute` would have put their copies.
 
 H200, 4096 and 32768 rows of 2048 to 18432, in the time of a copy of as many bytes: `quantize_tile` 0.93 to 0.99,
-`quantize_tile_t` 0.92 to 0.95, `requantize_t` 0.80 to 0.84, `quantize_tile_both` 0.89 to 0.93.
+`quantize_tile_t` 0.91 to 0.96, `requantize_t` 0.81 to 0.86, `quantize_tile_both` 0.89 to 0.96.
 """
 
 from collections.abc import Iterator
@@ -178,13 +179,14 @@ def _store_transposed(
 @launched
 @gluon.jit(do_not_specialize=["R", "scale_stride", "E"])
 def _retile_kernel(
-    x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, R, K, x_stride,
-    scale_stride, P_words, E, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr,
-    ROWWISE: gl.constexpr, GROUPS: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
+    x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, permutation_ptr, offs_ptr, R, K, x_stride,
+    scale_stride, P_words, E, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr, ROWWISE: gl.constexpr,
+    GROUPS: gl.constexpr, TOP_K: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of a group × PARTS · COLUMNS columns, cast along the rows, transposed (t), and as is (q).
 
-    Tiles that no group has are zero in t; those of them that are needed have the rows of no group for q.
+    Tiles that no group has are zero in t; those of them that are needed have the rows of no group for q. With TOP_K,
+    x has one row for each TOP_K of the permutation.
     """
     WARPS: gl.constexpr = gl.num_warps()
     BITS: gl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
@@ -211,19 +213,28 @@ def _retile_kernel(
         nothing = _scale_inv(nothing, amax_floor, POW2)
         store_columns(words, nothing, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
         return
+    if not ROWWISE:
+        mine = True  # or it would have no rows
     row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))
-    x_ptr += start.to(gl.int64) * x_stride + first_column
+    if TOP_K:
+        token = gl.load(permutation_ptr + start + row, mask=row < rows, other=0) // TOP_K
+        x_ptr += token.to(gl.int64)[:, None] * x_stride + first_column
+    else:
+        x_ptr += start.to(gl.int64) * x_stride + first_column + row[:, None] * x_stride
     parts = ()
     for part in gl.static_range(PARTS):  # all loads first: what is under way is what hides their latency
         inside = (row[:, None] < rows) & (column[None, :] < columns - part * COLUMNS)
-        at = row[:, None] * x_stride + (part * COLUMNS + column[None, :])
-        parts += (gl.load(x_ptr + at, mask=inside, other=0.0),)
+        parts += (gl.load(x_ptr + (part * COLUMNS + column[None, :]), mask=inside, other=0.0),)
     row_scales = None
     if DEQUANTIZE:
         scaled = gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        x_scale_inv_ptr += first_column // 128 * scale_stride + start
-        x_scale_inv = gl.load(x_scale_inv_ptr + scaled, mask=scaled < rows, other=0.0)
+        x_scale_inv_ptr += first_column // 128 * scale_stride
+        if TOP_K:
+            scaled_token = gl.load(permutation_ptr + start + scaled, mask=scaled < rows, other=0) // TOP_K
+            x_scale_inv = gl.load(x_scale_inv_ptr + scaled_token, mask=scaled < rows, other=0.0)
+        else:
+            x_scale_inv = gl.load(x_scale_inv_ptr + start + scaled, mask=scaled < rows, other=0.0)
         row_scales = gl.allocate_shared_memory(gl.float32, (128,), gl.SwizzledSharedLayout(1, 1, 1, [0]), x_scale_inv)
     SHARED: gl.constexpr = shared_layout(COLUMNS, BITS)
     tiles = ()
@@ -321,8 +332,24 @@ def requantize_t(
     _retile(_readable(x_fp8_RK), column_major(x_scale_inv), offs, amax_floor, pow2, None, out)
 
 
-def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> None:
+def permute_requantize_t(
+    x_fp8_TH: Tensor,
+    x_scale_inv: Tensor,
+    permutation_R: Tensor,
+    inverse_TK: Tensor,
+    offs: Tensor,
+    amax_floor: float,
+    pow2: bool,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Launcher of `dsv3c::permute_requantize_t`."""
+    x, scale_inv, top_k = _readable(x_fp8_TH), column_major(x_scale_inv), inverse_TK.shape[1]
+    _retile(x, scale_inv, offs, amax_floor, pow2, None, out, permutation_R.contiguous(), top_k)
+
+
+def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed, permutation_R=None, top_k=0) -> None:
     R, K = x_RK.shape
+    R = R if permutation_R is None else len(permutation_R)
     t_KP, t_scale_inv = transposed
     P = t_KP.shape[1]
     if t_KP.numel() == 0:
@@ -331,9 +358,9 @@ def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed) -> N
     scale_stride = 0 if x_scale_inv is None else x_scale_inv.stride(1)
     columns, parts, options = _program(x_scale_inv is not None, rowwise is not None)
     _retile_kernel[(ceil_div(K, parts * columns), P // TILE)](
-        x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, R, K,
-        x_RK.stride(0), scale_stride, P // 4, E, amax_floor, pow2, x_scale_inv is not None,
-        rowwise is not None, groups_of(offs), columns, parts, **options,
+        x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, permutation_R,
+        offs, R, K, x_RK.stride(0), scale_stride, P // 4, E, amax_floor, pow2, x_scale_inv is not None,
+        rowwise is not None, groups_of(offs), top_k, columns, parts, **options,
     )  # fmt: skip
 
 
@@ -376,13 +403,14 @@ def variants() -> Iterator[Variant]:
         block = {"q_ptr": FP8, "scale_inv_ptr": F32, "w_ptr": x}
         yield Variant(_dequantize_block_kernel, block, {}, num_warps=8)
     for x, dequantize, rowwise in ((BF16, False, False), (F32, False, False), (FP8, True, False), (BF16, False, True)):
-        for groups in (0, 32):
+        for groups, top_k in ((0, 0), (32, 0), (32, 8))[: 3 if dequantize else 2]:
             pointers = {"x_ptr": x, "t_ptr": I32, "t_scale_inv_ptr": F32}
             pointers |= {"x_scale_inv_ptr": F32} if dequantize else {}
             pointers |= {"q_ptr": FP8, "scale_inv_ptr": F32} if rowwise else {}
             pointers |= {"offs_ptr": I32} if groups else {}
+            pointers |= {"permutation_ptr": I32} if top_k else {}
             columns, parts, options = _program(dequantize, rowwise)
-            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPS": groups}
+            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPS": groups, "TOP_K": top_k}
             absent = {n: None for n in _retile_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
             yield Variant(
                 _retile_kernel,

@@ -25,6 +25,7 @@ from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
 from dsv3c.passes.raise_rotary import RaiseRotary
 from dsv3c.passes.rotate_in_place import RotateInPlace
 from dsv3c.passes.share_equal import ShareEqual
+from dsv3c.passes.transpose_permuted import TransposePermuted
 from dsv3c.passes.transpose_saved import TransposeSaved
 from dsv3c.passes.weigh_activations import WeighActivations
 
@@ -59,6 +60,7 @@ __all__ = [
     "ShareEqual",
     "Skipped",
     "Tier",
+    "TransposePermuted",
     "TransposeSaved",
     "WeighActivations",
     "WeightInput",

@@ -28,6 +28,7 @@ from dsv3c.passes.raise_grouped_linear import RaiseGroupedLinear
 from dsv3c.passes.raise_rotary import RaiseRotary
 from dsv3c.passes.rotate_in_place import RotateInPlace
 from dsv3c.passes.share_equal import ShareEqual
+from dsv3c.passes.transpose_permuted import TransposePermuted
 from dsv3c.passes.transpose_saved import TransposeSaved
 from dsv3c.passes.weigh_activations import WeighActivations
 
@@ -60,6 +61,7 @@ def default(
         FuseSwiGLUBackward(),
         WeighActivations(),
         TransposeSaved(),
+        TransposePermuted(),
         NarrowProduct(),
         QuantizeBoth(),
         CastHeads(),

@@ -3,7 +3,16 @@
 import torch
 
 from dsv3c.kernels.reference import permute
-from dsv3c.operators.define import check_rank, check_tiles, define, empty_tiles, expect
+from dsv3c.kernels.reference.casts import padded_rows
+from dsv3c.operators.define import (
+    check_floor,
+    check_rank,
+    check_tiles,
+    count_groups,
+    define,
+    empty_tiles,
+    expect,
+)
 
 
 def _check_inverse(inverse_TK, rows) -> None:
@@ -30,6 +39,12 @@ def _permute(x_fp8_TH, x_scale_inv, permutation_R, inverse_TK):
     _check_inverse(inverse_TK, permutation_R.shape[0])
     _check_permutation(permutation_R, permutation_R.shape[0])
     return empty_tiles(x_fp8_TH, permutation_R.shape[0], H)
+
+
+def _permute_requantize_t(x_fp8_TH, x_scale_inv, permutation_R, inverse_TK, offs, amax_floor, pow2):
+    check_floor(amax_floor)
+    R, H = _permute(x_fp8_TH, x_scale_inv, permutation_R, inverse_TK)[0].shape
+    return empty_tiles(x_fp8_TH, H, padded_rows(R, count_groups(offs)))
 
 
 def _unpermute(y_RH, inverse_TK, topk_weights_TK, added_TH, residual_TH):
@@ -59,6 +74,13 @@ define(
     _permute,
     permute.permute_ref,
     "permute",
+)
+define(
+    "permute_requantize_t(Tensor x_fp8, Tensor x_scale_inv, Tensor permutation, Tensor inverse, Tensor offs, "
+    "float amax_floor, bool pow2) -> (Tensor, Tensor)",
+    _permute_requantize_t,
+    permute.permute_requantize_t_ref,
+    "quantize",
 )
 define(
     "unpermute(Tensor y, Tensor inverse, Tensor? topk_weights, Tensor? added, Tensor? residual) -> Tensor",

@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from dsv3c.kernels.reference.casts import requantize_t_ref
+
 
 def permute_ref(
     x_fp8_TH: Tensor, x_scale_inv_TG: Tensor, permutation_R: Tensor, inverse_TK: Tensor
@@ -12,6 +14,19 @@ def permute_ref(
     token_R = permutation_R.long() // inverse_TK.shape[1]
     scale_inv_GR = x_scale_inv_TG.t().contiguous()[:, token_R]
     return x_fp8_TH.view(torch.uint8)[token_R].view(x_fp8_TH.dtype), scale_inv_GR.t()
+
+
+def permute_requantize_t_ref(
+    x_fp8_TH: Tensor,
+    x_scale_inv_TG: Tensor,
+    permutation_R: Tensor,
+    inverse_TK: Tensor,
+    offs: Tensor,
+    amax_floor: float,
+    pow2: bool,
+) -> tuple[Tensor, Tensor]:
+    """`requantize_t` of `permute`, the bits of both: each expert's rows, cast again for its weight gradient."""
+    return requantize_t_ref(*permute_ref(x_fp8_TH, x_scale_inv_TG, permutation_R, inverse_TK), offs, amax_floor, pow2)
 
 
 def unpermute_ref(

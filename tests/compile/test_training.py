@@ -60,6 +60,7 @@ def test_a_step_in_each_variant(make, request, compiled, logits, without_codegen
             assert operators["swiglu_quantize_save"] == operators["swiglu_quantize_backward"] > 0
             assert operators["permute"] == operators["unpermute"] == 2
             assert operators["rms_norm_backward"] == 4
+            assert operators["permute_requantize_t"] == 2
             assert operators["quantize_tile_both"] > 0
         again = set(re.findall(r"= (\S+)\.default\(.*computed again", joint.text))
         assert ("dsv3c.rms_norm_quantize" in again) == (name in ("default", "low"))

@@ -41,6 +41,23 @@ def test_permute(check, size):
         assert torch.equal(bits(f), bits(e))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("size", [*SIZES, (1000, 8, 1000)])
+def test_permute_requantize_t(check, size, device):
+    """What casting again after the gather gives, bit for bit: groups that are empty, short, full, and rows of none."""
+    x, _, _, permutation, inverse = make(check, *size, device=device)
+    rows = torch.stack([x[copy // size[1]] for copy in permutation.tolist()])
+    offs = check.ends([len(rows) // 3, 0, min(128, len(rows) // 3), 0, len(rows) // 4], device)
+    for pow2 in (False, True):
+        pair = ops.quantize_tile(x, FLOOR, pow2)
+        expected = ops.requantize_t(*ops.quantize_tile(rows, FLOOR, pow2), offs, FLOOR, pow2)
+        for q, scale_inv in (pair, (torch.cat([pair[0]] * 2, 1)[:, : size[2]], pair[1].contiguous())):
+            found = ops.permute_requantize_t(q, scale_inv, permutation, inverse, offs, FLOOR, pow2)
+            for f, e in zip(found, expected, strict=True):
+                assert (f.shape, f.stride(), f.dtype) == (e.shape, e.stride(), e.dtype)
+                assert torch.equal(bits(f), bits(e))
+
+
 def assert_sum(out, y, inverse, weights, *terms):
     """`out` against float64, token by token."""
     sums, magnitudes = [], []
@@ -109,19 +126,20 @@ def test_backwards_are_the_gradients(check):
     assert torch.equal(ops.unpermute(y.detach(), inverse, None, None, None), dx)
 
 
-@pytest.mark.parametrize("name", ["permute", "unpermute", "unpermute_backward"])
+@pytest.mark.parametrize("name", ["permute", "permute_requantize_t", "unpermute", "unpermute_backward"])
 def test_fake_agrees_with_real(check, name):
     x, y, weights, permutation, inverse = make(check, 40, 3, 144)
     q = ops.quantize_tile(x, FLOOR, False)
     arguments = {
         "permute": (*q, permutation, inverse),
+        "permute_requantize_t": (*q, permutation, inverse, check.ends([70, 50]), FLOOR, False),
         "unpermute": (y, inverse, weights, x, None),
         "unpermute_backward": (x, y, inverse, weights),
     }
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(ops, name).default, arguments[name], test_utils=tests)
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = getattr(ops, name)(*(a if a is None else mode.from_tensor(a) for a in arguments[name]))
+        fake = getattr(ops, name)(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments[name]))
     real = getattr(ops, name)(*arguments[name])
     for f, r in zip(*(t if isinstance(t, tuple) else (t,) for t in (fake, real)), strict=True):
         assert (f.shape, f.stride(), f.dtype) == (r.shape, r.stride(), r.dtype)
@@ -265,16 +283,25 @@ def test_offsets_beyond_32_bits(check):
     tokens = permutation[-100:].long() // K
     assert torch.equal(rows.view(torch.uint8)[-100:], q.view(torch.uint8)[tokens])
     assert torch.equal(row_scale_inv[-100:], scale_inv[tokens])
+    del rows
+    offs = torch.tensor([T * K - 100, T * K], dtype=torch.int32, device="cuda")
+    across, across_scale_inv = ops.permute_requantize_t(q, scale_inv, permutation, inverse, offs, FLOOR, False)
+    last = ops.quantize_tile(x, FLOOR, False)[0].view(torch.uint8)[tokens].view(q.dtype), scale_inv[tokens]
+    expected = ops.requantize_t(*last, offs[:1] * 0 + 100, FLOOR, False)
+    first = (T * K - 100 + 127) // 128 * 128
+    assert torch.equal(across.view(torch.uint8)[:, first : first + 100], expected[0].view(torch.uint8)[:, :100])
+    assert torch.equal(across_scale_inv[:, first // 128], expected[1][:, 0])
 
 
 @pytest.mark.gpu
 def test_in_a_cuda_graph(check):
     x, y, weights, permutation, inverse = make(check, 100, 4, 512, device="cuda")
-    q = ops.quantize_tile(x, FLOOR, False)
+    q, offs = ops.quantize_tile(x, FLOOR, False), check.ends([100, 300], "cuda")
 
     def call():
         return (
             *ops.permute(*q, permutation, inverse),
+            *ops.permute_requantize_t(*q, permutation, inverse, offs, FLOOR, False),
             ops.unpermute(y, inverse, weights, x, None),
             *ops.unpermute_backward(x, y, inverse, weights),
         )
