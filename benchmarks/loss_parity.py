@@ -4,10 +4,10 @@ One small DeepSeek-V3 is trained on real text, from each seed with the same weig
 compiled in exact precision, the control, which shows how far rounding alone drives two runs apart; in FP8; and, from
 the first seed, in FP8 with the scales of each product's input shifted by one tile, which has to fail.
 
-The runs are chaotic: what differs in the last bit grows, and at a high rate over long sequences two runs in BF16 part by
-more than the 0.25 % that are to be seen. `full` has about the report's rate (section 4.2), and sequences short enough
-for it. `slow`, half the rate and twice the length, is where FP8 costs more than the bound, 0.35 to 0.50 %. All that it
-costs is its forward rounding; no single cast, and no gradient's (LOG.md).
+The runs are chaotic: what differs in the last bit grows, and at a high rate over long sequences two runs in BF16 part
+by more than the 0.25 % that are to be seen. `full` has about the report's rate (section 4.2), and sequences short
+enough for it. `slow`, half the rate and twice the length, does not pass: FP8 costs 0.35 to 0.50 % there, most of it by
+forward's rounding alone, of which activations and weights, attention and MLPs all have a part (LOG.md).
 
 It passes if, for every seed, FP8's mean loss over the last tenth of the steps is within 0.25 % of eager's (the report's
 bound, section 3.3), without a spike that eager does not have, and the shifted run does not pass. Each run writes a CSV
