@@ -74,6 +74,23 @@ def test_a_step_in_each_variant(make, request, compiled, logits, without_codegen
             assert distance(gradient, gradients["plain"][name])[0] <= quantized_layer_rms(gradient=True), name
 
 
+@pytest.mark.parametrize("make", MODELS)
+def test_placed_keys_change_no_bit(make, request, compiled, without_codegen):
+    """Heads of V3's sizes."""
+    heads = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    model = request.getfixturevalue(make)(torch.bfloat16, num_hidden_layers=1, **heads)
+    ids, results = torch.randint(0, 256, (2, 20)), []
+    for skip in ((), ("PlaceKeys",)):
+        chosen = compiled(model, "fp8", skip=skip)
+        out = chosen(ids) if make == "make_model" else chosen(ids, use_cache=False).logits
+        out.float().square().mean().backward()
+        results.append([out, *(p.grad for p in chosen.parameters() if p.grad is not None)])
+        model.zero_grad()
+        (joint,) = (b.joint for unit, b in compilation_of(chosen).backends.items() if unit.kind.name == "dense_layer")
+        assert ("dsv3c.gemm_keys.default" in joint.text) == (not skip)
+    assert all(torch.equal(f, e) for f, e in zip(*results, strict=True))
+
+
 def test_an_unknown_memory_is_refused(make_model, compiled):
     with pytest.raises(Dsv3cError, match="memory: expected one of default, low, none, found 'high'"):
         compiled(make_model(), memory="high")
