@@ -114,7 +114,16 @@ def _mma(a, b, acc, is_async, use_acc=True):
         product.acc = torch.zeros_like(acc.acc)
     if _random.random() < 0.5:
         product.settle()
+    _here.flying = [*getattr(_here, "flying", []), product]
     return product
+
+
+def _wait_for_products(outstanding, deps):
+    """All of the partition's but the last `outstanding`."""
+    first = len(_here.flying) - outstanding
+    landed, _here.flying = _here.flying[:first], _here.flying[first:]
+    assert any(product is deps[0] for product in landed), "a product is used that may be in flight"
+    return deps[0].settle()
 
 
 def _box(desc, coordinates, shared):
@@ -260,7 +269,7 @@ NAMES = {
         arrive=lambda bar, count, pred=True: bar.arrive(count, 0) if pred else None,
     ),
     "warpgroup_mma": _mma,
-    "warpgroup_mma_wait": lambda outstanding, deps: deps[0].settle(),
+    "warpgroup_mma_wait": _wait_for_products,
 }
 
 
