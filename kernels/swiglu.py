@@ -10,9 +10,8 @@ In Gluon, which takes both layouts as they are.
 
 H200, 32768 rows of 2048 in 8 groups and 4096 of 18432, in the time of a copy of as many bytes: forward 0.94 and 0.95,
 with the saved copy 0.87 and 0.89, backward 0.66 (weights and groups) and 0.74. Its two programs a multiprocessor issue
-in 64 % of the cycles, in bursts: warps that could go on wait for others most, then for memory. Sixteen columns a
-thread, no bank conflicts, whole lines, another order of tiles and a persistent program of 32 warps with a tile ahead
-are no faster.
+in 64 % of the cycles, in bursts: warps that could go on wait mostly for each other, then for memory. Sixteen columns a
+thread, no bank conflicts, whole lines, another order of tiles, a persistent program of 32 warps are no faster.
 """
 
 from collections.abc import Iterator

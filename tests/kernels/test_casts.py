@@ -223,8 +223,8 @@ def test_quantized_values_are_a_fixed_point(check):
 
 @pytest.mark.parametrize(("columns", "bits"), [(32, 16), (64, 16), (128, 16)])
 def test_columns_are_read_without_bank_conflicts(columns, bits):
-    """The eight chunks of a matrix lie in different banks, a shared tile has each element once, and eight threads have
-    a column of 128 rows, which is a line."""
+    """Nor written with any: the eight chunks of a matrix lie in different banks, and those that eight threads write; a
+    shared tile has each element once, and eight threads have a column of 128 rows, which is a line."""
     layouts = pytest.importorskip("dsv3c.kernels.columns", reason="needs Triton")
     bases = layouts.shared_layout.fn(columns, bits).offset_bases
     places = {}
@@ -238,6 +238,8 @@ def test_columns_are_read_without_bank_conflicts(columns, bits):
     layout = layouts.column_layout.fn(columns, 4)
     lanes = layout.lane_bases
     assert sorted(row for row, _ in lanes + layout.reg_bases if row) == [1, 2, 4, 8, 16, 32, 64]
+    writers = [(0, 8 * i) for i in range(8)] if columns > 32 else [(r, 8 * i) for r in (0, 1) for i in range(4)]
+    assert len({places[writer] % 128 // 16 for writer in writers}) == 8
     matrix = [(a * lanes[0][0] ^ b * lanes[1][0]) + c for a in (0, 1) for b in (0, 1) for c in (0, 1)]
     for first_row in (0, 2, 12):
         for chunk in range(0, columns, 4):

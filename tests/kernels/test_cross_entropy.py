@@ -36,6 +36,20 @@ def test_cross_entropy(shape, device):
     assert bool(((low <= found) & (found <= high)).all())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", [1000, 129280, 140001])
+def test_rows_that_a_program_takes_one_after_another(words):
+    """Each as if it were alone, bit for bit."""
+    logits = (torch.randn(300, words, device="cuda") * 4).bfloat16()
+    labels, scale = torch.randint(words, (300,), device="cuda"), torch.full((1,), 0.37, device="cuda")
+    found = logits.clone()
+    loss = ops.cross_entropy_(found, labels, scale)
+    for row in (0, 131, 132, 150, 299):
+        alone = logits[row : row + 1].clone()
+        assert torch.equal(ops.cross_entropy_(alone, labels[row : row + 1], scale), loss[row : row + 1])
+        assert torch.equal(alone[0].view(torch.int16), found[row].view(torch.int16))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_linear(check, chunk, device):

@@ -46,7 +46,12 @@ def no_permutation(x, permutation, inverse, offs):
     return ops.requantize_t(*ops.quantize_tile(x, FLOOR, False), None, FLOOR, False)
 
 
-@pytest.mark.parametrize("function", [other_scales, no_permutation])
+def no_groups(x, permutation, inverse, offs):
+    pair = ops.permute(*ops.quantize_tile(x, FLOOR, False), permutation, inverse)
+    return ops.requantize_t(*pair, None, FLOOR, False)
+
+
+@pytest.mark.parametrize("function", [other_scales, no_permutation, no_groups])
 def test_leaves_casts_of_other_values_alone(function):
     gm = make_fx(function, tracing_mode="fake")(*inputs())
     assert run(gm, [TransposePermuted()])[0].sites == 0
