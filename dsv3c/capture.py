@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.func import functional_call
 
-from dsv3c.direct import KEPT, Compiled, Way, signature
+from dsv3c.direct import KEPT, Compiled, Way, allowed, signature
 from dsv3c.errors import Dsv3cError
 from dsv3c.families import LAYERS, OTHERS, Outputs, call_of
 from dsv3c.out_of_memory import watch_backward
@@ -160,8 +160,8 @@ class Units:
             for name, tensor in table.items()
             if tensor is not None
         ]
-        kind = f"a {Kind.of(module).name}"
-        ways = self.ways.setdefault(Kind.of(module), {})
+        kind, ways = f"a {Kind.of(module).name}", self.ways.setdefault(Kind.of(module), {})
+        functions: dict[tuple, Compiled] = {}
 
         # Runs once a module and call, ahead of the GPU: plain lists, and no name that is not needed.
         def run(*tensors: Tensor | None) -> Outputs:
@@ -169,10 +169,10 @@ class Units:
             key = signature(every)
             way = ways.get(key)
             try:
-                if way is not None and way.state.check():
+                if way is not None and way.state.check() and allowed():
                     return way(every)
                 parameters = {path: table[name] for path, table, name in slots}
-                outputs, way = self._call(module, kind, parameters, tensors)
+                outputs, way = self._call(module, functions, parameters, tensors)
             except torch.OutOfMemoryError as error:
                 self.out_of_memory(kind, error, getattr(tensors[0], "grad_fn", None))
                 raise
@@ -187,24 +187,36 @@ class Units:
 
         return run
 
-    def _call(self, module: nn.Module, name: str, parameters: dict[str, Tensor], tensors) -> tuple[Outputs, Way | None]:
-        """Through Dynamo, in the compiled function of these tensors: another module's of the same kind, or a new one.
-        Returns the way of later calls, too."""
-        kind, symbolic = Kind.of(module), call_of(module).symbolic
+    @torch._dynamo.disable(recursive=False)  # a caller's torch.compile would trace how units are made
+    def _call(
+        self, module: nn.Module, functions: dict[tuple, Compiled], parameters: dict[str, Tensor], tensors: tuple
+    ) -> tuple[Outputs, Way | None]:
+        """Through Dynamo. `functions` are those that the module has been called with. Returns the way of later calls,
+        too."""
+        symbolic = call_of(module).symbolic
         arguments = tuple(map(Argument.of, tensors, symbolic))
+        kinds = [(p.requires_grad, p.dtype) for p in parameters.values()]
+        key = (arguments, *kinds, torch.is_grad_enabled())
+        if key in functions:
+            return functions[key](parameters, *tensors)
         variant = Variant(arguments, tuple(p.requires_grad for p in parameters.values()), torch.is_grad_enabled())
-        if (kind, variant) in self.functions:
-            return self.functions[kind, variant](parameters, *tensors)
-        if kind not in self.templates:
-            self.templates[kind] = template_of(module)
-        shapes = tuple(None if t is None else t.shape for t in tensors)
-        unit = self.units[kind, variant] = Unit(kind, variant, self.templates[kind], shapes)
-        function = self.functions[kind, variant] = unit.compiled(self.backend(unit))
+        function = functions[key] = self._function(module, variant, tensors)
         with varying(tensors, symbolic):
             outputs, way = function(parameters, *tensors)
         results = outputs if isinstance(outputs, tuple) else (outputs,)
-        watch_backward(results, partial(self.out_of_memory, f"the backward of {name}"))
+        watch_backward(results, partial(self.out_of_memory, f"the backward of a {Kind.of(module).name}"))
         return outputs, way
+
+    def _function(self, module: nn.Module, variant: Variant, tensors: tuple) -> Compiled:
+        """The compiled function of these tensors: another module's of the same kind, or a new one."""
+        kind = Kind.of(module)
+        if (kind, variant) not in self.functions:
+            if kind not in self.templates:
+                self.templates[kind] = template_of(module)
+            shapes = tuple(None if t is None else t.shape for t in tensors)
+            unit = self.units[kind, variant] = Unit(kind, variant, self.templates[kind], shapes)
+            self.functions[kind, variant] = unit.compiled(self.backend(unit))
+        return self.functions[kind, variant]
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -65,8 +65,8 @@ def compile(  # the name users type
         target: "auto" (this machine), or a name in tuning/targets; decides what the report predicts.
         precision: "exact" (the model's own dtype, nothing quantised), "fp8" (DeepSeek-V3's recipe; on a CPU emulated),
             or "auto": fp8 on compute capability 9.0 and up, else exact.
-        memory: what is saved for backward: "default" (FP8 copies; norms, permuted tokens and keys are computed again),
-            "low" (queries, keys and values too), "none" (what torch's partitioner chooses). See `ChooseSaved`.
+        memory: what is saved for backward: "default" (FP8 copies; norms, permuted tokens, keys and values are computed
+            again), "low" (queries too), "none" (what torch's partitioner chooses). See `ChooseSaved`.
         deterministic: two equal steps have equal bits, gradients included, on one machine and with the same versions
             (without it attention's gradient, and in exact precision the experts' too, differ in their last bits).
             What is not compiled here, such as the loss, is the caller's: see torch.use_deterministic_algorithms.

@@ -1,9 +1,10 @@
 """Calls of a unit whose like has been seen go straight to what the backend made.
 
 In each call Dynamo evaluates guards, and its wrappers run more Python, while the GPU has nothing to do: two units lie
-in front of the first long kernel. All that Dynamo decides follows from the classes, shapes, strides, dtypes and devices
-of the tensors and from torch's global state. Once a call with that signature has gone through it, and shown which
-inputs the graph was given and which of its outputs came back, the calls after it do the same by themselves.
+in front of the first long kernel. What Dynamo decides about a unit follows from the classes, shapes, strides, dtypes
+and devices of the tensors and from torch's global state. Once a call with that signature has gone through it, and shown
+which inputs the graph was given and which of its outputs came back, the calls after it do the same by themselves. Not
+so while somebody watches or changes what torch does: modes, torch.func, a stance of the compiler.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch._C._dynamo.guards import GlobalStateGuard
+from torch._dynamo import eval_frame
 
 KEPT = 4096  # signatures of a kind of module; more, and they are forgotten
 PLAIN = (Tensor, nn.Parameter)  # what a subclass does, no signature says
@@ -35,13 +37,19 @@ class Way(NamedTuple):
         return outputs[self.results[0]] if self.single else tuple([outputs[position] for position in self.results])
 
 
+def allowed() -> bool:
+    return (
+        torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and eval_frame._stance.stance == "default"
+    )
+
+
 def signature(tensors: list[Tensor | None]) -> tuple:
     """Of a unit's parameters and arguments; what else counts is in a `Way`'s state."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch._C._len_torch_dispatch_stack(),
-        torch._C._len_torch_function_stack(),
         *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors],
     )
 
@@ -69,7 +77,7 @@ class Compiled:
         state, every = GlobalStateGuard(), [*parameters.values(), *tensors]
         try:
             outputs = self.function(parameters, *tensors)
-            plain = all(x is None or type(x) in PLAIN for x in every)
+            plain = allowed() and all(x is None or type(x) in PLAIN for x in every)
             way = _way(state, *self.calls[0], every, outputs) if plain and len(self.calls) == 1 else None
         finally:
             self.calls.clear()

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 import dsv3c.operators  # noqa: F401  (defines torch.ops.dsv3c)
 
+SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16, torch.float32)
+
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
@@ -22,7 +24,8 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
         (input_ids,) = ctx.saved_tensors
-        return None, torch.ops.dsv3c.embedding_backward(dy.flatten(0, -2), input_ids.flatten(), ctx.vocab_size)
+        dy_RH = dy.reshape(-1, dy.shape[-1])
+        return None, torch.ops.dsv3c.embedding_backward(dy_RH, input_ids.flatten(), ctx.vocab_size)
 
 
 def embedding_forward(embedding: nn.Embedding) -> Callable[[Tensor], Tensor]:
@@ -30,9 +33,10 @@ def embedding_forward(embedding: nn.Embedding) -> Callable[[Tensor], Tensor]:
 
     def forward(input_ids: Tensor) -> Tensor:
         weight = embedding.weight
-        if not (torch.is_grad_enabled() and weight.requires_grad) or input_ids.dtype != torch.int64:
-            return F.embedding(input_ids, weight)
-        return _Embedding.apply(input_ids, weight)
+        ours = torch.is_grad_enabled() and weight.requires_grad and type(weight) is nn.Parameter
+        if ours and weight.dtype in SUMMED_IN_FLOAT32 and input_ids.dtype == torch.int64:
+            return _Embedding.apply(input_ids, weight)
+        return F.embedding(input_ids, weight)
 
     return forward
 

@@ -97,7 +97,7 @@ class TransformersLayer:
             position_embeddings=None,
             **kwargs,
         ):
-            attention_mask = None if attention_mask is _CAUSAL else attention_mask
+            attention_mask = None if _is_causal(attention_mask) else attention_mask
             past = _past_of(past_key_values, index)
             if past is None or any(value is not None and value is not False for value in kwargs.values()):
                 # A cache that is not a plain growing one, or arguments of other attention kernels: transformers' own
@@ -115,15 +115,20 @@ class TransformersLayer:
         return forward
 
 
-_CAUSAL = torch.empty(0, 0, 0, 0)  # the mask that says: no mask
+_CAUSAL = torch.empty(0, 0, 0, 0, dtype=torch.bool)  # the mask that says: no mask
+
+
+def _is_causal(mask: Tensor | None) -> bool:
+    return mask is not None and mask.shape == _CAUSAL.shape  # not the object: hooks may have moved it
 
 
 def adapt(model: nn.Module) -> None:
-    """New forwards for what is around the compiled modules."""
+    """New forwards for what is around the compiled modules, unless somebody else has done that."""
     body = getattr(model, "model", None)
-    if is_plain(getattr(body, "embed_tokens", None)):
-        body.embed_tokens.forward = embedding_forward(body.embed_tokens)
-    if type(body).__name__ == "DeepseekV3Model":
+    embedding = getattr(body, "embed_tokens", None)
+    if is_plain(embedding) and "forward" not in vars(embedding):
+        embedding.forward = embedding_forward(embedding)
+    if type(body).__name__ == "DeepseekV3Model" and "forward" not in vars(body):
         body.forward = _body_forward(body)
 
 
@@ -134,7 +139,8 @@ def _body_forward(body: nn.Module) -> Callable:
 
     def forward(*args, **kwargs):
         given = [*args[1:], *map(kwargs.get, ("attention_mask", "position_ids", "past_key_values"))]
-        if body.config._attn_implementation == "sdpa" and all(value is None for value in given):
+        compiled = body.config._attn_implementation == "sdpa" and all("forward" in vars(x) for x in body.layers)
+        if compiled and all(value is None for value in given):
             kwargs["attention_mask"] = _CAUSAL
             args = args[:1]
         return eager(body, *args, **kwargs)

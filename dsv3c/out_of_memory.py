@@ -60,14 +60,21 @@ def _watch(function: Any, explained: Callable[[torch.OutOfMemoryError, Any], Non
         try:
             return run(ctx, *gradients)
         except torch.OutOfMemoryError as error:
-            before = [parent for parent, _ in ctx.next_functions if hasattr(parent, "_forward_cls")]
+            before = [parent for parent, _ in ctx.next_functions if _is_layer(parent)]
             explained(error, before[0] if before else None)  # its own saved tensors are gone
             raise
 
     function.backward, function.watched = staticmethod(backward), True
 
 
+def _is_layer(node: Any) -> bool:
+    """Whether the backward node is a compiled module's."""
+    return getattr(getattr(node, "_forward_cls", None), "watched", False)
+
+
 def _saved(node: Any) -> list[Tensor]:
+    if not _is_layer(node):
+        return []
     try:
         return [tensor for tensor in getattr(node, "saved_tensors", ()) if tensor is not None]
     except RuntimeError:  # freed

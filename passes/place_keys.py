@@ -23,11 +23,12 @@ class PlaceKeys:
     """Before: keys are a copy, `cat` of half of a product and of what all heads share; values are the other half.
     After: both are views of `gemm_keys`, which stores the halves apart and writes the shared part between them.
 
-    EXACT: the same product, stored elsewhere. Leaves alone: heads of other than 128 features of either half, a shared
+    NUMERIC: the same product stored elsewhere, by a kernel of ours where the library's, which adds up in another order,
+    might have been chosen. Leaves alone: heads of other than 128 features of either half, a shared
     part of no multiple of 8, and keys and values that anything but attention reads.
     """
 
-    tier: ClassVar[Tier] = Tier.EXACT
+    tier: ClassVar[Tier] = Tier.NUMERIC
     level: ClassVar[Level] = Level.JOINT
 
     def __call__(self, gm: fx.GraphModule) -> int:
@@ -40,6 +41,8 @@ def _place(attention: fx.Node) -> int:
     parts = joined.args[0] if is_call(joined, aten.cat.default) and joined.args[1] in (-1, 3) else ()
     first, shared = (_under(parts[0], [0, 1, 2, 3]), parts[1]) if len(parts) == 2 else (None, None)
     if not result_of(first, aten.split_with_sizes.default, 0) or not result_of(second, first.args[0].target, 1):
+        return 0
+    if second.args[0] is not first.args[0]:
         return 0
     halves = first.args[0]
     kv, product = halves.args[0], under(halves.args[0], aten.view.default)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3c import capture
 from dsv3c.compiler import compilation_of
-from dsv3c.direct import Compiled
+from dsv3c.direct import Compiled, allowed, signature
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
 
@@ -147,6 +148,49 @@ def test_subclasses_and_what_is_not_passed_on_are_not_remembered():
     ):
         _, way = Compiled(function, lambda gm, inputs: gm.forward)({"w": torch.ones(3)}, x)
         assert (way is not None) == remembered
+
+
+@pytest.mark.parametrize("other", ["subclass", "dtype", "modes", "stance"])
+def test_what_looks_like_a_remembered_call(other):
+    """The function says what it was called with, as Dynamo traced it."""
+    compiled = Compiled(lambda parameters, x: x * 2, lambda gm, inputs: gm.forward)
+    x = torch.ones(3)
+    _, way = compiled({}, x)
+    key = signature([x])
+    assert way is not None
+    assert allowed()
+    if other == "subclass":
+
+        class Own(torch.Tensor):
+            __torch_function__ = torch._C._disabled_torch_function_impl
+
+        assert signature([x.as_subclass(Own)]) != key
+    elif other == "dtype":
+        assert signature([x.to(torch.float16)]) != key
+        assert signature([x.int()]) != key
+    elif other == "modes":
+        for mode in (torch.device("cpu"), FlopCounterMode(display=False)):
+            with mode:
+                assert not allowed()
+        with torch.device("cpu"):
+            assert compiled({}, x)[1] is None
+        assert torch.func.vmap(lambda y: y * allowed())(x).sum() == 0
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            assert not allowed()
+
+
+@pytest.mark.parametrize("family", ["ours", "transformers"])
+def test_a_caller_s_torch_compile(family, make_model, make_their_model, compiled, logits):
+    """Around the model: it breaks the graph at the units, whether their calls are new or seen."""
+    model = (make_model if family == "ours" else make_their_model)(num_hidden_layers=1)
+    result, ids = compiled(model), torch.randint(0, 256, (1, 9))
+    outer = torch.compile(lambda x: logits(result, x), backend="eager")
+    with torch.no_grad():
+        first = outer(ids)
+        for _ in range(2):
+            assert torch.equal(outer(ids), first)
+        assert torch.equal(logits(result, ids), first)
 
 
 def test_one_tensor_in_two_places_is_not_remembered(dense, through_dynamo):

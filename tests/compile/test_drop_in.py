@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from dsv3c import embedding
 from dsv3c.capture import Units
 from dsv3c.compiler import compilation_of, compile
 from dsv3c.errors import CompileError, Dsv3cError
@@ -53,7 +54,7 @@ def test_the_given_model_stays_eager(model, compiled, logits, units, monkeypatch
     with torch.no_grad():
         logits(model, ids(1, 8))
         assert not units(result)  # the eager call compiled nothing
-        monkeypatch.setattr(Units, "_call", _never)
+        monkeypatch.setattr(Units, "_function", _never)
         logits(model, ids(1, 8))  # and asks for no compiled unit
         with pytest.raises(AssertionError, match="a compiled unit"):
             logits(result, ids(1, 8))
@@ -131,6 +132,52 @@ def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_mod
             assert bool(asked) == expected
             exact = logits(float64(model), tokens, use_cache=False, **kwargs)
             assert close(out, logits(model, tokens, use_cache=False, **kwargs), exact)
+
+
+def test_layers_that_are_not_compiled_and_other_attention(make_their_model, compiled, logits):
+    """Both get the mask that transformers makes."""
+    tokens, model = ids(1, 8), make_their_model()
+    result = compiled(model)
+    result.model.layers[1] = model.model.layers[1]
+    eager = make_their_model()
+    eager.load_state_dict(model.state_dict())
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected, exact = logits(model, tokens, use_cache=False), logits(float64(model), tokens, use_cache=False)
+        for candidate in (result, compiled(eager)):
+            assert close(logits(candidate, tokens, use_cache=False), expected, exact)
+
+
+def test_a_hook_that_copies_the_mask(make_their_model, compiled, logits):
+    model, tokens = make_their_model(), ids(1, 8)
+    result = compiled(model)
+    for layer in result.model.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (
+                args,
+                {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
+            ),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        out = logits(result, tokens, use_cache=False)
+        assert close(out, logits(model, tokens, use_cache=False), logits(float64(model), tokens, use_cache=False))
+
+
+def test_forwards_of_the_user_s_stay(make_their_model, compiled):
+    model = make_their_model(num_hidden_layers=1)
+    theirs = model.model.embed_tokens.forward = lambda input_ids: torch.zeros(*input_ids.shape, 256)
+    model.model.forward = lambda *args, **kwargs: None
+    result = compiled(model)
+    assert result.model.embed_tokens.forward is theirs
+    assert result.model.forward is model.model.forward
+
+
+def test_the_embedding_s_gradient_is_ours(model, compiled, logits, monkeypatch):
+    asked, apply = [], embedding._Embedding.apply
+    monkeypatch.setattr(embedding._Embedding, "apply", lambda *args: asked.append(args) or apply(*args))
+    logits(compiled(model), ids(1, 8))
+    assert len(asked) == 1
 
 
 def test_left_padding_equals_eager(model, compiled, logits):
