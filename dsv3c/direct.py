@@ -86,12 +86,13 @@ class Compiled:
 
 def _way(state: GlobalStateGuard, made, given: tuple, found: Sequence, tensors: list, outputs: Any) -> Way | None:
     single = isinstance(outputs, Tensor)
-    there = [x for x in tensors if x is not None]
+    there, results = [x for x in tensors if x is not None], [outputs] if single else list(outputs)
+    passed = [(position, x) for position, x in enumerate(given) if isinstance(x, Tensor)]
     places = {id(x): place for place, x in enumerate(tensors)}
-    sources = [(position, places.get(id(x))) for position, x in enumerate(given) if isinstance(x, Tensor)]
     positions = {id(x): position for position, x in enumerate(found)}
-    results = [positions.get(id(x)) for x in ([outputs] if single else outputs)]
     unique = len(set(map(id, there))) == len(there)  # else which is which shows in a call with others
-    if not unique or None in results or any(place is None for _, place in sources):
+    if not unique or any(id(x) not in places for _, x in passed) or any(id(x) not in positions for x in results):
         return None
-    return Way(state, made, [None if isinstance(x, Tensor) else x for x in given], sources, results, single)
+    inputs = [None if isinstance(x, Tensor) else x for x in given]
+    sources = [(position, places[id(x)]) for position, x in passed]
+    return Way(state, made, inputs, sources, [positions[id(x)] for x in results], single)
