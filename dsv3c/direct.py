@@ -38,6 +38,7 @@ class Way(NamedTuple):
 
 
 def allowed() -> bool:
+    """Whether torch does with a call what it did with the one that was seen."""
     return (
         torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -77,11 +78,11 @@ class Compiled:
         state, every = GlobalStateGuard(), [*parameters.values(), *tensors]
         try:
             outputs = self.function(parameters, *tensors)
-            plain = allowed() and all(x is None or type(x) in PLAIN for x in every)
-            way = _way(state, *self.calls[0], every, outputs) if plain and len(self.calls) == 1 else None
+            calls = self.calls.copy()  # those of other threads too
         finally:
             self.calls.clear()
-        return outputs, way
+        plain = allowed() and all(x is None or type(x) in PLAIN for x in every)
+        return outputs, _way(state, *calls[0], every, outputs) if plain and len(calls) == 1 else None
 
 
 def _way(state: GlobalStateGuard, made, given: tuple, found: Sequence, tensors: list, outputs: Any) -> Way | None:
