@@ -5,12 +5,13 @@ from typing import Any
 
 from tabulate import tabulate
 
+from dsv3c.benchmarks.bench_model import WORKLOADS
 from dsv3c.benchmarks.bench_report import more
 from dsv3c.benchmarks.record import read
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin: made by benchmarks/readme_table.py -->\n", "<!-- end -->"
-KIND = ("source", "family", "layers", "experts", "tokens", "batch", "routing", "mode")
+KIND = ("source", "family", "layers", "experts", "tokens", "batch", "mode")
 ALL_EXPERTS = {"v3-671b": 256}  # of rows that do not say
 SHOWN = ("saved GB", "outside products (idle)")
 
@@ -25,17 +26,17 @@ def updated(readme: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a contender, in Markdown; the newest of the rows that measure the same on the same machine."""
-    rows = [row for row in rows if row.get("benchmark") == "model"]
+    """One line a contender, in Markdown; the newest of the rows that measure the same on the same machine. Parts of a
+    step, starts and other routings stay in the results."""
+    rows = [{"experts": ALL_EXPERTS.get(row["source"])} | row for row in rows if _is_shown(row)]
     if not rows:
         return "Nothing recorded yet."
-    rows = [{"experts": ALL_EXPERTS.get(row["source"]), "routing": "router"} | row for row in rows]
     newest = {(row["environment"]["machine"], *(row[key] for key in KIND)): row for row in rows}
     lines = []
     for row in newest.values():
         where = row["environment"]
         what = f"{row['source']} ({row['family']}), {row['layers']} layers, {row['experts']} experts, {row['mode']}, "
-        what += f"{row['batch']} x {row['tokens']}" + (", Zipf routing" if row["routing"] == "zipf" else "")
+        what += f"{row['batch']} x {row['tokens']}"
         taken = f"{where['machine']}, {where.get('power_limit_w') or 0:.0f} W, torch {where['torch']}, "
         taken += f"{where['date'][:10]}, " + (f"commit {c}" if (c := where["commit"]) else f"source {where['source']}")
         for contender in row["contenders"]:
@@ -57,6 +58,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
             what = taken = ""  # once for all contenders
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _is_shown(row: dict[str, Any]) -> bool:
+    whole = row.get("benchmark") == "model" and row["mode"] in WORKLOADS
+    return whole and row.get("routing", "router") == "router"
 
 
 def _ratio(speedup: float | None) -> str:

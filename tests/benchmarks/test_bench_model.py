@@ -419,10 +419,11 @@ def test_recorded_rows_make_the_readme_table(quick, monkeypatch, tmp_path):
     part = {"name": "copy", "median_us": 1000.0, "p20_us": 1000.0, "p80_us": 1000.0, "speedup_over_eager": None,
             "speedup_over_torch_compile": None, "worst_check": None, "moved_bytes": 4 * 10**9, "saved_bytes": 10**9,
             "kernels": kernels}  # fmt: skip
-    record.append([row | {"mode": "quantize", "routing": "zipf", "contenders": [part]}])
+    record.append([row | {"mode": "moe", "routing": routing, "contenders": [part]} for routing in ("router", "zipf")])
+    record.append([row | {"mode": "quantize", "contenders": [part]}])
     table = readme_table.table(record.read())
-    (line,) = (line for line in table.splitlines() if "quantize" in line)
-    assert "quantize, 1 x 4096, Zipf routing" in line
+    assert "quantize" not in table
+    (line,) = (line for line in table.splitlines() if "moe" in line)
     assert [cell.strip() for cell in line.split("|")[4:8]] == ["", "", "1.00", "20% (5%)"]
     assert "28.00 (29.00-31.00)" in table
     readme = f"before\n{readme_table.BEGIN}old\n{readme_table.END}\nafter\n"
