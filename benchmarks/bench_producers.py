@@ -116,7 +116,7 @@ def norms() -> Iterator[Case]:
 
 def rotaries() -> Iterator[Case]:
     R, H, nope, rope, V, K = 4096, 128, 128, 64, 128, 512
-    q, kv, dv = normal(R, H, nope + rope), normal(R, H, nope + V), normal(R, H, V)
+    q, dv = normal(R, H, nope + rope), normal(R, H, V)
     x, weight, dnormed, drope = normal(R, K + rope), normal(K), normal(R, K), normal(R, rope)
     angle = torch.rand(R, rope // 2)
     cos, sin = angle.cos(), angle.sin()
@@ -125,8 +125,6 @@ def rotaries() -> Iterator[Case]:
     for name, moved, arguments in [
         ("latent_quantize", R * (2 * latent + 2 * latent + K) + angles_moved, (x, weight, cos, sin, EPS, FLOOR, False)),
         ("latent_backward", R * 6 * latent + angles_moved, (dnormed, drope, x, weight, cos, sin, rstd)),
-        ("join_keys", 2 * R * H * (2 * nope + rope), (kv, drope, nope)),
-        ("split_keys", 2 * R * H * (2 * nope + 2 * V + rope), (q, dv, nope)),
     ]:
         yield case(f"{name} {R}", name, arguments, getattr(rotary, f"{name}_ref"), moved)
     turned, joined = R * H * (nope + rope), R * H * (nope + V)

@@ -1,11 +1,11 @@
-"""What multi-head latent attention does between its products, fused: the rotation of the queries in place, the latent's
-norm and rotation and cast, and keys put together from what the heads share and what they do not.
+"""What multi-head latent attention does between its products, fused: the rotation of the queries in place, and the
+latent's norm and rotation and cast.
 
 Memory-bound. A pair that is rotated is one 32-bit word of two BF16 numbers, so that interleaved pairs are loaded and
 stored 16 bytes at a time.
 
 H200, 4096 tokens and 128 heads, in the time of a copy of as many bytes: queries 0.88 (42 µs), their gradient 0.79, the
-latent 0.93 (10 µs), its gradient 0.69 (14 µs), keys 0.88 (94 µs), their gradient 0.93 (158 µs).
+latent 0.93 (10 µs), its gradient 0.69 (14 µs).
 """
 
 from collections.abc import Iterator
@@ -120,48 +120,6 @@ def _latent_backward_kernel(
     tl.store(partial_ptr + program * K + column, tl.sum(dweight, 0), mask=column < K)
 
 
-@launched
-@triton.jit
-def _join_keys_kernel(
-    kv_ptr, rope_ptr, k_ptr, H, NOPE, ROPE, row_stride, head_stride, rope_stride, BLOCK: tl.constexpr,
-    ROPE_BLOCK: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (head < H) & (column < NOPE)
-    nope = tl.load(kv_ptr + row * row_stride + head * head_stride + column, mask=inside)
-    out = k_ptr + (row * H + head) * (NOPE + ROPE)
-    tl.store(out + column, nope, mask=inside)
-    column = tl.arange(0, ROPE_BLOCK)[None, :]
-    rope = tl.load(rope_ptr + row * rope_stride + column, mask=column < ROPE)
-    tl.store(out + NOPE + column, tl.broadcast_to(rope, (HEADS, ROPE_BLOCK)), mask=(head < H) & (column < ROPE))
-
-
-@launched
-@triton.jit
-def _split_keys_kernel(
-    dk_ptr, dv_ptr, dkv_ptr, drope_ptr, H, NOPE, ROPE, V, dk_row, dk_head, dv_row, dv_head, BLOCK: tl.constexpr,
-    ROPE_BLOCK: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """One program has all heads of a row: their sum needs no other."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)[None, :]
-    turned = tl.arange(0, ROPE_BLOCK)[None, :]
-    drope = tl.zeros((HEADS, ROPE_BLOCK), tl.float32)
-    for start in range(0, H, HEADS):
-        head = start + tl.arange(0, HEADS)[:, None]
-        dk = dk_ptr + row * dk_row + head * dk_head
-        dnope = tl.load(dk + column, mask=(head < H) & (column < NOPE))
-        dv = tl.load(dv_ptr + row * dv_row + head * dv_head + column, mask=(head < H) & (column < V))
-        drope += tl.load(dk + NOPE + turned, mask=(head < H) & (turned < ROPE), other=0.0).to(tl.float32)
-        out = dkv_ptr + (row * H + head) * (NOPE + V) + column
-        tl.store(out, dnope, mask=(head < H) & (column < NOPE))
-        tl.store(out + NOPE, dv, mask=(head < H) & (column < V))
-    turned = tl.arange(0, ROPE_BLOCK)
-    tl.store(drope_ptr + row * ROPE + turned, tl.sum(drope, 0).to(tl.bfloat16), mask=turned < ROPE)
-
-
 def rotate_heads_(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: bool) -> None:
     """Launcher of `dsv3c::rotate_heads_`."""
     R, H, D = x_RHD.shape
@@ -223,35 +181,6 @@ def latent_backward(
     sum_programs(partial, dweight_K)
 
 
-def join_keys(kv_RHD: Tensor, rope: Tensor, nope: int, out: Tensor) -> None:
-    """Launcher of `dsv3c::join_keys`."""
-    R, H, _ = kv_RHD.shape
-    if out.numel() == 0:
-        return
-    kv_RHD, rope = _rows(kv_RHD), _rows(rope)
-    sizes = nope, rope.shape[1]
-    _join_keys_kernel[(R, ceil_div(H, HEADS))](
-        kv_RHD, rope, out, H, *sizes, kv_RHD.stride(0), kv_RHD.stride(1), rope.stride(0),
-        *map(triton.next_power_of_2, sizes), HEADS, num_warps=WARPS,
-    )  # fmt: skip
-
-
-def split_keys(dk_RHD: Tensor, dv_RHV: Tensor, nope: int, out: tuple[Tensor, Tensor]) -> None:
-    """Launcher of `dsv3c::split_keys`."""
-    dkv, drope = out
-    R, H, V = dv_RHV.shape
-    if dkv.numel() == 0:
-        drope.zero_()
-        return
-    dk_RHD, dv_RHV = _rows(dk_RHD), _rows(dv_RHV)
-    rope = drope.shape[1]
-    block = triton.next_power_of_2(max(nope, V))
-    _split_keys_kernel[(R,)](
-        dk_RHD, dv_RHV, dkv, drope, H, nope, rope, V, dk_RHD.stride(0), dk_RHD.stride(1), dv_RHV.stride(0),
-        dv_RHV.stride(1), block, triton.next_power_of_2(rope), 16, num_warps=8,
-    )  # fmt: skip
-
-
 def _rows(x: Tensor) -> Tensor:
     """x with contiguous rows."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -288,8 +217,3 @@ def variants() -> Iterator[Variant]:
         {"PAIRS": 32, "BLOCK": 512, "ROWS": ROWS},
         num_warps=BACKWARD_WARPS,
     )
-    blocks = {"BLOCK": 128, "ROPE_BLOCK": 64}
-    keys = {"kv_ptr": BF16, "rope_ptr": BF16, "k_ptr": BF16}
-    yield Variant(_join_keys_kernel, keys, blocks | {"HEADS": HEADS}, num_warps=WARPS)
-    gradients = dict.fromkeys(("dk_ptr", "dv_ptr", "dkv_ptr", "drope_ptr"), BF16)
-    yield Variant(_split_keys_kernel, gradients, blocks | {"HEADS": 16}, num_warps=8)

@@ -51,33 +51,6 @@ def _latent_backward(dnormed_RK, drope, x_RL, weight_K, cos_Rr, sin_Rr, rstd_R):
     return x_RL.new_empty(x_RL.shape), x_RL.new_empty(K, dtype=torch.float32)
 
 
-def _join_keys(kv_RHD, rope, nope):
-    check_rank("kv", kv_RHD, 3)
-    check_rank("rope", rope, 2)
-    expect("dtype of kv", kv_RHD.dtype, torch.bfloat16)
-    expect("dtype of rope", rope.dtype, torch.bfloat16)
-    R, H, D = kv_RHD.shape
-    expect("rows of rope", rope.shape[0], R)
-    _check_nope(nope, D)
-    return kv_RHD.new_empty((R, H, nope + rope.shape[1]))
-
-
-def _split_keys(dk_RHD, dv_RHV, nope):
-    check_rank("dk", dk_RHD, 3)
-    check_rank("dv", dv_RHV, 3)
-    expect("dtype of dk", dk_RHD.dtype, torch.bfloat16)
-    expect("dtype of dv", dv_RHV.dtype, torch.bfloat16)
-    R, H, D = dk_RHD.shape
-    expect("rows and heads of dv", tuple(dv_RHV.shape[:2]), (R, H))
-    _check_nope(nope, D)
-    return dk_RHD.new_empty((R, H, nope + dv_RHV.shape[2])), dk_RHD.new_empty((R, D - nope))
-
-
-def _check_nope(nope, D) -> None:
-    if not 0 < nope < D:
-        raise OperatorError(f"nope: expected between 1 and {D - 1}, found {nope}; try qk_nope_head_dim")
-
-
 _ANGLES = "Tensor cos, Tensor sin"
 
 define(f"rotate_heads_(Tensor(a!) x, {_ANGLES}, bool inverse) -> ()",
@@ -96,5 +69,3 @@ define(
     rotary.latent_backward_ref,
     "rotary",
 )
-define("join_keys(Tensor kv, Tensor rope, int nope) -> Tensor", _join_keys, rotary.join_keys_ref, "rotary")
-define("split_keys(Tensor dk, Tensor dv, int nope) -> (Tensor, Tensor)", _split_keys, rotary.split_keys_ref, "rotary")

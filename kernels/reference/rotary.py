@@ -53,16 +53,3 @@ def latent_backward_ref(
     """(dx [R, K + 2r], dweight float32 [K]) from the gradients of both parts of the latent, drope [R, 2r]."""
     dx_RK, dweight_K = rms_norm_backward_ref(dnormed_RK, x_RL[:, : len(weight_K)], weight_K, rstd_R, None)
     return torch.cat((dx_RK, rotate(drope, cos_Rr, sin_Rr, inverse=True).to(dx_RK.dtype)), dim=-1), dweight_K
-
-
-def join_keys_ref(kv_RHD: Tensor, rope: Tensor, nope: int) -> Tensor:
-    """k [R, H, nope + 2r]: the first `nope` features of each head of kv_b's output, then the rotary part [R, 2r] that
-    the heads share. The values are the other features, and stay where they are."""
-    return torch.cat((kv_RHD[..., :nope], rope[:, None].expand(-1, kv_RHD.shape[1], -1)), dim=-1)
-
-
-def split_keys_ref(dk_RHD: Tensor, dv_RHV: Tensor, nope: int) -> tuple[Tensor, Tensor]:
-    """(dkv [R, H, nope + V], drope [R, 2r]): from the gradients of keys and values that of kv_b's output, and that of
-    the shared rotary part, summed over heads in float32 (float64 of float64)."""
-    drope = dk_RHD[..., nope:].to(torch.promote_types(dk_RHD.dtype, torch.float32)).sum(1)
-    return torch.cat((dk_RHD[..., :nope], dv_RHV), dim=-1), drope.to(dk_RHD.dtype)

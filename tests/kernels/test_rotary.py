@@ -96,35 +96,16 @@ def test_latent(check, rows, width, pairs, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("heads", "nope", "rope", "value"), [(128, 128, 64, 128), (3, 16, 8, 24), (17, 30, 6, 12)])
-def test_keys(check, rows, heads, nope, rope, value, device):
-    kv = check.varied(rows, heads * (nope + value), torch.bfloat16, device).view(rows, heads, -1)
-    latent = check.varied(rows, 10 + rope, torch.bfloat16, device)
-    k = ops.join_keys(kv, latent[:, 10:], nope)
-    assert torch.equal(k, reference.join_keys_ref(kv, latent[:, 10:], nope))
-
-    dk = check.varied(rows, heads * (nope + rope), torch.bfloat16, device).view(rows, heads, -1)
-    dv = check.varied(heads, rows * value, torch.bfloat16, device).view(heads, rows, -1).transpose(0, 1)
-    dkv, drope = ops.split_keys(dk, dv, nope)
-    assert torch.equal(dkv, torch.cat((dk[..., :nope], dv), -1))
-    terms = dk[..., nope:].double()
-    assert between(drope, rounded_between(terms.sum(1), numerics.sum_bound(terms, heads, 1)))
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_no_rows(device):
     x = torch.empty(0, 4, 24, dtype=torch.bfloat16, device=device)
     cos = torch.empty(0, 4, device=device)
     ops.rotate_heads_(x, cos, cos, False)
-    dkv, drope = ops.split_keys(x, x, 16)
-    assert (dkv.shape, drope.shape) == ((0, 4, 40), (0, 8))
-    assert ops.join_keys(x, drope, 16).shape == (0, 4, 24)
+    assert x.shape == (0, 4, 24)
 
 
 def test_definitions_are_the_model_s_autograd():
-    """Latent and keys in float64: gradients of the plain formulas."""
-    R, H, nope, pairs, K, V = 3, 5, 6, 2, 128, 4
+    """The latent in float64: gradients of the plain formulas."""
+    R, pairs, K = 3, 2, 128
     x = torch.randn(R, K + 2 * pairs, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(K, dtype=torch.float64, requires_grad=True)
     cos, sin = (t.double() for t in angles(R, pairs, "cpu"))
@@ -133,12 +114,6 @@ def test_definitions_are_the_model_s_autograd():
     dnormed, drope = torch.randn(R, K, dtype=torch.float64), torch.randn(R, 2 * pairs, dtype=torch.float64)
     expected = torch.autograd.grad((normed, rope), (x, weight), (dnormed, drope))
     found = reference.latent_backward_ref(dnormed, drope, x.detach(), weight.detach(), cos, sin, rstd.detach())
-    kv = torch.randn(R, H, nope + V, dtype=torch.float64, requires_grad=True)
-    rope = torch.randn(R, 2 * pairs, dtype=torch.float64, requires_grad=True)
-    k, v = reference.join_keys_ref(kv, rope, nope), kv[..., nope:]
-    dk, dv = torch.randn_like(k), torch.randn_like(v)
-    expected += torch.autograd.grad((k, v), (kv, rope), (dk, dv))
-    found += reference.split_keys_ref(dk, dv, nope)
     for f, e in zip(found, expected, strict=True):
         assert numerics.distance(f.detach(), e.detach())[1] <= numerics.reordered_bound(1, K, torch.float64)
 
@@ -166,5 +141,3 @@ def test_what_is_refused():
         ops.rotate_heads_(x.transpose(1, 2), cos, cos, False)
     with pytest.raises(OperatorError, match="columns of x"):
         ops.latent_quantize(x.flatten(1)[:, :40], torch.zeros(0, dtype=torch.bfloat16), cos, cos, EPS, FLOOR, False)
-    with pytest.raises(OperatorError, match="nope: expected between 1 and 23, found 24"):
-        ops.join_keys(x, x[:, 0, :8], 24)
