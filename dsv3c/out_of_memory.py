@@ -47,7 +47,7 @@ def watch_backward(outputs: Iterable[Tensor], explained: Callable[[torch.OutOfMe
     compilation, is wrapped."""
     for out in outputs:
         node: Any = out.grad_fn
-        while node is not None and not hasattr(node, "_forward_cls"):  # a view of a result
+        while node is not None and not _is_layer(node):  # a view of a result
             node = next((parent for parent, _ in node.next_functions if parent is not None), None)
         if node is not None and not hasattr(node._forward_cls, "watched"):
             _watch(node._forward_cls, explained)
@@ -68,8 +68,8 @@ def _watch(function: Any, explained: Callable[[torch.OutOfMemoryError, Any], Non
 
 
 def _is_layer(node: Any) -> bool:
-    """Whether the backward node is a compiled module's."""
-    return getattr(getattr(node, "_forward_cls", None), "watched", False)
+    """Whether the backward node is a compiled module's: of a class that AOTAutograd made."""
+    return getattr(getattr(node, "_forward_cls", None), "__name__", "") == "CompiledFunction"
 
 
 def _saved(node: Any) -> list[Tensor]:

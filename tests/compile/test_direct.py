@@ -180,19 +180,6 @@ def test_what_looks_like_a_remembered_call(other):
             assert not allowed()
 
 
-@pytest.mark.parametrize("family", ["ours", "transformers"])
-def test_a_caller_s_torch_compile(family, make_model, make_their_model, compiled, logits):
-    """Around the model: it breaks the graph at the units, whether their calls are new or seen."""
-    model = (make_model if family == "ours" else make_their_model)(num_hidden_layers=1)
-    result, ids = compiled(model), torch.randint(0, 256, (1, 9))
-    outer = torch.compile(lambda x: logits(result, x), backend="eager")
-    with torch.no_grad():
-        first = outer(ids)
-        for _ in range(2):
-            assert torch.equal(outer(ids), first)
-        assert torch.equal(logits(result, ids), first)
-
-
 def test_one_tensor_in_two_places_is_not_remembered(dense, through_dynamo):
     x, angle = torch.randn(1, 9, dense.config.hidden_size), torch.randn(1, 9, dense.config.qk_rope_head_dim // 2)
     with torch.no_grad():

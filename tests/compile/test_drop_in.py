@@ -134,6 +134,16 @@ def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_mod
             assert close(out, logits(model, tokens, use_cache=False, **kwargs), exact)
 
 
+def test_within_a_caller_s_torch_compile(model, compiled, logits):
+    """Around the model: it breaks the graph at the units, whether their calls are new or seen."""
+    result, tokens = compiled(model), ids(1, 9)
+    outer = torch.compile(lambda x: logits(result, x), backend="eager")
+    with torch.no_grad():
+        eager, exact = logits(model, tokens), logits(float64(model), tokens)
+        for call in (outer, outer, lambda x: logits(result, x), outer):
+            assert close(call(tokens), eager, exact)
+
+
 def test_layers_that_are_not_compiled_and_other_attention(make_their_model, compiled, logits):
     """Both get the mask that transformers makes."""
     tokens, model = ids(1, 8), make_their_model()

@@ -26,7 +26,7 @@ def sizes_in(message):
 def test_the_sum_of_what_is_known():
     weight = torch.nn.Parameter(torch.zeros(10**7))
     saved = [torch.zeros(2 * 10**7), weight.detach(), None]
-    layer = SimpleNamespace(saved_tensors=saved, _forward_cls=SimpleNamespace(watched=True))
+    layer = SimpleNamespace(saved_tensors=saved, _forward_cls=SimpleNamespace(__name__="CompiledFunction"))
     error = torch.OutOfMemoryError(TORCHS)
     explain(error, "a layer", [weight], None, "none", layer)
     assert str(error) == (
