@@ -16,8 +16,8 @@ registers 0.83. More programs at a time, a loop of a third of the code, or anoth
 `quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of which many experts make many, are
 only filled. `permute_requantize_t` reads tokens' rows, an eighth as many, where `permute` would have put their copies.
 
-H200, 4096 and 32768 rows of 2048 to 18432, in the time of a copy of as many bytes: `quantize_tile` 0.93 to 0.99,
-`quantize_tile_t` 0.91 to 0.96, `requantize_t` 0.81 to 0.86, `quantize_tile_both` 0.89 to 0.96.
+H200, 4096 and 32768 rows of 2048 to 18432, in the time of a copy of as many bytes: `quantize_tile` 0.92 to 1.00,
+`quantize_tile_t` 0.93 to 0.95, `requantize_t` 0.83 to 0.86, `quantize_tile_both` 0.89 to 0.93.
 """
 
 from collections.abc import Iterator

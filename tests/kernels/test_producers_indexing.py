@@ -18,7 +18,8 @@ PROGRAM = """
 import torch, triton
 import triton.language as tl
 import dsv3c.operators
-from dsv3c.kernels import norm, rotary, swiglu, tiles
+from dsv3c.kernels import embedding, norm, rotary, swiglu, tiles
+from dsv3c.kernels.reference.embedding import embedding_backward_ref
 from dsv3c.numerics import Recipe, unit_roundoff
 
 @triton.jit
@@ -125,6 +126,14 @@ for R, K, pairs in [(2, 384, 8)]:
     rotary.latent_backward(*arguments, out)
     for found, e in zip(out, rotary_op.rotary.latent_backward_ref(*arguments)):
         close(found, e, e.float().abs().max())
+
+# Bits: float32 sums in one order. Runs of one token that end before, at and behind what is read at a time.
+for R, V, H in [(1, 1, 16), (37, 100, 200), (300, 33, 2064), (8, 17, 32), (9, 17, 32), (16, 17, 32), (0, 5, 16)]:
+    for ids in (torch.randint(V, (R,)), torch.randint(min(V, 9), (R,)), torch.full((R,), V - 1)):
+        dy = torch.randn(R, 2 * H)[:, ::2] if R == 9 else torch.randn(R, 2 * H)[:, :H]
+        out = torch.full((V, H), torch.nan)
+        embedding.embedding_backward(dy, ids, V, out)
+        assert torch.equal(out, embedding_backward_ref(dy, ids, V))
 """
 
 
