@@ -24,8 +24,8 @@ class PlaceKeys:
     After: both are views of `gemm_keys`, which stores the halves apart and writes the shared part between them.
 
     NUMERIC: the same product stored elsewhere, by a kernel of ours where the library's, which adds up in another order,
-    might have been chosen. Leaves alone: heads of other than 128 features of either half, a shared
-    part of no multiple of 8, and keys and values that anything but attention reads.
+    might have been chosen. Leaves alone: heads of other than 128 features of either half, halves of two products, a
+    shared part of no multiple of 8, and keys and values that anything but attention reads.
     """
 
     tier: ClassVar[Tier] = Tier.NUMERIC
