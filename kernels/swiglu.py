@@ -2,16 +2,20 @@
 
 Memory-bound: 5 bytes a pair of gate and up in forward (7 with the saved copy), 9 in backward, which from one read
 writes the gradient twice, as tiles along the features for dgrad and along the rows for wgrad, and once the recomputed
-activation, along the rows, for the wgrad of the product behind. In backward the instructions are as scarce as the
-bytes: 57 a pair, where a copy's time has room for 62. So a thread computes with rows in pairs, a pair in one 32-bit
+activation, along the rows, for the wgrad of the product behind. In backward the instructions are nearly as scarce as
+the bytes: 61 a pair, where a copy's time has room for 71. So a thread computes with rows in pairs, a pair in one 32-bit
 word (`tiles.py`), and what is to be tiled along the rows is transposed as such words: afterwards a thread has rows of
 one column, with one scale to compute for them, and 16 bytes at a time to store. Before, it has 8 columns of two rows.
 In Gluon, which takes both layouts as they are.
 
 H200, 32768 rows of 2048 in 8 groups and 4096 of 18432, in the time of a copy of as many bytes: forward 0.94 and 0.95,
-with the saved copy 0.87 and 0.89, backward 0.66 (weights and groups) and 0.74. Its two programs a multiprocessor issue
-in 64 % of the cycles, in bursts: warps that could go on wait mostly for each other, then for memory. Sixteen columns a
-thread, no bank conflicts, whole lines, another order of tiles, a persistent program of 32 warps are no faster.
+with the saved copy 0.87 and 0.89, backward 0.66 (weights and groups) and 0.74. The first is 211 µs of the kernel, and 9
+of the map of tiles and the sum of weight gradients, for a copy's 146. Without sigmoid and divisions, half of the
+instructions, the same loads, transposition and stores still take 188, and keep the link between the halves of the L2
+81 % busy. The kernel issues in 64 % of the cycles, in bursts: more than two programs do not fit into a multiprocessor's
+shared memory, and both wait at once. No faster: 7 % fewer instructions (columns read by `ldmatrix`, 16 columns a
+thread), half as many warps, whole lines, no bank conflicts, other orders of tiles, hints to the caches, programs that
+stay. Two tiles a program, the second one's loads ahead: 4 % less time in groups with weights, 2 % more without.
 """
 
 from collections.abc import Iterator
