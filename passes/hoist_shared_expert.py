@@ -1,0 +1,53 @@
+"""Start with the shared expert, so that the host gets ahead of the GPU."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+import dsv3c.operators  # noqa: F401
+from dsv3c.passes.contract import Level, Tier
+from dsv3c.passes.fuse_routing import bare
+from dsv3c.passes.rewrite import is_backward
+
+ops = torch.ops.dsv3c
+
+
+@dataclass(frozen=True)
+class HoistSharedExpert:
+    """Before: the router, permute, the experts, then the shared expert. After: the shared expert's cast, first product
+    and SwiGLU, then the rest as it was.
+
+    In front of the experts' first product there are six short kernels, and in a call that begins with an idle GPU each
+    waits for the host; behind a long product they do not. The shared expert's last product stays where it was: its
+    result in BF16 would lie beside the experts', what is hoisted ends as FP8. Leaves alone: a MoE in which each product
+    behind the router's needs that one.
+    """
+
+    tier: ClassVar[Tier] = Tier.EXACT
+    level: ClassVar[Level] = Level.JOINT
+
+    def __call__(self, gm: fx.GraphModule) -> int:
+        return sum(map(_hoist, gm.graph.find_nodes(op="call_function", target=ops.gate.default)))
+
+
+def _hoist(gate: fx.Node) -> bool:
+    router = bare(gate.args[0])
+    needs_router, free = {router}, []
+    node = router.next
+    while node.op != "output":
+        if not needs_router.isdisjoint(node.all_input_nodes) or is_backward(node):
+            needs_router.add(node)
+        else:
+            free.append(node)
+        node = node.next
+    products = [node for node in free if node.target is ops.gemm.default]
+    wanted = set(products[-1].all_input_nodes) if products else set()
+    for node in reversed(free):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    ahead = [node for node in free if node in wanted]
+    for node in ahead:
+        router.prepend(node)
+    return bool(ahead)
