@@ -4,7 +4,8 @@ float32 and with their gradient.
 Rows are taken in chunks. A chunk's logits come from the library's product, one program a row finds their loss and puts
 their gradient in their place, and two more products take that to the input and to the weight. The weight's is summed up
 in float32 over several chunks; one chunk's is the product's result, rounded once as well. Loss and gradients come
-together, in forward: there is no backward that would need the logits again.
+together, in forward: there is no backward that would need the logits again. Backward multiplies the gradients by the
+loss's, in place, unless that is one: the weight's are 1.9 GB to read and to write.
 
 A row's logits are needed twice, for the sum of its exponentials and for the gradient. Meanwhile they stay on the chip,
 in shared memory and, what is left of V3's row, in registers: reading that tenth again took 8 % of the time. A program
@@ -29,9 +30,11 @@ from dsv3c.kernels.gemm import multiprocessors
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, Variant
 from dsv3c.kernels.reference.cross_entropy import IGNORED
+from dsv3c.numerics import ceil_div
 
 BLOCK, WARPS = 8192, 32  # of a row at a time; a program takes a multiprocessor
 SHARED = 14  # blocks in shared memory; two more are in registers
+SCALED, PROGRAMS = 4096, 8  # numbers that a program of scale_ takes at a time; programs a multiprocessor
 
 
 @triton.jit
@@ -119,6 +122,17 @@ def _cross_entropy_kernel(
         gl.store(row_ptr + label, (_exp(of_label - of_all) * factor - scale).to(gl.bfloat16), mask=known)
 
 
+@launched
+@triton.jit(do_not_specialize=["size"])
+def _scale_kernel(x_ptr, scale_ptr, size, BLOCK: tl.constexpr):
+    scale = tl.load(scale_ptr)
+    if scale != 1.0:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
+            tl.store(x_ptr + at, (x * scale).to(x_ptr.dtype.element_ty), mask=at < size)
+
+
 def cross_entropy_(logits_RV: Tensor, labels_R: Tensor, scale: Tensor, out: Tensor) -> None:
     """Launcher of `dsv3c::cross_entropy_`."""
     R, V = logits_RV.shape
@@ -164,6 +178,13 @@ def linear_cross_entropy(
     loss.copy_(losses_R.sum() * scale)
 
 
+def scale_(x: Tensor, scale: Tensor) -> None:
+    """Launcher of `dsv3c::scale_`."""
+    if x.numel():
+        programs = min(ceil_div(x.numel(), SCALED), PROGRAMS * multiprocessors())
+        _scale_kernel[(programs,)](x, scale, x.numel(), SCALED)
+
+
 def variants() -> Iterator[Variant]:
     yield Variant(
         _cross_entropy_kernel,
@@ -172,3 +193,4 @@ def variants() -> Iterator[Variant]:
         num_warps=WARPS,
         maxnreg=64,
     )
+    yield Variant(_scale_kernel, {"x_ptr": BF16, "scale_ptr": F32}, {"BLOCK": SCALED})
