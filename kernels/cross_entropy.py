@@ -123,14 +123,13 @@ def _cross_entropy_kernel(
 
 
 @launched
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _scale_kernel(x_ptr, scale_ptr, size, BLOCK: tl.constexpr):
-    scale = tl.load(scale_ptr)
+    scale, at = tl.load(scale_ptr), tl.arange(0, BLOCK)
     if scale != 1.0:
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
-            tl.store(x_ptr + at, (x * scale).to(x_ptr.dtype.element_ty), mask=at < size)
+            x = tl.load(x_ptr + start + at, mask=at < size - start).to(tl.float32)
+            tl.store(x_ptr + start + at, (x * scale).to(x_ptr.dtype.element_ty), mask=at < size - start)
 
 
 def cross_entropy_(logits_RV: Tensor, labels_R: Tensor, scale: Tensor, out: Tensor) -> None:
