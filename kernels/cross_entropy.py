@@ -157,15 +157,20 @@ def linear_cross_entropy(
 ) -> None:
     """Launcher of `dsv3c::linear_cross_entropy`."""
     loss, dx_RK, dweight_VK = out
-    scale = 1 / (labels_R != IGNORED).sum().clamp(min=1).float()
+    if not len(x_RK):
+        loss.zero_()
+        dweight_VK.zero_()
+        return
     losses_R = x_RK.new_empty(len(x_RK), dtype=torch.float32)
     logits_RV = x_RK.new_empty((min(chunk, len(x_RK)), len(weight_VK)))
-    one = 0 < len(x_RK) <= chunk
+    one = len(x_RK) <= chunk
     total_VK = dweight_VK if one else weight_VK.new_zeros(weight_VK.shape, dtype=torch.float32)
     for first in range(0, len(x_RK), chunk):
         rows = slice(first, first + chunk)
         x, logits = x_RK[rows], logits_RV[: len(x_RK[rows])]
         torch.mm(x, weight_VK.t(), out=logits)
+        if not first:  # these launches are many; behind the product nothing waits for them
+            scale = 1 / (labels_R != IGNORED).sum().clamp(min=1).float()
         cross_entropy_(logits, labels_R[rows], scale, losses_R[rows])
         torch.mm(logits, weight_VK, out=dx_RK[rows])
         if one:

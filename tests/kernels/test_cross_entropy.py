@@ -93,6 +93,8 @@ def test_nothing_counts(device):
     labels = torch.full((3,), reference.IGNORED, device=device)
     for found in ops.linear_cross_entropy(x, weight, labels, 2):
         assert not found.any()
+    for found in ops.linear_cross_entropy(x[:0], weight, labels[:0], 2):
+        assert not found.any()
     assert bool(ops.cross_entropy_(x, labels + 200, torch.ones(1, device=device)).isnan().all())  # label 100 of 8
 
 
