@@ -16,13 +16,12 @@ ops = torch.ops.dsv3c
 
 @dataclass(frozen=True)
 class HoistSharedExpert:
-    """Before: the router, permute, the experts, then the shared expert. After: the shared expert's cast, first product
-    and SwiGLU, then the rest as it was.
+    """Before: the router, permute, the experts, then the shared expert. After: the shared expert, then the rest.
 
     In front of the experts' first product there are six short kernels, and in a call that begins with an idle GPU each
-    waits for the host; behind a long product they do not. The shared expert's last product stays where it was: its
-    result in BF16 would lie beside the experts', what is hoisted ends as FP8. Leaves alone: a MoE in which each product
-    behind the router's needs that one.
+    waits for the host; behind two long products they wait less. (A MoE of 8 experts alone, forward and backward, H200:
+    11.39 -> 11.06 ms.) Meanwhile its result lies beside the experts'; in inference Inductor puts the last product back.
+    Leaves alone: a MoE in which each product behind the router's needs that one.
     """
 
     tier: ClassVar[Tier] = Tier.EXACT
@@ -43,7 +42,7 @@ def _hoist(gate: fx.Node) -> bool:
             free.append(node)
         node = node.next
     products = [node for node in free if node.target is ops.gemm.default]
-    wanted = set(products[-1].all_input_nodes) if products else set()
+    wanted = set(products[-1:])
     for node in reversed(free):
         if node in wanted:
             wanted.update(node.all_input_nodes)
