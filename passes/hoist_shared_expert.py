@@ -9,7 +9,6 @@ from torch import fx
 import dsv3c.operators  # noqa: F401
 from dsv3c.passes.contract import Level, Tier
 from dsv3c.passes.fuse_routing import bare
-from dsv3c.passes.rewrite import is_backward
 
 ops = torch.ops.dsv3c
 
@@ -36,7 +35,7 @@ def _hoist(gate: fx.Node) -> bool:
     needs_router, free = {router}, []
     node = router.next
     while node.op != "output":
-        if not needs_router.isdisjoint(node.all_input_nodes) or is_backward(node):
+        if not needs_router.isdisjoint(node.all_input_nodes):
             needs_router.add(node)
         else:
             free.append(node)
