@@ -19,8 +19,9 @@ class HoistSharedExpert:
 
     In front of the experts' first product there are six short kernels, and in a call that begins with an idle GPU each
     waits for the host; behind two long products they wait less. (A MoE of 8 experts alone, forward and backward, H200:
-    11.39 -> 11.06 ms.) Meanwhile its result lies beside the experts'; in inference Inductor puts the last product back.
-    Leaves alone: a MoE in which each product behind the router's needs that one.
+    0.0 to 0.3 ms of 11.4 in five runs, 0.12 on the mean; a layer, where attention comes first: nothing.) Meanwhile its
+    result lies beside the experts'; in inference Inductor puts the last product back. Leaves alone: a MoE in which each
+    product behind the router's needs that one.
     """
 
     tier: ClassVar[Tier] = Tier.EXACT
