@@ -36,13 +36,19 @@ def cross_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, chunk:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, weight_VD, labels_R, chunk):
-        loss, dx_RD, dweight_VD = torch.ops.dsv3c.linear_cross_entropy(x_RD, weight_VD, labels_R, chunk)
-        ctx.save_for_backward(dx_RD, dweight_VD)
+        loss, *ctx.gradients = torch.ops.dsv3c.linear_cross_entropy(x_RD, weight_VD, labels_R, chunk)
+        ctx.save_for_backward(x_RD, weight_VD, labels_R)
+        ctx.chunk = chunk
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        return *(gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors), None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # used up: the graph was kept for one more backward
+            _, *gradients = torch.ops.dsv3c.linear_cross_entropy(*ctx.saved_tensors, ctx.chunk)
+        for gradient in gradients:
+            torch.ops.dsv3c.scale_(gradient, dloss)
+        return *gradients, None, None
 
 
 def update_bias(bias_E: Tensor, num_tokens_per_expert_E: Tensor, *, speed: float = 0.001) -> Tensor:

@@ -4,7 +4,8 @@ float32 and with their gradient.
 Rows are taken in chunks. A chunk's logits come from the library's product, one program a row finds their loss and puts
 their gradient in their place, and two more products take that to the input and to the weight. The weight's is summed up
 in float32 over several chunks; one chunk's is the product's result, rounded once as well. Loss and gradients come
-together, in forward: there is no backward that would need the logits again.
+together, in forward: there is no backward that would need the logits again. Backward multiplies the gradients by the
+loss's, in place, unless that is one: the weight's are 1.9 GB to read and to write.
 
 A row's logits are needed twice, for the sum of its exponentials and for the gradient. Meanwhile they stay on the chip,
 in shared memory and, what is left of V3's row, in registers: reading that tenth again took 8 % of the time. A program
@@ -29,9 +30,11 @@ from dsv3c.kernels.gemm import multiprocessors
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, Variant
 from dsv3c.kernels.reference.cross_entropy import IGNORED
+from dsv3c.numerics import ceil_div
 
 BLOCK, WARPS = 8192, 32  # of a row at a time; a program takes a multiprocessor
 SHARED = 14  # blocks in shared memory; two more are in registers
+SCALED, PROGRAMS = 4096, 8  # numbers that a program of scale_ takes at a time; programs a multiprocessor
 
 
 @triton.jit
@@ -119,6 +122,16 @@ def _cross_entropy_kernel(
         gl.store(row_ptr + label, (_exp(of_label - of_all) * factor - scale).to(gl.bfloat16), mask=known)
 
 
+@launched
+@triton.jit
+def _scale_kernel(x_ptr, scale_ptr, size, BLOCK: tl.constexpr):
+    scale, at = tl.load(scale_ptr), tl.arange(0, BLOCK)
+    if scale != 1.0:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
+            x = tl.load(x_ptr + start + at, mask=at < size - start).to(tl.float32)
+            tl.store(x_ptr + start + at, (x * scale).to(x_ptr.dtype.element_ty), mask=at < size - start)
+
+
 def cross_entropy_(logits_RV: Tensor, labels_R: Tensor, scale: Tensor, out: Tensor) -> None:
     """Launcher of `dsv3c::cross_entropy_`."""
     R, V = logits_RV.shape
@@ -144,15 +157,20 @@ def linear_cross_entropy(
 ) -> None:
     """Launcher of `dsv3c::linear_cross_entropy`."""
     loss, dx_RK, dweight_VK = out
-    scale = 1 / (labels_R != IGNORED).sum().clamp(min=1).float()
+    if not len(x_RK):
+        loss.zero_()
+        dweight_VK.zero_()
+        return
     losses_R = x_RK.new_empty(len(x_RK), dtype=torch.float32)
     logits_RV = x_RK.new_empty((min(chunk, len(x_RK)), len(weight_VK)))
-    one = 0 < len(x_RK) <= chunk
+    one = len(x_RK) <= chunk
     total_VK = dweight_VK if one else weight_VK.new_zeros(weight_VK.shape, dtype=torch.float32)
     for first in range(0, len(x_RK), chunk):
         rows = slice(first, first + chunk)
         x, logits = x_RK[rows], logits_RV[: len(x_RK[rows])]
         torch.mm(x, weight_VK.t(), out=logits)
+        if not first:  # these launches are many; behind the product nothing waits for them
+            scale = 1 / (labels_R != IGNORED).sum().clamp(min=1).float()
         cross_entropy_(logits, labels_R[rows], scale, losses_R[rows])
         torch.mm(logits, weight_VK, out=dx_RK[rows])
         if one:
@@ -164,6 +182,13 @@ def linear_cross_entropy(
     loss.copy_(losses_R.sum() * scale)
 
 
+def scale_(x: Tensor, scale: Tensor) -> None:
+    """Launcher of `dsv3c::scale_`."""
+    if x.numel():
+        programs = min(ceil_div(x.numel(), SCALED), PROGRAMS * multiprocessors())
+        _scale_kernel[(programs,)](x, scale, x.numel(), SCALED)
+
+
 def variants() -> Iterator[Variant]:
     yield Variant(
         _cross_entropy_kernel,
@@ -172,3 +197,4 @@ def variants() -> Iterator[Variant]:
         num_warps=WARPS,
         maxnreg=64,
     )
+    yield Variant(_scale_kernel, {"x_ptr": BF16, "scale_ptr": F32}, {"BLOCK": SCALED})

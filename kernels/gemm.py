@@ -15,7 +15,7 @@ cuBLASLt, behind `torch.nn.functional.scaled_mm`, has the same semantics and is 
 elsewhere (dx of q_a and kv_a: K = 2112) `warp_specialized.py` is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType, pad
 
-from dsv3c.kernels.implementations import Implementation, Problem, choose
+from dsv3c.kernels.implementations import Implementation, Problem, start
 from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
@@ -244,8 +244,13 @@ def gemm(
     if M == 0 or K == 0 or out.numel() == 0:
         out.zero_()
         return
-    implementation, config = choose(Problem("gemm", M, len(w_fp8), K))
-    implementation.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out, **config)
+    problem = Problem("gemm", M, len(w_fp8), K)
+
+    def chosen(implementation: Implementation, config: Mapping[str, Any]) -> None:
+        rows = slice(None if implementation.takes(problem) else 128)  # it is for few, and here to be compiled
+        implementation.launch(x_fp8[rows], x_scale_inv[rows], w_fp8, w_scale_inv, out[rows], **config)
+
+    start(problem, chosen)
 
 
 def gemm_dgrad(

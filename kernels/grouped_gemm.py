@@ -34,7 +34,7 @@ from dsv3c.kernels.gemm import (
     valid,
 )
 from dsv3c.kernels.groups import tile_map
-from dsv3c.kernels.implementations import Implementation, Problem, choose
+from dsv3c.kernels.implementations import Implementation, Problem, start
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
@@ -75,8 +75,8 @@ def grouped_gemm(
     if R == 0 or K == 0 or out.numel() == 0:
         out.zero_()
         return
-    implementation, config = choose(Problem("grouped_gemm", R, N, K, len(offs)))
-    implementation.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, offs, out, **config)
+    operands = x_fp8, x_scale_inv, w_fp8, w_scale_inv, offs, out
+    start(Problem("grouped_gemm", R, N, K, len(offs)), lambda chosen, config: chosen.launch(*operands, **config))
 
 
 def grouped_gemm_dgrad(

@@ -4,7 +4,8 @@ An operator may have several implementations: kernels of ours, a library. Each h
 change its speed and never a bit of its results; what sums in another order is an implementation of its own. The choice
 is by measurement: `dsv3c tune` writes a table for each device (`tuning/tables.py`), which is read at the first launch.
 Without a row for a problem, the rule in the operator's kernel file decides (`default`). The choice depends on the
-problem and the device alone, and is no part of a compile key. Nothing is measured here.
+problem and the device alone, and is no part of a compile key. Nothing is measured here. What numbers of rows that have
+not come yet would take is compiled with the first (`start`).
 """
 
 import warnings
@@ -118,6 +119,33 @@ def choose(problem: Problem) -> Choice:
             growth = table.growth(row, problem, found.tile(entry.config))
             choices.append((entry.median_us * growth, found, entry.config))
     return min(choices, key=itemgetter(0))[1:] if choices else default(problem)
+
+
+Start = Callable[[Implementation, Config], None]
+_prepared: set[tuple] = set()  # problems but for their rows, and what else decides
+
+
+def start(problem: Problem, launch: Start, pick: Callable[[Problem], Choice] = choose, *also: Any) -> None:
+    """Launches what `pick` chooses for `problem`; first, once for all numbers of rows, has compiled what it chooses for
+    others, so that a number of rows never seen before compiles nothing. `also`: what `pick` depends on besides."""
+    key = problem._replace(rows=0), also
+    if key not in _prepared:
+        from dsv3c.kernels.launch import compiling  # needs Triton
+
+        _prepared.add(key)
+        chosen = [pick(problem._replace(rows=rows)) for rows in _rows(problem.groups)]
+        with compiling():
+            for implementation, config in {(i.name, *c.items()): (i, c) for i, c in chosen}.values():
+                if implementation.variant:
+                    launch(implementation, config)
+    launch(*pick(problem))
+
+
+@cache
+def _rows(groups: int) -> tuple[int, ...]:
+    """Up to 2^20: one or more between any two that choices turn on, and an odd number beside each."""
+    steps = {(4 + quarter) << octave >> 2 for octave in range(21) for quarter in range(4)}
+    return tuple(sorted({rows * each + odd for rows in steps for each in {1, groups} for odd in (0, 1)}))
 
 
 @cache

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3c.kernels import warp_specialized
-from dsv3c.kernels.implementations import Problem, choose
+from dsv3c.kernels import gemm, warp_specialized
+from dsv3c.kernels.implementations import Choice, Problem, choose, implementations, start
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, Variant
 from dsv3c.numerics import TILE, ceil_div
@@ -42,15 +42,12 @@ def gemm_keys(
     (R, H, D), (N, K), r = out_RHD.shape, w_fp8.shape, rope_BTr.shape[2]
     if out_RHD.numel() == 0:
         return
-    problem = Problem("gemm", R, N, K)
-    implementation, config = choose(problem)
+    pairs, problem = (x_fp8, x_scale_inv, w_fp8, w_scale_inv), Problem("gemm", R, N, K)
     if warp_specialized.takes(problem):
-        known = implementation.name == "warp_specialized"
-        config = config if known else warp_specialized.KNOWN[0]
-        warp_specialized.launch_heads(x_fp8, x_scale_inv, w_fp8, w_scale_inv, out_RHD, **config)
+        start(problem, lambda _, config: warp_specialized.launch_heads(*pairs, out_RHD, **config), _choose, D)
     else:
         y_RHD = out_RHD.new_empty((R, H, D - r))
-        implementation.launch(x_fp8, x_scale_inv, w_fp8, w_scale_inv, y_RHD.flatten(1), **config)
+        gemm.gemm(*pairs, out_RHD.dtype, y_RHD.flatten(1))
         out_RHD[..., :TILE] = y_RHD[..., :TILE]
         out_RHD[..., TILE + r :] = y_RHD[..., TILE:]
     rope_Rr = (rope_BTr if rope_BTr.stride(2) == 1 else rope_BTr.contiguous()).flatten(0, 1)
@@ -59,6 +56,12 @@ def gemm_keys(
         rope_Rr, rotary, H, r, rope_Rr.stride(0), rotary.stride(0), rotary.stride(1), triton.next_power_of_2(r), HEADS,
         num_warps=WARPS,
     )  # fmt: skip
+
+
+def _choose(problem: Problem) -> Choice:
+    specialized = implementations("gemm")["warp_specialized"]
+    choice = choose(problem)
+    return choice if choice[0] is specialized else (specialized, warp_specialized.KNOWN[0])
 
 
 def variants() -> Iterator[Variant]:

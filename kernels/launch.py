@@ -6,7 +6,7 @@ specialises and encodes each descriptor of a tensor anew. Here a launch that nee
 own rule (its binder, which says what a kernel is specialised on), and goes to the launcher of the kernel that is there.
 What is seen for the first time goes through Triton, and so does everything while somebody has hooks on launches.
 
-`recorded` collects launches for `replay.py`.
+`recorded` collects launches for `replay.py`, `compiling` keeps them from starting.
 """
 
 import threading
@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAPS = 1024  # encoded descriptors that are kept, for each descriptor of a kernel
 
-_here = threading.local()  # .tape: where this thread's launches are recorded
+_here = threading.local()  # .tape: where this thread's launches are recorded; .compiling: they start nothing
 
 
 class Descriptor(TensorDescriptor):
@@ -96,6 +96,7 @@ class _Launcher:
         kinds = [(desc.base.dtype, desc.block_shape, desc.layout) for desc in descs]
         key = (device, *kinds, *specialization, *other.items())
         found = self.loaded.get(key)
+        warmup = warmup or getattr(_here, "compiling", False)
         if found is None or warmup or hooked():
             compiled = self.first(*[desc.full() for desc in descs], *rest, grid=grid, warmup=warmup, **options)
             if warmup or compiled is None:
@@ -132,6 +133,16 @@ def _encoder(meta: dict[str, Any]) -> Callable[..., list]:
         return make_tensordesc_arg(desc, meta)
 
     return encode
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, this thread's launches compile kernels that are missing, and start none."""
+    _here.compiling = True
+    try:
+        yield
+    finally:
+        _here.compiling = False
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from dsv3c.kernels.gemm import (
     valid,
 )
 from dsv3c.kernels.groups import tile_map
-from dsv3c.kernels.implementations import Implementation, Problem, choose, implementations
+from dsv3c.kernels.implementations import Choice, Implementation, Problem, choose, implementations, start
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
@@ -217,15 +217,27 @@ def _launch(problem: Problem, operands: tuple[Tensor, ...], dw: Tensor, accumula
         if not accumulate:
             dw.zero_()
         return
+    options = {"accumulate": True} if accumulate else {}
+    start(
+        problem,
+        lambda chosen, config: chosen.launch(*operands, dw, **options, **config),
+        partial(_choose, accumulate=accumulate, size=dw.element_size()),
+        accumulate,
+        dw.dtype,
+    )
+
+
+def _choose(problem: Problem, accumulate: bool, size: int) -> Choice:
+    """`size`: bytes of a number of the result."""
     implementation, config = choose(problem)
     if accumulate and not implementation.space:  # a library would need another pass over the gradient
         name, config = _own(problem)
         implementation = implementations(problem.operator)[name]
-    if implementation.name == "warp_specialized" and dw.element_size() > (2 if _few(problem) else 4):
+    if implementation.name == "warp_specialized" and size > (2 if _few(problem) else 4):
         # Of few rows the result is the traffic: in float32 the plain kernel writes 3.6 TB/s, the specialised one 3.5,
         # and 3.3 and 3.4 if groups are as a router makes them.
         implementation, config = implementations(problem.operator)["triton"], KNOWN[_few(problem)]
-    implementation.launch(*operands, dw, **({"accumulate": True} if accumulate else {}), **config)
+    return implementation, config
 
 
 def _few(problem: Problem) -> bool:

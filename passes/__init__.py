@@ -11,6 +11,7 @@ from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
 from dsv3c.passes.fuse_routing import FuseRouting
 from dsv3c.passes.fuse_swiglu_backward import FuseSwiGLUBackward
+from dsv3c.passes.hoist_shared_expert import HoistSharedExpert
 from dsv3c.passes.join_keys import JoinKeys
 from dsv3c.passes.merge_linear import MergeLinear
 from dsv3c.passes.narrow_product import NarrowProduct
@@ -40,6 +41,7 @@ __all__ = [
     "FuseQuantize",
     "FuseRouting",
     "FuseSwiGLUBackward",
+    "HoistSharedExpert",
     "JoinKeys",
     "MergeLinear",
     "NarrowProduct",

@@ -24,6 +24,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "permute_requantize_t": ("retile_kernel", {"DEQUANTIZE": True, "TOP_K": 8}),
     "quantize_block": ("quantize_block_kernel", {}),
     "quantize_weights": ("quantize_weights_kernel", {"TRANSPOSED": False}),
+    "quantize_weights_both": ("quantize_both_kernel", {}),
     "quantize_weights_transposed": ("quantize_weights_kernel", {"TRANSPOSED": True}),
     "dequantize_block": ("dequantize_block_kernel", {}),
     "quantize_e5m6": ("quantize_e5m6_kernel", {}),
@@ -57,6 +58,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent": ("latent_kernel", {}),
     "latent_backward": ("latent_backward_kernel", {}),
     "cross_entropy": ("cross_entropy_kernel", {}),
+    "scale": ("scale_kernel", {}),
     "embedding_backward": ("embedding_backward_kernel", {}),
     "cast_queries": ("cast_heads_kernel", {"ROTATE": True}),
     "cast_keys": ("cast_heads_kernel", {"ROTATE": False}),
@@ -74,7 +76,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.quantize_tile_both.default": ("quantize_tile_both", "quantize_tile_both_grouped"),
     "dsv3c.requantize_t.default": ("requantize_t", "requantize_t_grouped"),
     "dsv3c.quantize_block.default": ("quantize_block",),
-    "dsv3c.quantize_weights.default": ("quantize_weights", "quantize_weights_transposed"),
+    "dsv3c.quantize_weights.default": ("quantize_weights", "quantize_weights_transposed", "quantize_weights_both"),
     "dsv3c.dequantize_block.default": ("dequantize_block",),
     "dsv3c.quantize_e5m6.default": ("quantize_e5m6",),
     "dsv3c.dequantize_e5m6.default": ("dequantize_e5m6",),
@@ -119,6 +121,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.mla_decode.default": ("mla_decode", "mla_decode_combine"),
     "dsv3c.cross_entropy_.default": ("cross_entropy",),
     "dsv3c.linear_cross_entropy.default": ("cross_entropy",),
+    "dsv3c.scale_.default": ("scale",),
     "dsv3c.embedding_backward.default": ("embedding_backward",),
 }
 

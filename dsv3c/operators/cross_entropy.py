@@ -34,6 +34,13 @@ def _linear_cross_entropy(x_RK, weight_VK, labels_R, chunk):
     return loss, x_RK.new_empty(x_RK.shape), weight_VK.new_empty(weight_VK.shape)
 
 
+def _scale_(x, scale) -> None:
+    expect("contiguous x", x.is_contiguous(), True)
+    expect("dtype of scale", scale.dtype, torch.float32)
+    expect("numbers in scale", scale.numel(), 1)
+
+
+define("scale_(Tensor(a!) x, Tensor scale) -> ()", _scale_, cross_entropy.scale_ref, "cross_entropy")
 define(
     "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor scale) -> Tensor",
     _cross_entropy_,

@@ -44,18 +44,6 @@ def _sort_by_expert(topk_idx_TK, num_experts):
     return tuple(topk_idx_TK.new_empty(shape) for shape in ((num_experts,), (num_experts,), (T * K,), (T, K)))
 
 
-def _save_for_backward(ctx, inputs, output):
-    logits_TE, bias_E, _, _, _, *ctx.formula = inputs
-    ctx.is_softmax = bias_E is None
-    ctx.save_for_backward(logits_TE, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, dtopk_weights_TK, _):
-    dlogits_TE = torch.ops.dsv3c.gate_backward(dtopk_weights_TK, *ctx.saved_tensors, ctx.is_softmax, *ctx.formula)
-    return dlogits_TE, *[None] * 6
-
-
 _FORMULA = "bool norm_topk_prob, float routed_scaling_factor"
 
 define(
@@ -76,4 +64,3 @@ define(
     router.sort_by_expert_ref,
     "router",
 )
-torch.library.register_autograd("dsv3c::gate", _backward, setup_context=_save_for_backward)

@@ -38,3 +38,8 @@ def linear_cross_entropy_ref(
         dx.copy_(logits @ weight_VK)
         dweight_VK += logits.t().to(total) @ x.to(total)
     return loss, dx_RK, dweight_VK.to(weight_VK.dtype)
+
+
+def scale_ref(x: Tensor, scale: Tensor) -> None:
+    """x becomes x · scale, in place: in float32, float64 of float64, rounded once. scale: one number."""
+    x.copy_(x.to(torch.promote_types(x.dtype, torch.float32)) * scale)

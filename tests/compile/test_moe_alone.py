@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsv3c import families
+from dsv3c.compiler import compilation_of
 from dsv3c.numerics import distance, quantized_layer_rms
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
@@ -32,6 +33,24 @@ def test_like_eager(model, compiled, units):
         assert torch.equal(output(alone, x), output(compiled(moe, "fp8"), x))
     assert isinstance(moe, type(alone))
     assert not hasattr(moe, "weights_changed")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_shared_expert_starts_first(model, compiled, training):
+    """Its first product stands in front of the gate, and no bit of an output or gradient is another."""
+    moe, x, results = model.model.layers[-1].mlp, torch.randn(2, 24, 256), []
+    for skip in ((), ("HoistSharedExpert",)):
+        alone, leaf = compiled(moe, "fp8", skip=skip), x.clone().requires_grad_(training)
+        moe.zero_grad()
+        with torch.set_grad_enabled(training):
+            results.append([output(alone, leaf)])
+        if training:
+            results[-1][0].backward(torch.ones_like(x))
+            results[-1] += [leaf.grad, *(p.grad.clone() for p in moe.parameters())]
+        (backend,) = compilation_of(alone).backends.values()
+        graph = backend.joint.text
+        assert (graph.index("dsv3c.gemm") < graph.index("dsv3c.gate")) == (not skip)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_in_a_model_it_is_its_layers(model):

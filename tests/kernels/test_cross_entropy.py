@@ -73,10 +73,27 @@ def test_linear(check, chunk, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1.0, 0.37, -2.0, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("size", [0, 1, 4097, 5_000_001])  # the last: more than all programs take at a time
+def test_scale_in_place(size, scale, device):
+    """The product in float32, rounded once; of one, not a bit."""
+    x = torch.randn(size + 8, device=device).bfloat16()[1:][:size]  # not aligned
+    x[: size // 2 : 3] *= 2.0**-120
+    x[1:2] = torch.inf
+    before = x.clone()
+    ops.scale_(x, torch.tensor(scale, device=device))
+    expected = (before.double() * scale).float().bfloat16() if scale != 1 else before
+    assert torch.equal(x.isnan(), expected.isnan())
+    assert torch.equal(x[~x.isnan()], expected[~x.isnan()])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_nothing_counts(device):
     x, weight = torch.ones(3, 8, device=device).bfloat16(), torch.ones(5, 8, device=device).bfloat16()
     labels = torch.full((3,), reference.IGNORED, device=device)
     for found in ops.linear_cross_entropy(x, weight, labels, 2):
+        assert not found.any()
+    for found in ops.linear_cross_entropy(x[:0], weight, labels[:0], 2):
         assert not found.any()
     assert bool(ops.cross_entropy_(x, labels + 200, torch.ones(1, device=device)).isnan().all())  # label 100 of 8
 
@@ -87,5 +104,9 @@ def test_what_is_refused():
         ops.linear_cross_entropy(x, weight, labels, 0)
     with pytest.raises(OperatorError, match="dtype of labels"):
         ops.linear_cross_entropy(x, weight, labels.int(), 4)
+    with pytest.raises(OperatorError, match="contiguous x: expected True, found False"):
+        ops.scale_(x.t(), torch.ones(1))
+    with pytest.raises(OperatorError, match="dtype of scale"):
+        ops.scale_(x, torch.ones(1).bfloat16())
     with pytest.raises(OperatorError, match="strides of logits"):
         ops.cross_entropy_(weight.t(), torch.zeros(8, dtype=torch.int64), torch.ones(1))

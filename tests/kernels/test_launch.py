@@ -146,9 +146,16 @@ def test_what_is_compiled_only_is_not_launched(monkeypatch):
     _plain.run(*arguments, grid=(1,), warmup=True)
     assert _plain.run.loaded == {}
     _plain[(1,)](*arguments)
+    assert len(started) == 1
+    with launch.compiling():
+        _plain[(1,)](*arguments)
+        _plain[(1,)](None, None, 1, 2, 1.0, True)
+    assert (len(started), len(_plain.run.loaded)) == (1, 1)
+    _plain[(1,)](*arguments)
+    assert len(started) == 2
     monkeypatch.setattr(_plain.run, "first", lambda *args, **options: "compiled")
     assert _plain.run(*arguments, grid=(1,), warmup=True) == "compiled"
-    assert len(started) == 1
+    assert len(started) == 2
 
 
 # Calls of operators. `_axpy` computes y += scale · x, for n values in float32.

@@ -14,6 +14,8 @@ from dsv3c.operators import OperatorError
 
 FLOOR = Recipe().amax_floor
 ops = torch.ops.dsv3c
+# Sizes of multiples of 16, off the block too.
+ALIGNED = (((128, 144), (384, 144), (80, 144)), ((272, 80),), ((3, 144, 272),), ((16, 16),), ((256, 128), (128, 128)))
 # Of each stack the shapes of its weights.
 STACKS = (
     ((128, 256), (384, 256), (72, 256)),
@@ -130,7 +132,7 @@ def test_indices_and_masks():
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_kernel_against_definition(check, dtype, transposed):
-    for stacks in (STACKS, STACKS[2:3], STACKS[4:5], (((256, 64), (128, 64), (640, 64)),)):  # aligned ones too
+    for stacks in (STACKS, STACKS[2:3], STACKS[4:5], (((256, 64), (128, 64), (640, 64)),), ALIGNED):
         weights, counts = layer(check, stacks, dtype, "cuda")
         weights[0] = torch.cat([weights[0]] * 2, -1)[..., : weights[0].shape[-1]]  # rows apart
         for pow2 in (False, True):
@@ -145,6 +147,14 @@ def test_kernel_on_weights_of_several_dtypes_empty_ones_and_nan(check):
     weights = [w.float() if i % 2 else w for i, w in enumerate(weights)]
     weights[0][3, 5] = torch.nan
     weights, counts = [*weights, torch.empty(0, 256, device="cuda")], [*counts, 1]
+    assert_nan_stays(weights, counts)
+    weights, counts = layer(check, ALIGNED[1:], device="cuda")
+    weights[0][3, 5] = torch.nan
+    assert_nan_stays(weights, counts)
+
+
+def assert_nan_stays(weights, counts):
+    """In the first block of the first weight."""
     found = ops.quantize_weights(weights, counts, FLOOR, False, True)
     expected = reference.quantize_weights_ref(weights, counts, FLOOR, False, True)
     assert bool(found[0].float().isnan()[:128, :128].all())

@@ -106,6 +106,19 @@ def test_cross_entropy_without_logits(dtype, chunk):
         assert distance(cross_entropy(hidden, weight, labels), expected[0])[1] <= reordered_bound(1, V, dtype)
 
 
+def test_cross_entropy_backward_twice():
+    """The first backward scales in place what forward made; a kept graph makes it again."""
+    hidden, weight = torch.randn(6, 32).bfloat16().requires_grad_(), torch.randn(50, 32).bfloat16().requires_grad_()
+    loss = cross_entropy(hidden, weight, torch.randint(0, 50, (6,)))
+    once = torch.autograd.grad(0.3 * loss, (hidden, weight), retain_graph=True)
+    for factor in (0.3, 1.0, 0.3):
+        again = torch.autograd.grad(factor * loss, (hidden, weight), retain_graph=True)
+        assert torch.equal(again[1], once[1]) == (factor == 0.3)
+    loss.mul(0.3).backward()
+    assert torch.equal(hidden.grad, once[0])
+    assert torch.equal(weight.grad, once[1])
+
+
 def test_cross_entropy_of_nothing_is_zero():
     hidden, weight = torch.ones(3, 8, dtype=torch.bfloat16, requires_grad=True), torch.ones(5, 8, dtype=torch.bfloat16)
     loss = cross_entropy(hidden, weight, torch.full((3,), IGNORED))

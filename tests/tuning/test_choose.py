@@ -1,6 +1,7 @@
 """The choice at launch: of the table where it has one that can be used, else by rule, and cheap."""
 
 import warnings
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from dsv3c.errors import CompileError
 from dsv3c.kernels import implementations as module
 from dsv3c.kernels.implementations import FILES, Implementation, Problem, choose, default, implementations
+from dsv3c.kernels.launch import _here
 from dsv3c.tuning import tables, targets
 from dsv3c.tuning.tables import Entry, Row
 
@@ -89,6 +91,27 @@ def test_a_row_of_another_version_is_passed_over_and_it_says_so_once(two_impleme
         chosen = [choose(PROBLEM._replace(rows=rows)) for rows in (4096, 4000)]
     assert chosen == [(KERNEL, {"x": 1, "y": 1})] * 2
     assert len(caught) == 1
+
+
+def test_what_other_numbers_of_rows_take_is_compiled_with_the_first(two_implementations, monkeypatch):
+    """Each once, and never a library; and again for what else decides."""
+    launched, kernel = [], replace(KERNEL, variant=lambda config: None)
+    monkeypatch.setattr(module, "_prepared", set())
+
+    def pick(problem):
+        return (LIBRARY, {}) if problem.rows % 4 == 0 else (kernel, {"x": 1 + (problem.rows > 3000), "y": 1})
+
+    def launch(implementation, config):
+        launched.append((implementation.name, *config.values(), getattr(_here, "compiling", False)))
+
+    for problem in (PROBLEM, PROBLEM._replace(rows=17), PROBLEM._replace(rows=3001)):
+        module.start(problem, launch, pick)
+    compiled = [("kernel", 1, 1, True), ("kernel", 2, 1, True)]
+    assert launched == [*compiled, ("library", False), ("kernel", 1, 1, False), ("kernel", 2, 1, False)]
+    launched.clear()
+    module.start(PROBLEM, launch, pick, "float32")
+    module.start(PROBLEM._replace(N=512), launch, pick)
+    assert launched == 2 * [*compiled, ("library", False)]
 
 
 def test_a_corrupt_table_is_a_line_and_the_defaults(two_implementations):
