@@ -57,6 +57,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent": ("latent_kernel", {}),
     "latent_backward": ("latent_backward_kernel", {}),
     "cross_entropy": ("cross_entropy_kernel", {}),
+    "fill": ("fill_kernel", {}),
     "embedding_backward": ("embedding_backward_kernel", {}),
     "cast_queries": ("cast_heads_kernel", {"ROTATE": True}),
     "cast_keys": ("cast_heads_kernel", {"ROTATE": False}),
@@ -119,7 +120,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.mla_decode.default": ("mla_decode", "mla_decode_combine"),
     "dsv3c.cross_entropy_.default": ("cross_entropy",),
     "dsv3c.linear_cross_entropy.default": ("cross_entropy",),
-    "dsv3c.embedding_backward.default": ("embedding_backward",),
+    "dsv3c.embedding_backward.default": ("fill", "embedding_backward"),
 }
 
 
