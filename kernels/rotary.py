@@ -79,7 +79,7 @@ def _latent_kernel(
     first, second = _turn(low(turning), high(turning), cos, sin)
     tl.store(latent_ptr + K + pair, first.to(tl.bfloat16))
     tl.store(latent_ptr + K + PAIRS + pair, second.to(tl.bfloat16))
-    rstd = tl.rsqrt(tl.sum(squares(x)) / K + eps)
+    rstd = tl.rsqrt(tl.sum(squares(x, 0.0)) / K + eps)
     y = times(scaled(x, rstd), weight)
     tl.store(words_ptr + column, y, mask=inside)
     q_ptr += row * (K // 2) + column
