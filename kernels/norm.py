@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
@@ -108,6 +109,7 @@ def _norm_backward_kernel(
 @launched
 @triton.jit(do_not_specialize=["P"])
 def _sum_programs_kernel(partial_ptr, out_ptr, P, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    gdc_wait()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, P, ROWS):
@@ -173,9 +175,10 @@ def rms_norm_backward(
     sum_programs(partial, dweight_K)
 
 
-def sum_programs(partial_PK: Tensor, out_K: Tensor) -> None:
+def sum_programs(partial_PK: Tensor, out_K: Tensor, launch_pdl: bool = False) -> None:
+    """launch_pdl: the kernel before calls `gdc_launch_dependents`."""
     P, K = partial_PK.shape
-    _sum_programs_kernel[(ceil_div(K, 8),)](partial_PK, out_K, P, K, 512, 8, num_warps=8)
+    _sum_programs_kernel[(ceil_div(K, 8),)](partial_PK, out_K, P, K, 512, 8, num_warps=8, launch_pdl=launch_pdl)
 
 
 def _warps(tiles: int) -> int:
