@@ -5,10 +5,13 @@ Backward needs a sum over rows for the weight's gradient: as many programs as th
 a second launch adds up the programs'. No atomics: the order is always the same.
 
 Forward is in Gluon, which stores a tile's scale from where it is; plain Triton moves the scales of each chunk through
-shared memory first, with two barriers.
+shared memory first, with two barriers. A chunk's weight is loaded a chunk ahead, the first one before the sum: until
+a multiprocessor's cache has it, rows wait for it one chunk after the other.
 
-H200, rows of 7168, in the time of a copy of as many bytes: alone 0.82 (4096 rows) and 0.93 (16384), with the addition
-0.91 and 0.94, backward, which writes a quarter of them, 1.03 and 1.17.
+H200, rows of 7168, in the time of a copy of as many bytes: alone 0.85 (4096 rows) and 0.94 (16384), with the addition
+0.89 and 0.95, and 0.93 and 0.94 with the BF16 result; backward, which writes a quarter of them, 1.02 and 1.16. Slower:
+rows fetched into L2 ahead (0.70 to 0.83), the weight into L1 (0.73), programs that take several rows, the next in
+registers (0.79) or in shared memory (0.55 to 0.70). Without the arithmetic, 4096 rows would take 0.94.
 """
 
 from collections.abc import Iterator
@@ -19,20 +22,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, plus, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
-TILES, NORM_WARPS = 16, 4  # of a chunk, and of a program
 WARPS = 2048  # of all programs of the backward kernel: about 16 for each multiprocessor of an H200
 
 
 @triton.jit
-def squares(words):
-    """The sum of both squares of each word."""
-    return low(words) * low(words) + high(words) * high(words)
+def squares(words, sums):
+    """The squares of both numbers of each word, added to `sums`."""
+    return tl.fma(high(words), high(words), tl.fma(low(words), low(words), sums))
 
 
 @triton.jit
@@ -60,13 +63,17 @@ def _norm_kernel(
         if ADD:
             x = plus(x, gl.load(residual_ptr + at + chunk * 64 * TILES, mask=inside, other=0))
             gl.store(sum_ptr + at + chunk * 64 * TILES, x, mask=inside)
-        sums += squares(x)
+        sums = squares(x, sums)
         chunks += (x,)
+    ahead = gl.load(weight_ptr + column, mask=column < K // 2, other=0)  # the next chunk's weight, before it is needed
     rstd = gl.rsqrt(gl.sum(gl.sum(sums, 1), 0) / K + eps)
     gl.store(rstd_ptr + row, rstd)
     for chunk in gl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
         inside = column < K // 2 - chunk * 64 * TILES
-        weight = gl.load(weight_ptr + column + chunk * 64 * TILES, mask=inside, other=0)
+        weight = ahead
+        if (chunk + 1) * TILES * 128 < K:
+            below = column + (chunk + 1) * 64 * TILES
+            ahead = gl.load(weight_ptr + below, mask=below < K // 2, other=0)
         y = times(scaled(chunks[chunk], rstd), weight)
         if y_ptr is not None:
             gl.store(y_ptr + at + chunk * 64 * TILES, y, mask=inside)
@@ -102,6 +109,7 @@ def _norm_backward_kernel(
 @launched
 @triton.jit(do_not_specialize=["P"])
 def _sum_programs_kernel(partial_ptr, out_ptr, P, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    gdc_wait()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, P, ROWS):
@@ -132,10 +140,18 @@ def _forward(x_RK, residual, weight_K, total, y, q, scale_inv, rstd, eps, amax_f
     if q.numel() == 0:
         return
     x = as_words(x_RK)
+    tiles, options = _program(K, residual is not None)
     _norm_kernel[(R,)](
         x, residual, as_words(weight_K), total, y, q.view(torch.int16), scale_inv, rstd, R, x.stride(0), eps,
-        amax_floor, pow2, residual is not None, K, TILES, num_warps=NORM_WARPS,
+        amax_floor, pow2, residual is not None, K, tiles, **options,
     )  # fmt: skip
+
+
+def _program(K: int, add: bool) -> tuple[int, dict[str, int]]:
+    """Tiles of a chunk, and a program's warps and registers: at 7168 columns alone, seven programs a multiprocessor."""
+    if K <= 2048:
+        return 8, {"num_warps": 2}
+    return (16, {"num_warps": 4}) if add else (8, {"num_warps": 4} | ({"maxnreg": 72} if K <= 7168 else {}))
 
 
 def rms_norm_backward(
@@ -159,9 +175,10 @@ def rms_norm_backward(
     sum_programs(partial, dweight_K)
 
 
-def sum_programs(partial_PK: Tensor, out_K: Tensor) -> None:
+def sum_programs(partial_PK: Tensor, out_K: Tensor, launch_pdl: bool = False) -> None:
+    """launch_pdl: the kernel before calls `gdc_launch_dependents`."""
     P, K = partial_PK.shape
-    _sum_programs_kernel[(ceil_div(K, 8),)](partial_PK, out_K, P, K, 512, 8, num_warps=8)
+    _sum_programs_kernel[(ceil_div(K, 8),)](partial_PK, out_K, P, K, 512, 8, num_warps=8, launch_pdl=launch_pdl)
 
 
 def _warps(tiles: int) -> int:
@@ -172,13 +189,14 @@ def _warps(tiles: int) -> int:
 def variants() -> Iterator[Variant]:
     added = ("residual_ptr", "sum_ptr", "y_ptr")
     for there in ((), added[:2], added):
+        tiles, options = _program(7168, bool(there))
         yield Variant(
             _norm_kernel,
             {"x_ptr": I32, "weight_ptr": I32, "q_ptr": I16, "scale_inv_ptr": F32, "rstd_ptr": F32}
             | {"eps": "fp32", "amax_floor": "fp32"}
             | dict.fromkeys(there, I32),
-            {"POW2": False, "ADD": bool(there), "K": 7168, "TILES": TILES} | dict.fromkeys(added[len(there) :]),
-            num_warps=NORM_WARPS,
+            {"POW2": False, "ADD": bool(there), "K": 7168, "TILES": tiles} | dict.fromkeys(added[len(there) :]),
+            **options,
         )
     for add in (False, True):
         yield Variant(

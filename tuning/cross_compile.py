@@ -59,6 +59,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent_backward": ("latent_backward_kernel", {}),
     "cross_entropy": ("cross_entropy_kernel", {}),
     "scale": ("scale_kernel", {}),
+    "fill": ("fill_kernel", {}),
     "embedding_backward": ("embedding_backward_kernel", {}),
     "cast_queries": ("cast_heads_kernel", {"ROTATE": True}),
     "cast_keys": ("cast_heads_kernel", {"ROTATE": False}),
@@ -122,7 +123,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.cross_entropy_.default": ("cross_entropy",),
     "dsv3c.linear_cross_entropy.default": ("cross_entropy",),
     "dsv3c.scale_.default": ("scale",),
-    "dsv3c.embedding_backward.default": ("embedding_backward",),
+    "dsv3c.embedding_backward.default": ("fill", "embedding_backward"),
 }
 
 

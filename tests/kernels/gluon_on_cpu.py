@@ -244,7 +244,7 @@ GL = SimpleNamespace(
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, layout: torch.full(shape, float(value)).to(dtype), float8e4nv=torch.float8_e4m3fn,
-    atomic_add=_atomic_add,
+    atomic_add=_atomic_add, join=lambda a, b: torch.stack((a, b), -1), reshape=torch.reshape,
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=torch.unsqueeze,
     convert_layout=lambda x, layout: x, static_range=range, load=_gather, store=_scatter, associative_scan=_scan,
     program_id=lambda axis: torch.tensor(_here.program), num_programs=lambda axis: _here.programs,
