@@ -114,7 +114,8 @@ def default(problem: Problem) -> tuple[str, dict[str, Any]]:
 
     if problem.rows <= 64 * problem.groups or not warp_specialized.takes(problem):
         return "triton", KNOWN[2 if problem.rows <= 64 * problem.groups else -1]
-    return "warp_specialized", warp_specialized.Config(columns=192, num_stages=4, band=8)._asdict()
+    long = problem.rows >= 512 * problem.groups  # what is left over of pairs of tiles counts less
+    return "warp_specialized", warp_specialized.Config(cluster=2 if long else 1, band=8)._asdict()
 
 
 def variant(config: dict[str, Any]) -> Variant:

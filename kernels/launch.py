@@ -98,7 +98,10 @@ class _Launcher:
         found = self.loaded.get(key)
         warmup = warmup or getattr(_here, "compiling", False)
         if found is None or warmup or hooked():
-            compiled = self.first(*[desc.full() for desc in descs], *rest, grid=grid, warmup=warmup, **options)
+            given = [desc.full() for desc in descs] + list(rest)
+            if found is None and not warmup and bound.get("CLUSTER", 1) > 1:
+                _in_clusters(self.first(*given, grid=grid, warmup=True, **options), bound["CLUSTER"])
+            compiled = self.first(*given, grid=grid, warmup=warmup, **options)
             if warmup or compiled is None:
                 return compiled
             found = self.loaded.setdefault(key, _load(compiled))
@@ -112,6 +115,12 @@ class _Launcher:
         if tape is not None:
             tape.append(Launch(found, (*grid, 1, 1)[:3], descs, list(bound.values())[self.num_descs :]))
         return found.compiled
+
+
+def _in_clusters(compiled: CompiledKernel, size: int) -> None:
+    """Has `grid` clusters of so many programs started; the code is that of a program that stands alone."""
+    num_warps, _, *rest = compiled.packed_metadata
+    compiled.packed_metadata = (num_warps, size, *rest)
 
 
 def _load(compiled: CompiledKernel) -> Loaded:

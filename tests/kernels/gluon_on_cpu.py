@@ -8,6 +8,7 @@ fences.
 """
 
 import ast
+import inspect
 import math
 import random
 import threading
@@ -61,6 +62,13 @@ class Shared:
     def shape(self):
         return self.data.shape
 
+    def _reinterpret(self, dtype, shape, layout):
+        """What lies in the program's memory from here on."""
+        memory, first = _here.memory, self.data.data_ptr() - _here.memory.data.data_ptr()
+        if dtype == torch.int64:
+            return Shared([memory.barriers.setdefault(first + 8 * i, Barrier()) for i in range(shape[0])])
+        return Shared(memory.at(first, dtype, shape))
+
     def index(self, i):
         found = self.data[int(i)]
         return found if isinstance(found, Barrier) else Shared(found)
@@ -76,6 +84,16 @@ class Shared:
 
     def store(self, x) -> None:
         self.data.copy_(x)
+
+
+class Memory:
+    """A program's shared memory, by address."""
+
+    def __init__(self, size) -> None:
+        self.data, self.barriers = torch.zeros(size, dtype=torch.uint8), {}
+
+    def at(self, first, dtype, shape):
+        return self.data[first : first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 class Pointer:
@@ -130,6 +148,7 @@ def _box(desc, coordinates, shared):
     """The part of a bulk copy that lies inside the tensor, as a view of it, and in shared memory."""
     assert list(desc.block_shape) == list(shared.shape)
     assert int(coordinates[-1]) >= 0
+    assert int(coordinates[-1]) * desc.dtype.itemsize % 16 == 0, "the copy engine faults"
     target, source = desc.base, shared.data
     for axis, at in enumerate(int(c) for c in coordinates):
         first, last = (min(max(end, 0), target.shape[axis]) for end in (at, at + shared.shape[axis]))
@@ -172,6 +191,38 @@ def _wait_for_copies_back(pendings) -> None:
         assert stores.pop(0).wait(PATIENCE), "a copy back is never done"
 
 
+OTHER = 1 << 40  # added to an address in the other program of a cluster
+
+
+def _memory_of(address):
+    other, address = divmod(int(address), OTHER)
+    return _here.cluster[(_here.program + other) % len(_here.cluster)], address
+
+
+def _arrive(address) -> None:
+    memory, address = _memory_of(address)
+    memory.barriers[address].arrive(4, 0)  # as many warps
+
+
+def _copy_to_both(desc, row, column, target, barrier) -> None:
+    """Of both programs' memory what is copied over is gone at once."""
+    desc = _here.descs[desc]
+    for memory in _here.cluster:
+        shared = Shared(memory.at(int(target), desc.dtype, desc.block_shape))
+        _copy(desc, [row, column], memory.barriers[int(barrier)], shared)
+
+
+def _multiply(x_at, w_at, L):
+    x, w = (
+        _here.memory.at(int(at), torch.float8_e4m3fn, (rows, 128)).float() for at, rows in ((x_at, 64), (w_at, 192))
+    )
+    return (x @ w.T).split(64, 1)
+
+
+def _read(at):
+    return _here.memory.data.view(torch.float32)[at // 4].clone()
+
+
 def _gather(pointer, mask=None, other=0):
     at = torch.as_tensor(pointer.offset)
     inside = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand_as(at)
@@ -200,6 +251,9 @@ def _scan(x, axis, combine):
 def _allocate(dtype, shape, layout):
     if dtype == torch.int64:
         return Shared([Barrier() for _ in range(shape[0])])
+    if dtype == torch.float8_e4m3fn and shape[1:] == (8, 128):  # all of a program's memory, by KiB
+        _here.memory = _here.cluster[_here.program % len(_here.cluster)] = Memory(math.prod(shape))
+        return Shared(_here.memory.at(0, dtype, shape))
     return Shared(torch.full(shape, math.nan if dtype.is_floating_point else 0, dtype=dtype))
 
 
@@ -268,6 +322,13 @@ NAMES = {
         expect=lambda bar, num_bytes, pred=True: bar.arrive(1, num_bytes) if pred else None,
         arrive=lambda bar, count, pred=True: bar.arrive(count, 0) if pred else None,
     ),
+    "start_of_shared": lambda: 0,
+    "meet": lambda: _here.meeting.wait(PATIENCE),
+    "of_other": lambda barrier: barrier + OTHER,
+    "arrive": _arrive,
+    "wait": lambda barrier, phase: _here.memory.barriers[int(barrier)].wait(phase),
+    "copy_to_both": _copy_to_both,
+    "copy_through": lambda parameter: int(parameter.rpartition("_")[2]) // 5,  # a descriptor is five parameters
     "warpgroup_mma": _mma,
     "warpgroup_mma_wait": _wait_for_products,
 }
@@ -285,7 +346,7 @@ def _belongs(node) -> bool:
     """Whether it is a kernel's: its functions and layouts, not the launcher's."""
     if isinstance(node, ast.FunctionDef):
         return any(ast.unparse(decorator).startswith("gluon.jit") for decorator in node.decorator_list)
-    return isinstance(node, ast.Assign) and "gl." in ast.unparse(node.value)
+    return isinstance(node, ast.Assign) and any(name in ast.unparse(node.value) for name in ("gl.", "copy_through"))
 
 
 class Kernel:
@@ -295,12 +356,13 @@ class Kernel:
     """
 
     def __init__(self, path: str, name: str, **replaced) -> None:
-        tree = ast.parse(Path(path).read_text())
-        tree.body = [node for node in tree.body if _belongs(node)]
         names = dict(NAMES)
-        exec(compile(ast.fix_missing_locations(_NotInPlace().visit(tree)), path, "exec"), names)
+        for file in (Path(path).with_name("tile_order.py"), Path(path)):
+            tree = ast.parse(file.read_text())
+            tree.body = [node for node in tree.body if _belongs(node)]
+            exec(compile(ast.fix_missing_locations(_NotInPlace().visit(tree)), file, "exec"), names)
         names.update(replaced)
-        self.function = names[name]
+        self.function, self.parameters = names[name], inspect.signature(names[name]).parameters
 
     def __getitem__(self, grid):
         def launch(*arguments, num_warps) -> None:
@@ -308,8 +370,34 @@ class Kernel:
             values = [x.full() if isinstance(x, Descriptor) else x for x in values]
             for descriptor in (x for x in values if isinstance(x, TensorDescriptor)):
                 descriptor.dtype = descriptor.base.dtype
-            for _here.program in range(grid[0]):
-                _here.programs = grid[0]
-                self.function(*values)
+            descs = [x for x in values if isinstance(x, TensorDescriptor)]
+            programs = int(dict(zip(self.parameters, values, strict=True)).get("CLUSTER", 1))
+            for first in range(0, grid[0] * programs, programs):
+                state = {"cluster": [None] * programs, "meeting": threading.Barrier(5 * programs), "descs": descs}
+
+                errors: list = []
+
+                def run(program, state=state, errors=errors) -> None:
+                    _here.__dict__.update(state, program=program, programs=grid[0] * programs)
+                    try:
+                        self.function(*values)
+                    except BaseException as error:
+                        errors.append(error)
+
+                threads = [threading.Thread(target=run, args=(first + i,)) for i in range(programs)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                if errors:
+                    raise errors[0]
 
         return launch
+
+
+def specialized_gemm(path: str) -> Kernel:
+    """The kernel of `warp_specialized.py`, its assembly in torch."""
+    return Kernel(
+        path, "_warp_specialized_gemm_kernel", _multiply=_multiply, _read=_read,
+        _promote=lambda product, scale, acc: acc + product * scale[:, None],
+    )  # fmt: skip

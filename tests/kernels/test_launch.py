@@ -134,6 +134,32 @@ def test_launches_with_descriptors(monkeypatch):
     )  # fmt: skip
 
 
+@launched
+@triton.jit
+def _clustered(x_ptr, CLUSTER: tl.constexpr):
+    pass
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_cluster_from_the_first_launch_on(size, monkeypatch):
+    """Triton compiles for one program alone; what is started is what the kernel's packed metadata says then."""
+    started = []
+    fake(_clustered, monkeypatch)
+    compiled = Compiled(None, 0)
+    compiled.packed_metadata = (4, 1, 1024)
+    compiled.run = lambda x, y, z, stream, function, metadata, *rest: started.append((x, metadata))
+
+    def first(x, size, *, grid, warmup, **options):
+        if not warmup:
+            started.append((*grid, compiled.packed_metadata))
+        return compiled
+
+    monkeypatch.setattr(_clustered.run, "first", first)
+    for _ in range(3):
+        _clustered[(7,)](memory(torch.float32, 0), size)
+    assert started == 3 * [(7, (4, size, 1024))]
+
+
 def test_every_kernel_is_launched_so():
     others = {v.kernel.__name__ for v in offline.variants() if not isinstance(v.kernel.run, launch._Launcher)}
     assert others == set()

@@ -1,6 +1,7 @@
 """The warp-specialised products: the same bits as the plain kernel's, which test_on_gpu.py holds against float64."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an NVIDI
 ops, FLOOR = torch.ops.dsv3c, Recipe().amax_floor
 SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90
 PLAIN = gemm.KNOWN[-1]
-CONFIGS = [
-    {"columns": columns, "num_stages": num_stages, "band": band}
-    for columns, num_stages, band in [(192, 3, 8), (192, 4, 16), (256, 3, 32), (256, 4, 8)]
-]
+CONFIGS = [{"cluster": cluster, "band": band} for cluster, band in [(1, 8), (1, 16), (2, 8), (2, 32)]]
 # Groups without rows, of one row, of whole tiles, of a whole half and a row more, of more tiles than a band; none with
 # rows; and one that is all.
 GROUPS = [[5, 0, 128, 67], [0, 320, 0, 0], [64, 65] * 4, [300, 1, 1400, 77, 0, 513], [0, 0, 8], [0, 0], [2100]]
@@ -35,9 +33,21 @@ GROUPS = [[5, 0, 128, 67], [0, 320, 0, 0], [64, 65] * 4, [300, 1, 1400, 77, 0, 5
 def test_main_loop_has_no_spills(config, grouped):
     found = offline.resources(ws.variant(grouped, config).compile())
     assert found.shared_bytes <= SHARED_LIMIT
-    assert found.fp8_mma == 32  # two consumers; four a half; two halves; in the loop and last
+    assert found.fp8_mma == 16  # two consumers; four products; in the loop and last
     assert found.spills == 0
     assert found.stack_bytes <= 32  # a tile's: where it is, addresses of the masked store
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_where_assembly_finds_things(grouped):
+    """Barriers lie at the addresses that they are told by, so all of the first allocation does; and the descriptor of w
+    is the parameter whose name the copies have."""
+    ptx = ws.variant(grouped, CONFIGS[-1]).compile().asm["ptx"]
+    added = dict(re.findall(r"add\.s32 \s*(%r\d+), %r\d+, (\d+);", ptx))
+    found = {int(added[register]) for register in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)}
+    assert found == {first.value + 8 * i for first in (ws.FULL_AT, ws.EMPTY_AT) for i in range(ws.STAGES.value)}
+    parameters = re.findall(r"\.b8 (\w+)\[128\]", ptx)
+    assert f" {parameters[1]};" in ws.COPY_W.value
 
 
 @pytest.mark.parametrize(("N", "taken"), [(2112, True), (8, True), (7, False), (260, False)])
@@ -53,13 +63,11 @@ import torch
 
 sys.path.insert(0, sys.argv[1])
 import conftest
-from gluon_on_cpu import Kernel
+from gluon_on_cpu import specialized_gemm
 from dsv3c.kernels import gemm, warp_specialized as ws
 from test_warp_specialized import GROUPS, operands
 
-ws._warp_specialized_gemm_kernel = Kernel(
-    ws.__file__, "_warp_specialized_gemm_kernel", _promote=lambda product, scale, acc: acc + product * scale[:, None]
-)
+ws._warp_specialized_gemm_kernel = specialized_gemm(ws.__file__)
 torch.manual_seed(0)
 sizes, N, K, config, programs = eval(sys.argv[2])
 gemm.multiprocessors = lambda: programs
@@ -84,14 +92,14 @@ assert bool((y[start:] == 7.0).all()), "rows of no group are written"
 
 
 @pytest.mark.parametrize("case", [
-    (200, 264, 400, CONFIGS[2], 3),
+    (200, 264, 400, CONFIGS[0], 3),
     (140, 72, 64, CONFIGS[2], 3),
-    (140, 576, 640, CONFIGS[0], 3),
-    ([5, 0, 130, 70], 264, 272, CONFIGS[3], 3),
-    ([0, 200, 0, 3, 64], 256, 384, CONFIGS[2], 3),
-    ([300, 1, 77, 0, 129], 136, 128, CONFIGS[1], 3),
-    ([20, 0, 150, 65, 33], 328, 512, CONFIGS[1], 3),
-    ([3, 1, 130, 2, 1, 1, 5], 256, 384, CONFIGS[0], 1),  # from (e, 1) to (e + 1, 0), and w is kept
+    (140, 576, 640, CONFIGS[2], 6),
+    ([5, 0, 130, 70], 264, 272, CONFIGS[1], 3),
+    ([0, 200, 0, 3, 64], 256, 384, CONFIGS[3], 2),
+    ([300, 1, 77, 0, 129], 136, 128, CONFIGS[2], 4),
+    ([20, 0, 150, 65, 33], 328, 512, CONFIGS[0], 3),
+    ([3, 1, 130, 2, 1, 1, 5], 256, 384, CONFIGS[0], 1),  # from (e, 1) to (e + 1, 0)
 ], ids=str)  # fmt: skip
 def test_tiles_tickets_and_barriers(case):
     """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process."""
@@ -145,10 +153,9 @@ class TestOnGpu:
         ws.launch_grouped(*given, found, **config)
         assert same_bits(found, expected)  # so what is of no group still holds NaN
 
-    def test_one_program_keeps_w(self, check, config, monkeypatch):
-        """It computes all tiles in order, so from the last columns of one group it goes to the first of the next. The
-        last half begins where the next group's w does, and K fills the stages."""
-        rows, K = 40 * 100, 128 * config["num_stages"]
+    def test_one_program_computes_all_tiles(self, check, config, monkeypatch):
+        """In order, so from the last columns of one group it goes to the first of the next."""
+        rows, K = 40 * 100, 512
         given = *operands(check, rows, 256, K, 40), check.ends([100] * 40, device="cuda")
         expected, found = poisoned(rows, 256), poisoned(rows, 256)
         grouped_gemm.launch(*given, expected, **PLAIN)

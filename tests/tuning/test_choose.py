@@ -171,14 +171,14 @@ def test_what_is_registered(operator, monkeypatch, request):
     assert max(len(list(implementation.configs())) for implementation in found.values()) >= 200
 
 
-@pytest.mark.parametrize(("rows", "groups", "expected"), [(256 * 128, 256, 192), (8 * 4096, 8, 192), (64, 8, None)])
+@pytest.mark.parametrize(("rows", "groups", "expected"), [(256 * 128, 256, 1), (8 * 4096, 8, 2), (64, 8, None)])
 def test_the_rule_for_groups(rows, groups, expected, monkeypatch, request):
-    """Tiles of 192 columns were fastest for 128 rows a group and more, and plain ones for a few."""
+    """The specialised kernel was fastest for 128 rows a group and more, in clusters for thousands."""
     monkeypatch.undo()
     request.getfixturevalue("hopper")
     implementation, config = default(Problem("grouped_gemm", rows, 4096, 7168, groups))
     assert implementation.name == ("warp_specialized" if expected else "triton")
-    assert not expected or config == {"columns": expected, "num_stages": 4, "band": 8}
+    assert not expected or config == {"cluster": expected, "band": 8}
 
 
 @pytest.mark.parametrize(
