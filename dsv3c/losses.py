@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
+from dsv3c.errors import Dsv3cError
 
 IGNORED = -100
 
@@ -20,7 +21,8 @@ def cross_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, chunk:
 
     hidden: [.., D], what the model's final norm returns; labels: int64 [..], already shifted. In BF16 the gradients are
     computed with the loss, three products for one, and kept instead of the logits (4096 tokens of V3: 59 MB and the
-    weight's 1.9 GB); other dtypes, and calls without gradients, take torch's way.
+    weight's 1.9 GB); other dtypes, and calls without gradients, take torch's way. Backward scales them in place, so
+    that one more through a kept graph computes them again. Raises Dsv3cError where gradients of gradients are wanted.
     """
     hidden_RD, labels_R = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled() and hidden.dtype == head_weight.dtype == torch.bfloat16:
@@ -43,10 +45,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
+        if torch.is_grad_enabled():
+            raise Dsv3cError("cross_entropy: expected create_graph=False, its gradient has none; try F.cross_entropy")
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # used up: the graph was kept for one more backward
             _, *gradients = torch.ops.dsv3c.linear_cross_entropy(*ctx.saved_tensors, ctx.chunk)
-        for gradient in gradients:
+        gradients = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
+        for gradient in filter(torch.is_tensor, gradients):
             torch.ops.dsv3c.scale_(gradient, dloss)
         return *gradients, None, None
 

@@ -64,7 +64,7 @@ def _embedding_backward_kernel(
 
 
 def embedding_backward(dy_RH: Tensor, input_ids_R: Tensor, vocab_size: int, out: Tensor) -> None:
-    """Launcher of `dsv3c::embedding_backward`."""
+    """Launcher of `dsv3c::embedding_backward`. Ids are in the vocabulary, which forward asserts."""
     if out.numel() == 0:
         return
     _fill_kernel[(ceil_div(out.numel(), FILL),)](out, out.numel(), FILL, num_warps=FILL_WARPS)

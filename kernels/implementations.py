@@ -132,12 +132,12 @@ def start(problem: Problem, launch: Start, pick: Callable[[Problem], Choice] = c
     if key not in _prepared:
         from dsv3c.kernels.launch import compiling  # needs Triton
 
-        _prepared.add(key)
         chosen = [pick(problem._replace(rows=rows)) for rows in _rows(problem.groups)]
         with compiling():
             for implementation, config in {(i.name, *c.items()): (i, c) for i, c in chosen}.values():
                 if implementation.variant:
                     launch(implementation, config)
+        _prepared.add(key)
     launch(*pick(problem))
 
 

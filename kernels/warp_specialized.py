@@ -412,7 +412,7 @@ def variant(grouped: bool, config: dict[str, Any]) -> Variant:
 _DENSE, _GROUPED = (
     Implementation(
         "warp_specialized", space, call, takes, variant=partial(variant, grouped), known=known,
-        tile=lambda config: (ROWS, COLUMNS.value),
+        tile=lambda config: (ROWS, COLUMNS.value),  # each program's; by group, pairs of them round up to twice the rows
     )
     for space, call, grouped, known in (
         (SPACE, launch, False, KNOWN),

@@ -41,8 +41,7 @@ def _hoist(gate: fx.Node) -> bool:
         else:
             free.append(node)
         node = node.next
-    products = [node for node in free if node.target is ops.gemm.default]
-    wanted = set(products[-1:])
+    wanted = {node for node in free if node.target is ops.gemm.default}
     for node in reversed(free):
         if node in wanted:
             wanted.update(node.all_input_nodes)

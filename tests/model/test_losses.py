@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsv3c.errors import Dsv3cError
 from dsv3c.losses import IGNORED, cross_entropy, mtp_loss, sequence_balance_loss, update_bias
 from dsv3c.numerics import cross_entropy_bound, distance, positive_sum_bound, reordered_bound
 
@@ -109,11 +110,15 @@ def test_cross_entropy_without_logits(dtype, chunk):
 def test_cross_entropy_backward_twice():
     """The first backward scales in place what forward made; a kept graph makes it again."""
     hidden, weight = torch.randn(6, 32).bfloat16().requires_grad_(), torch.randn(50, 32).bfloat16().requires_grad_()
-    loss = cross_entropy(hidden, weight, torch.randint(0, 50, (6,)))
+    labels = torch.randint(0, 50, (6,))
+    loss = cross_entropy(hidden, weight, labels)
     once = torch.autograd.grad(0.3 * loss, (hidden, weight), retain_graph=True)
     for factor in (0.3, 1.0, 0.3):
         again = torch.autograd.grad(factor * loss, (hidden, weight), retain_graph=True)
         assert torch.equal(again[1], once[1]) == (factor == 0.3)
+    with pytest.raises(Dsv3cError, match="create_graph"):
+        torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    loss = cross_entropy(hidden, weight, labels)
     loss.mul(0.3).backward()
     assert torch.equal(hidden.grad, once[0])
     assert torch.equal(weight.grad, once[1])

@@ -55,6 +55,19 @@ def test_the_expected_order_and_the_same_bits():
     assert run(gm, [HoistSharedExpert()])[0].sites == 0
 
 
+def another_product_behind(x, g, bias, *weights):
+    return *before(x, g, bias, *weights), shared(x + 1, *weights)
+
+
+def test_all_products_at_once():
+    gm = traced(another_product_behind)
+    assert run(gm, [HoistSharedExpert()])[0].sites == 1
+    found = operators(gm)
+    (gate,) = (i for i, name in enumerate(found) if name.startswith("dsv3c.gate"))
+    assert all(i < gate for i, name in enumerate(found) if name.startswith("dsv3c.gemm"))
+    assert run(gm, [HoistSharedExpert()])[0].sites == 0
+
+
 def needs_the_gate(x, g, bias, *weights):
     scores = ops.gate(x @ g, bias, *GATE)
     return *scores, shared(x * scores[0][:, :1], *weights)
