@@ -23,6 +23,17 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.fixture
+def gpu_model() -> DeepseekV3:
+    """One dense and one MoE layer of sizes that kernels take, with weights as they are initialised."""
+    config = replace(
+        preset("v3-671b").with_layers(2), vocab_size=256, hidden_size=1024, intermediate_size=2048,
+        num_attention_heads=16, moe_intermediate_size=256, n_routed_experts=32,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        return DeepseekV3(config).bfloat16()
+
+
 def our_model(dtype=torch.float32, **changes) -> DeepseekV3:
     return spread(DeepseekV3(replace(SMALL, **changes)).to(dtype))
 

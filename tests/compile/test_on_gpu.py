@@ -1,7 +1,5 @@
 """On a Hopper GPU: what `precision="auto"` compiles is right layer by layer, and attention takes cuDNN both ways."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -15,13 +13,8 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_each_layer_against_a_wider_evaluation(backward):
-    config = replace(
-        dsv3c.preset("v3-671b").with_layers(2), vocab_size=256, hidden_size=1024, intermediate_size=2048,
-        num_attention_heads=16, moe_intermediate_size=256, n_routed_experts=32,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model = dsv3c.DeepseekV3(config).bfloat16()
+def test_each_layer_against_a_wider_evaluation(backward, gpu_model):
+    model = gpu_model
     compiled = dsv3c.compile(model)
     assert compilation_of(compiled).precision == "fp8"
     tokens = torch.randint(0, 256, (2, 257), device="cuda")  # 514 rows: cuBLASLt takes multiples of 4 only

@@ -2,13 +2,13 @@
 not in Inductor, not in Triton."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import dsv3c
+from dsv3c.model import DeepseekV3
 
 pytestmark = pytest.mark.gpu
 
@@ -45,14 +45,8 @@ def compilations(monkeypatch):
     return found
 
 
-def model_and_calls(training: bool) -> Callable[[int, bool], None]:
-    """A call of a model of one dense and one MoE layer with so many tokens, padded or not."""
-    config = replace(
-        dsv3c.preset("v3-671b").with_layers(2), vocab_size=256, hidden_size=1024, intermediate_size=2048,
-        num_attention_heads=16, moe_intermediate_size=256, n_routed_experts=32,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model = dsv3c.DeepseekV3(config).bfloat16()
+def calls_of(model: DeepseekV3, training: bool) -> Callable[[int, bool], None]:
+    """A call with so many tokens, padded or not."""
     compiled = dsv3c.compile(model, precision="fp8")
 
     def call(tokens: int, padded: bool) -> None:
@@ -70,9 +64,9 @@ def model_and_calls(training: bool) -> Callable[[int, bool], None]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_fifty_token_counts(training, compilations):
+def test_fifty_token_counts(training, compilations, gpu_model):
     assert len(set(TOKEN_COUNTS)) == 50
-    call = model_and_calls(training)
+    call = calls_of(gpu_model, training)
     for tokens, padded in WARM_UP:
         call(tokens, padded)
     warm = compilations.counts()
