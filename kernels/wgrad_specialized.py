@@ -226,14 +226,16 @@ def _wgrad_specialized_kernel(
     right_buf = gl.allocate_shared_memory(dw_desc.dtype, (BUFFERS, 64, 128), dw_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, (STAGES, 1), mbarrier.MBarrierLayout())
-    left_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
-    right_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(left_ready.index(i), count=1)
-        mbarrier.init(right_ready.index(i), count=1)
+    left_ready, right_ready = None, None
+    if ACCUMULATE:  # barriers that nobody uses would have their memory reused, which goes wrong (tests: `barriers`)
+        left_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
+        right_ready = gl.allocate_shared_memory(gl.int64, (BUFFERS, 1), mbarrier.MBarrierLayout())
+        for i in gl.static_range(BUFFERS):
+            mbarrier.init(left_ready.index(i), count=1)
+            mbarrier.init(right_ready.index(i), count=1)
     ticket_buf = gl.allocate_shared_memory(gl.int32, (TICKETS, 1), gl.SwizzledSharedLayout(1, 1, 1, [0]))
     drawn = gl.allocate_shared_memory(gl.int64, (TICKETS, 1), mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, (TICKETS, 1), mbarrier.MBarrierLayout())

@@ -1,5 +1,7 @@
 """Every kernel compiles for Hopper on a machine without a GPU; what the assembler says about it."""
 
+import re
+
 import pytest
 
 offline = pytest.importorskip("dsv3c.kernels.offline", reason="needs Triton")
@@ -21,3 +23,25 @@ def test_compiles_for_sm_90(name):
     if "gemm" in name or "wgrad" in name:
         assert found.fp8_mma > 0
         assert found.bulk_loads > 0
+    assert not barriers(compiled.asm["ptx"]) & others(compiled.asm["ptx"])
+
+
+def barriers(ptx: str) -> set[int]:
+    """Where in shared memory barriers are set up.
+
+    Nothing else may ever lie there: a GPU that interrupts a program for another process's puts back the barriers that
+    it knows of. Triton reuses the memory of a barrier that is not used again.
+    """
+    registers = set(re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx))
+    return {at + i for register, at in added(ptx) if register in registers for i in range(8)}
+
+
+def others(ptx: str) -> set[int]:
+    """Where it is read and written, but for the bytes that tell each warp its partition: those are Triton's own."""
+    at = dict(added(ptx))
+    found = re.findall(r"(?:ld|st)\.shared\S*[0-9]{2} .*?\[ ?(%r\d+|global_smem)(?: ?\+ ?(\d+))? ?\]", ptx)
+    return {at.get(base, 0) + int(offset or 0) for base, offset in found}
+
+
+def added(ptx: str) -> list[tuple[str, int]]:
+    return [(register, int(n)) for register, n in re.findall(r"add\.s32 \s*(%r\d+), %r\d+, (\d+);", ptx)]
