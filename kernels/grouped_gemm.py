@@ -116,7 +116,7 @@ def default(problem: Problem) -> tuple[str, dict[str, Any]]:
     if problem.rows <= 64 * problem.groups or not warp_specialized.takes(problem):
         return "triton", KNOWN[2 if problem.rows <= 64 * problem.groups else -1]
     long = problem.rows >= 512 * problem.groups  # what is left over of pairs of tiles counts less
-    return "warp_specialized", warp_specialized.Config(cluster=2 if long else 1, band=8)._asdict()
+    return "warp_specialized", warp_specialized.GROUPED_KNOWN[0 if long else 1]
 
 
 def variant(config: dict[str, Any]) -> Variant:

@@ -66,6 +66,6 @@ def _choose(problem: Problem) -> Choice:
 
 def variants() -> Iterator[Variant]:
     pointers = {"rope_ptr": BF16, "out_ptr": BF16}
-    dense = warp_specialized.variant(False, warp_specialized.KNOWN[2])
+    dense = warp_specialized.variant(False, warp_specialized.KNOWN[0])
     yield replace(dense, constants=dense.constants | {"GAP": 64})
     yield Variant(_fill_rope_kernel, pointers, {"BLOCK": 64, "HEADS": HEADS}, num_warps=WARPS)

@@ -1,22 +1,35 @@
 """The order in which the programs of the specialised GEMM (`warp_specialized.py`) compute its tiles of 128 rows, or, in
-clusters, pairs of them, one below the other."""
+clusters, pairs of them, one below the other; of the last tiles, parts."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-COLUMNS = gl.constexpr(192)  # of a tile: three parts of 64, each in one column of w's blocks
+COLUMNS = gl.constexpr(192)  # of a tile
+PART = gl.constexpr(64)  # of them: a third, in one column of w's blocks
 LOT = gl.constexpr(64)  # tiles of short groups, or of long ones, that are drawn one after the other
 
 
 @gluon.jit
 def walk(problem, BAND: gl.constexpr, CLUSTER: gl.constexpr):
-    """A program's tiles as first, end and step; by group it takes the first, and draws the others."""
-    num_m, num_n, _M, _N, _blocks = problem
+    """A program's tiles as first, end and step, parts of the last ones behind them; by group it takes the first, and
+    draws the others."""
+    num_m, num_n, _M, _N, _blocks, whole = problem
     program, programs = gl.program_id(0) // CLUSTER, gl.num_programs(0) // CLUSTER
-    first, end, step = program, num_m * num_n, programs
+    first, end, step = program, whole + 3 * (num_m * num_n - whole), programs
     if BAND == 0:
         first, end, step = program * end // programs, (program + 1) * end // programs, 1
     return first, end, step
+
+
+@gluon.jit
+def whole_tiles(num_tiles, BAND: gl.constexpr):
+    """How many tiles programs compute as a whole. A last wave for no more than a third of them is dealt out in parts,
+    one for each."""
+    programs = gl.num_programs(0)
+    rest = num_tiles % programs
+    if BAND > 0 and 3 * rest <= programs:
+        num_tiles -= rest
+    return num_tiles
 
 
 @gluon.jit
@@ -36,9 +49,12 @@ def _take_turns(tile, short, long):
 
 @gluon.jit
 def locate(tile, problem, groups, BAND: gl.constexpr, GROUPED: gl.constexpr, CLUSTER: gl.constexpr):
-    """A tile's first row and the end of its group's rows, its group, and the first column."""
-    num_m, num_n, M, _N, _blocks = problem
+    """A tile's first row and the end of its group's rows, its group, the first column, and whether it is a part."""
+    num_m, num_n, M, _N, _blocks, whole = problem
     first_m, num, band = 0, num_m, BAND
+    part = gl.maximum(tile - whole, 0)
+    is_part = not GROUPED and tile >= whole
+    tile = gl.minimum(tile, whole) + part // 3
     if GROUPED and CLUSTER == 1:
         _tiles_ptr, _bound, _drawn_ptr, num_short = groups
         num_long = num_m - num_short
@@ -59,4 +75,4 @@ def locate(tile, problem, groups, BAND: gl.constexpr, GROUPED: gl.constexpr, CLU
         row = gl.load(tiles_ptr + bound + m, mask=there, other=0)
         end = gl.load(tiles_ptr + 2 * bound + m, mask=there, other=0)
     row += gl.program_id(0) % CLUSTER * 128
-    return row, end, e, n * COLUMNS
+    return row, end, e, n * COLUMNS + part % 3 * PART, is_part

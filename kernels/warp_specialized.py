@@ -16,11 +16,14 @@ busy, from TFLOPS and clock, of a form that copies 128 scales at once):
   barriers and order of the consumers. Copied into shared memory beside x: 75 %.
 - The L2 cache. Two programs of a cluster, one below the other, each copy half of w's block for both: 79 to 81 %, 8 %
   less time in all; nothing while the scales came late. What is left over of pairs of tiles in each group is computed in
-  vain, so groups of few rows stay with single programs.
+  vain, so groups of few rows stay with single programs. So do dense products, since the loop has become shorter: there
+  clusters are 1 % faster to 3 % slower.
 
 DeepGEMM 2.6.1 had 84 % there and took 5 % less time. The copy engine faults unless it begins at 16 bytes, so here it
-copies 256 scales from a multiple of four rows on: 8 groups of 4096 rows are 0.91 and 0.92 of DeepGEMM's, by
-`bench_deepgemm.py`.
+copies 256 scales from a multiple of four rows on.
+
+Tiles rarely fill the last wave. Where they leave two thirds of it empty, each is dealt out in three parts of 64
+columns, which take half as long. (4096 x 4096, K = 7168: 204 → 187 µs; 2048 x 2112: 71 → 57.)
 
 By group a single program draws its next tile from a counter: tiles take different times, and only those that are begun
 together find each other's x and w in the L2 cache. Groups of one tile, where reading w is the time, and longer ones,
@@ -39,7 +42,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.language import constexpr
 
 from dsv3c.kernels import gemm, grouped_gemm
 from dsv3c.kernels.cluster import arrive, copy_through, copy_to_both, meet, of_other, start_of_shared, wait
@@ -48,11 +50,11 @@ from dsv3c.kernels.implementations import Implementation, Problem
 from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
-from dsv3c.kernels.tile_order import COLUMNS, LOT, locate, walk
+from dsv3c.kernels.tile_order import COLUMNS, LOT, PART, locate, walk, whole_tiles
+from dsv3c.kernels.wgmma import multiply, multiply_part, promote, read
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS = 128  # of a tile: 64 for each of two consumers
-PART = 64
 STAGES = gl.constexpr(4)  # blocks of the contraction in flight; there is no room for five
 FP8_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
@@ -71,69 +73,21 @@ EMPTY_AT = gl.constexpr(213 * 1024)
 class Config(NamedTuple):
     """Changes the speed and never the numbers."""
 
-    cluster: int  # programs that share copies of w
     band: int  # rows of tiles that are walked together; 0: all, and each program takes tiles that follow each other
+    cluster: int = 1  # programs that share copies of w, by group
 
 
-SPACE = {"cluster": (1, 2), "band": (0, 4, 8, 16, 32)}
-GROUPED_SPACE = SPACE | {"band": SPACE["band"][1:]}  # tiles are drawn one by one
-# On an H200: long groups and most dense shapes; short groups; the same, of few tiles; K = 512.
-KNOWN = tuple(config._asdict() for config in (Config(2, 8), Config(1, 8), Config(1, 0), Config(2, 16)))
-GROUPED_KNOWN = tuple(config for config in KNOWN if config["band"])
-
-
-def _multiplication() -> tuple[str, str]:
-    """64 rows of x times a block of w, four products one after the other, waited for: the code, and its operands.
-
-    The results are those of three tensors of 64 columns. What goes in are tensors too, of one number 32 times.
-    """
-    results = ", ".join(f"${i}" for i in range(96))
-    products = "".join(
-        f"""
-        wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {{{results}}}, x, w, {"more" if k else "first"}, 1, 1;
-        add.u64 x, x, 2;
-        add.u64 w, w, 2;"""
-        for k in range(4)
-    )
-    code = f"""{{
-        .reg .b32 layout; .reg .b64 x, w; .reg .pred first, more;
-        setp.ne.u32 first, 0, 0;
-        setp.eq.u32 more, 0, 0;
-        mov.u32 layout, 0x40000040;
-        mov.b64 x, {{$96, layout}};
-        mov.b64 w, {{$128, layout}};
-        wgmma.fence.sync.aligned;{products}
-        wgmma.commit_group.sync.aligned;
-        wgmma.wait_group.sync.aligned 0;
-    }}"""
-    return code, ",".join(["=&f"] * 96 + ["r"] * 64)
-
-
-_MULTIPLY, _OPERANDS = map(constexpr, _multiplication())
-_READ = gl.constexpr("ld.shared.f32 $0, [$1];")
+SPACE = {"band": (0, 4, 8, 16, 32)}
+GROUPED_SPACE = {"band": SPACE["band"][1:], "cluster": (1, 2)}
+KNOWN = tuple({"band": band} for band in (8, 16, 0))
+GROUPED_KNOWN = tuple(Config(8, cluster)._asdict() for cluster in (2, 1))  # long groups, short ones
 
 
 @gluon.jit
-def _multiply(x_at, w_at, L: gl.constexpr):
-    """The product of 64 rows of x and a block of w at these addresses in shared memory, in parts of 64 columns."""
-    x = gl.full((64, 64), x_at // 16 & 0x3FFF, gl.int32, L)
-    w = gl.full((64, 64), w_at // 16 & 0x3FFF, gl.int32, L)
-    return gl.inline_asm_elementwise(
-        _MULTIPLY, _OPERANDS, [x, w], dtype=(gl.float32, gl.float32, gl.float32), is_pure=False, pack=32
-    )
-
-
-@gluon.jit
-def _read(at):
-    """From shared memory, without the barrier that Triton puts before it."""
-    return gl.inline_asm_elementwise(_READ, "=f,r", [at], dtype=gl.float32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _promote(product, scale_inv, acc):
-    """acc + product · scale_inv."""
-    product, scale_inv = gl.broadcast(product, gl.expand_dims(scale_inv, 1))
-    return gl.fma(product, scale_inv, acc)
+def _stage(block):
+    """Where a block lies: `%`, since numbers may be negative, would take four instructions more before each product,
+    one after the other."""
+    return block & STAGES - 1
 
 
 @gluon.jit
@@ -144,7 +98,7 @@ def _produce(shared, descs, BAND: gl.constexpr, GROUPED: gl.constexpr, CLUSTER: 
     x_desc, w_desc, scale_desc = descs
     x_buf, w_buf, scale_buf, next_buf = operands
     full, empty = barriers
-    _num_m, _num_n, M, N, blocks = problem
+    _num_m, _num_n, M, N, blocks, _whole = problem
     _tiles_ptr, _bound, drawn_ptr, _num_short = groups
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     if CLUSTER == 2:
@@ -157,31 +111,35 @@ def _produce(shared, descs, BAND: gl.constexpr, GROUPED: gl.constexpr, CLUSTER: 
         next_tile = tile + step
         if GROUPED and CLUSTER == 1:
             next_tile = step + gl.atomic_add(drawn_ptr, 1, sem="relaxed")
-        row, _end, e, column = locate(tile, problem, groups, BAND, GROUPED, CLUSTER)
+        row, _end, e, column, is_part = locate(tile, problem, groups, BAND, GROUPED, CLUSTER)
         w_row = e * N + column
         scale_row = gl.minimum(row, M - 1) // 4 * 4  # where 16 bytes begin: elsewhere the copy engine faults
         for k in range(blocks):
-            stage = block % STAGES
+            stage = _stage(block)
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), block // STAGES % 2 ^ 1)
             if (GROUPED and CLUSTER == 1) and k == blocks - 1:
                 next_buf.index(stage).store(gl.full((1,), next_tile, gl.int32, ONE))
-            mbarrier.expect(ready, (128 + COLUMNS) * 128 + 1024)
+            if is_part:
+                mbarrier.expect(ready, (128 + PART) * 128 + 1024)
+            else:
+                mbarrier.expect(ready, (128 + COLUMNS) * 128 + 1024)
             tma.async_copy_global_to_shared(scale_desc, [k, scale_row], ready, scale_buf.index(stage))
             tma.async_copy_global_to_shared(x_desc, [row, k * 128], ready, x_buf.index(stage))
             for i in gl.static_range(3):
-                if CLUSTER == 1:
-                    tma.async_copy_global_to_shared(
-                        w_desc, [w_row + 64 * i, k * 128], ready, w_buf.index(stage * 3 + i)
-                    )
-                else:
-                    at = start + W_AT + ((stage * 3 + i) * 64 + half) * 128
-                    copy_to_both(COPY_W, w_row + 64 * i + half, k * 128, at, start + FULL_AT + 8 * stage)
+                if i == 0 or not is_part:
+                    if CLUSTER == 1:
+                        tma.async_copy_global_to_shared(
+                            w_desc, [w_row + PART * i, k * 128], ready, w_buf.index(stage * 3 + i)
+                        )
+                    else:
+                        at = start + W_AT + ((stage * 3 + i) * PART + half) * 128
+                        copy_to_both(COPY_W, w_row + PART * i + half, k * 128, at, start + FULL_AT + 8 * stage)
             block += 1
         tile = next_tile
     if CLUSTER == 2:  # the other may still arrive here
         for _ in range(STAGES):
-            mbarrier.wait(empty.index(block % STAGES), block // STAGES % 2 ^ 1)
+            mbarrier.wait(empty.index(_stage(block)), block // STAGES % 2 ^ 1)
             block += 1
 
 
@@ -192,13 +150,13 @@ def _begin(
 ):  # fmt: skip
     """Where a consumer's part of a tile goes; where w's scales lie, in its first and last column of blocks, and the
     first of them."""
-    _num_m, _num_n, _M, N, blocks = problem
-    row, end, e, column = locate(tile, problem, groups, BAND, GROUPED, CLUSTER)
+    _num_m, _num_n, _M, N, blocks, _whole = problem
+    row, end, e, column, is_part = locate(tile, problem, groups, BAND, GROUPED, CLUSTER)
     last = gl.cdiv(N, 128) - 1  # a part may be outside
     w_ptr += e * (last + 1) * blocks
     w0_ptr = w_ptr + gl.minimum(column // 128, last) * blocks
     w1_ptr = w_ptr + gl.minimum(column // 128 + 1, last) * blocks
-    return (row + MINE, end, column), (w0_ptr, w1_ptr), (gl.load(w0_ptr + zero), gl.load(w1_ptr + zero))
+    return (row + MINE, end, column, is_part), (w0_ptr, w1_ptr), (gl.load(w0_ptr + zero), gl.load(w1_ptr + zero))
 
 
 @gluon.jit
@@ -222,6 +180,20 @@ def _drawn(slot):
 
 
 @gluon.jit
+def _skip(full, empty, next_buf, block, blocks):
+    """Lets the blocks of a tile go by of which a consumer has no rows; the tile that follows."""
+    for i in range(blocks - 1):
+        wait(full + 8 * _stage(block + i), (block + i) // STAGES % 2)
+        arrive(empty + 8 * _stage(block + i))
+    last = block + blocks - 1
+    stage = _stage(last)
+    wait(full + 8 * stage, last // STAGES % 2)
+    tile = _drawn(next_buf.index(stage))
+    arrive(empty + 8 * stage)
+    return tile
+
+
+@gluon.jit
 def _consume(
     shared, w_ptr, y, BAND: gl.constexpr, GROUPED: gl.constexpr, GAP: gl.constexpr, MINE: gl.constexpr,
     CLUSTER: gl.constexpr,
@@ -231,7 +203,7 @@ def _consume(
     y_ptr, y_desc, y_buf = y
     _x_buf, _w_buf, _scale_buf, next_buf = operands
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32])
-    _num_m, _num_n, _M, N, blocks = problem
+    _num_m, _num_n, _M, N, blocks, _whole = problem
     start = start_of_shared()
     full, empty = start + FULL_AT, start + EMPTY_AT
     others = empty
@@ -247,42 +219,63 @@ def _consume(
     block = 0
     while tile < last:
         tile += step
-        row, end, column = place
-        w0_ptr, w1_ptr = pointers
-        next0, next1 = following
-        acc0 = gl.zeros((64, 64), gl.float32, L)
-        acc1 = gl.zeros((64, 64), gl.float32, L)
-        acc2 = gl.zeros((64, 64), gl.float32, L)
-        scales_at = start + SCALES_AT + (MINE + row % 4 + rows) * 4
-        aligned = column % 128 == 0  # to w's blocks: the part in the middle belongs to the first
-        wait(full + 8 * (block % STAGES), block // STAGES % 2)
-        for LAST in gl.static_range(2):
-            for _ in range(1 if LAST else blocks - 1):
-                stage = block % STAGES
-                x_scale_inv = _read(scales_at + stage * 1024)
-                p0, p1, p2 = _multiply(start + (stage * 128 + MINE) * 128, start + W_AT + stage * (COLUMNS * 128), L)
-                if (GROUPED and CLUSTER == 1) and LAST:
-                    tile = _drawn(next_buf.index(stage))
+        row, end, column, is_part = place
+        if (GROUPED and CLUSTER == 1) and row >= end:
+            tile = _skip(full, empty, next_buf, block, blocks)
+            block += blocks
+            place, pointers, following = _begin(tile, problem, groups, w_ptr, zero, BAND, GROUPED, MINE, CLUSTER)
+        elif not GROUPED and is_part:
+            w0_ptr, _w1_ptr = pointers
+            next0, _next1 = following
+            acc0 = gl.zeros((64, 64), gl.float32, L)
+            for k in range(blocks):
+                stage = _stage(block)
+                wait(full + 8 * stage, block // STAGES % 2)
+                scale0 = read(start + SCALES_AT + (MINE + row % 4 + rows) * 4 + stage * 1024) * next0
+                p0 = multiply_part(start + (stage * 128 + MINE) * 128, start + W_AT + stage * (COLUMNS * 128), L)
                 arrive(empty + 8 * stage)
-                if CLUSTER == 2:
-                    arrive(others + 8 * stage)
                 block += 1
-                scale0, scale2 = x_scale_inv * next0, x_scale_inv * next1
-                if not LAST:
-                    w0_ptr += 1
-                    w1_ptr += 1
-                    next0, next1 = gl.load(w0_ptr + zero), gl.load(w1_ptr + zero)
-                acc0 = _promote(p0, scale0, acc0)
-                acc1 = _promote(p1, gl.where(aligned, scale0, scale2), acc1)
-                acc2 = _promote(p2, scale2, acc2)
-                if not LAST:  # at the end, so that the compiler asks before it promotes, and is told when it has
-                    wait(full + 8 * (block % STAGES), block // STAGES % 2)
-        place, pointers, following = _begin(tile, problem, groups, w_ptr, zero, BAND, GROUPED, MINE, CLUSTER)
-        tma.store_wait(0)
-        gap0, gap1, gap2 = (column + 128) // 256 * GAP, (column + 192) // 256 * GAP, (column + 256) // 256 * GAP
-        _store(acc0, y_desc, y_ptr, y_buf.index(0), row, end, column + gap0, N, GROUPED)
-        _store(acc1, y_desc, y_ptr, y_buf.index(1), row, end, column + 64 + gap1, N, GROUPED)
-        _store(acc2, y_desc, y_ptr, y_buf.index(2), row, end, column + 128 + gap2, N, GROUPED)
+                next0 = gl.load(w0_ptr + gl.minimum(k + 1, blocks - 1) + zero)
+                acc0 = promote(p0, scale0, acc0)
+            place, pointers, following = _begin(tile, problem, groups, w_ptr, zero, BAND, GROUPED, MINE, CLUSTER)
+            tma.store_wait(0)
+            _store(acc0, y_desc, y_ptr, y_buf.index(0), row, end, column + (column + 128) // 256 * GAP, N, GROUPED)
+        else:
+            w0_ptr, w1_ptr = pointers
+            next0, next1 = following
+            acc0 = gl.zeros((64, 64), gl.float32, L)
+            acc1 = gl.zeros((64, 64), gl.float32, L)
+            acc2 = gl.zeros((64, 64), gl.float32, L)
+            scales_at = start + SCALES_AT + (MINE + row % 4 + rows) * 4
+            aligned = column % 128 == 0  # to w's blocks: the part in the middle belongs to the first
+            wait(full + 8 * _stage(block), block // STAGES % 2)
+            for LAST in gl.static_range(2):
+                for _ in range(1 if LAST else blocks - 1):
+                    stage = _stage(block)
+                    x_scale_inv = read(scales_at + stage * 1024)
+                    p0, p1, p2 = multiply(start + (stage * 128 + MINE) * 128, start + W_AT + stage * (COLUMNS * 128), L)
+                    if (GROUPED and CLUSTER == 1) and LAST:
+                        tile = _drawn(next_buf.index(stage))
+                    arrive(empty + 8 * stage)
+                    if CLUSTER == 2:
+                        arrive(others + 8 * stage)
+                    block += 1
+                    scale0, scale2 = x_scale_inv * next0, x_scale_inv * next1
+                    if not LAST:
+                        w0_ptr += 1
+                        w1_ptr += 1
+                        next0, next1 = gl.load(w0_ptr + zero), gl.load(w1_ptr + zero)
+                    acc0 = promote(p0, scale0, acc0)
+                    acc1 = promote(p1, gl.where(aligned, scale0, scale2), acc1)
+                    acc2 = promote(p2, scale2, acc2)
+                    if not LAST:  # at the end, so that the compiler asks before it promotes, and is told when it has
+                        wait(full + 8 * _stage(block), block // STAGES % 2)
+            place, pointers, following = _begin(tile, problem, groups, w_ptr, zero, BAND, GROUPED, MINE, CLUSTER)
+            tma.store_wait(0)
+            gap0, gap1, gap2 = (column + 128) // 256 * GAP, (column + 192) // 256 * GAP, (column + 256) // 256 * GAP
+            _store(acc0, y_desc, y_ptr, y_buf.index(0), row, end, column + gap0, N, GROUPED)
+            _store(acc1, y_desc, y_ptr, y_buf.index(1), row, end, column + 64 + gap1, N, GROUPED)
+            _store(acc2, y_desc, y_ptr, y_buf.index(2), row, end, column + 128 + gap2, N, GROUPED)
     tma.store_wait(0)
 
 
@@ -299,11 +292,13 @@ def _warp_specialized_gemm_kernel(
     x_desc, w_desc, scale_desc, y_desc, y_ptr, w_scale_inv_ptr, tiles_ptr, counts_ptr, M, N, K, bound,
     BAND: gl.constexpr, GROUPED: gl.constexpr, GAP: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    num_m, num_n, blocks = gl.cdiv(M, 128 * CLUSTER), gl.cdiv(N, COLUMNS), gl.cdiv(K, 128)
+    num_m, num_n, blocks = gl.cdiv(M, 128), gl.cdiv(N, COLUMNS), gl.cdiv(K, 128)
+    whole = whole_tiles(num_m * num_n, BAND)
     groups = (tiles_ptr, bound, None, 0)
     if GROUPED:
         num_m = gl.load(counts_ptr)
         groups = (tiles_ptr, bound, counts_ptr + 2, gl.load(counts_ptr + 1))
+        whole = num_m * num_n
     KIB: gl.constexpr = EMPTY_AT // 1024 + 1
     memory = gl.allocate_shared_memory(gl.float8e4nv, (KIB, 8, 128), x_desc.layout)
     x_buf = memory._reinterpret(gl.float8e4nv, (STAGES, 128, 128), x_desc.layout)
@@ -317,7 +312,7 @@ def _warp_specialized_gemm_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=8 * CLUSTER)  # the warps that compute, here and there
-    shared = ((num_m, num_n, M, N, blocks), groups, (x_buf, w_buf, scale_buf, next_buf), (full, empty))
+    shared = ((num_m, num_n, M, N, blocks, whole), groups, (x_buf, w_buf, scale_buf, next_buf), (full, empty))
     above, below = (y_ptr, y_desc, above_buf), (y_ptr, y_desc, below_buf)
     gl.warp_specialize(
         [
@@ -367,13 +362,14 @@ def _launch(
 ) -> None:  # fmt: skip
     M, K, N = len(out), x_fp8.shape[1], w_fp8.shape[-2]
     x_fp8, w_fp8 = gemm.aligned(x_fp8), gemm.aligned(w_fp8.contiguous()).reshape(-1, K)
-    num_m = ceil_div(M, ROWS * config.cluster) if tiles is None else tiles.shape[1]
-    grid = (min(num_m * ceil_div(N, COLUMNS.value), max(gemm.multiprocessors() // config.cluster, 1)),)
+    num_m = ceil_div(M, ROWS) if tiles is None else tiles.shape[1]
+    num_n = ceil_div(N, COLUMNS.value if tiles is not None or config.band == 0 else PART.value)
+    grid = (min(num_m * num_n, max(gemm.multiprocessors() // config.cluster, 1)),)
     _warp_specialized_gemm_kernel[grid](
         Descriptor(x_fp8, (ROWS, TILE), FP8_TILES),
-        Descriptor(w_fp8, (PART // config.cluster, TILE), FP8_TILES),
+        Descriptor(w_fp8, (PART.value // config.cluster, TILE), FP8_TILES),
         Descriptor(_aligned(x_scale_inv), (1, 2 * ROWS), SCALES),
-        Descriptor(out, (ROWS // 2, PART), BF16_TILES),
+        Descriptor(out, (ROWS // 2, PART.value), BF16_TILES),
         out, w_scale_inv.contiguous(), tiles, count, M, N, K, num_m,
         config.band, tiles is not None, gap, config.cluster, num_warps=4,
     )  # fmt: skip
@@ -398,9 +394,9 @@ def variant(grouped: bool, config: dict[str, Any]) -> Variant:
     c = Config(**config)
     arguments = {
         "x_desc": f"tensordesc<fp8e4nv[{ROWS}, {TILE}],{FP8_TILES!r}>",
-        "w_desc": f"tensordesc<fp8e4nv[{PART // c.cluster}, {TILE}],{FP8_TILES!r}>",
+        "w_desc": f"tensordesc<fp8e4nv[{PART.value // c.cluster}, {TILE}],{FP8_TILES!r}>",
         "scale_desc": f"tensordesc<fp32[1, {2 * ROWS}],{SCALES!r}>",
-        "y_desc": f"tensordesc<bf16[{ROWS // 2}, {PART}],{BF16_TILES!r}>",
+        "y_desc": f"tensordesc<bf16[{ROWS // 2}, {PART.value}],{BF16_TILES!r}>",
         "y_ptr": BF16,
         "w_scale_inv_ptr": F32,
     }

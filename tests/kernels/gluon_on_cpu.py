@@ -212,9 +212,9 @@ def _copy_to_both(desc, row, column, target, barrier) -> None:
         _copy(desc, [row, column], memory.barriers[int(barrier)], shared)
 
 
-def _multiply(x_at, w_at, L):
+def _multiply(x_at, w_at, L, columns=192):
     x, w = (
-        _here.memory.at(int(at), torch.float8_e4m3fn, (rows, 128)).float() for at, rows in ((x_at, 64), (w_at, 192))
+        _here.memory.at(int(at), torch.float8_e4m3fn, (rows, 128)).float() for at, rows in ((x_at, 64), (w_at, columns))
     )
     return (x @ w.T).split(64, 1)
 
@@ -398,6 +398,7 @@ class Kernel:
 def specialized_gemm(path: str) -> Kernel:
     """The kernel of `warp_specialized.py`, its assembly in torch."""
     return Kernel(
-        path, "_warp_specialized_gemm_kernel", _multiply=_multiply, _read=_read,
-        _promote=lambda product, scale, acc: acc + product * scale[:, None],
+        path, "_warp_specialized_gemm_kernel", multiply=_multiply, read=_read,
+        multiply_part=lambda *args: _multiply(*args, columns=64)[0],
+        promote=lambda product, scale, acc: acc + product * scale[:, None],
     )  # fmt: skip

@@ -22,27 +22,28 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an NVIDI
 ops, FLOOR = torch.ops.dsv3c, Recipe().amax_floor
 SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90
 PLAIN = gemm.KNOWN[-1]
-CONFIGS = [{"cluster": cluster, "band": band} for cluster, band in [(1, 8), (1, 16), (2, 8), (2, 32)]]
+DENSE = [{"band": band} for band in (0, 8, 16)]
+CONFIGS = [ws.Config(band, cluster)._asdict() for band, cluster in [(8, 1), (16, 1), (8, 2), (32, 2)]]
 # Groups without rows, of one row, of whole tiles, of a whole half and a row more, of more tiles than a band; none with
 # rows; and one that is all.
 GROUPS = [[5, 0, 128, 67], [0, 320, 0, 0], [64, 65] * 4, [300, 1, 1400, 77, 0, 513], [0, 0, 8], [0, 0], [2100]]
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
-def test_main_loop_has_no_spills(config, grouped):
+@pytest.mark.parametrize("config", DENSE + CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
+def test_main_loop_has_no_spills(config):
+    grouped = "cluster" in config
     found = offline.resources(ws.variant(grouped, config).compile())
     assert found.shared_bytes <= SHARED_LIMIT
-    assert found.fp8_mma == 16  # two consumers; four products; in the loop and last
+    assert found.fp8_mma == (16 if grouped else 24)  # two consumers; four products; in the loop, last, and of a part
     assert found.spills == 0
     assert found.stack_bytes <= 32  # a tile's: where it is, addresses of the masked store
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_where_assembly_finds_things(grouped):
+@pytest.mark.parametrize("config", [DENSE[-1], *CONFIGS[1:3]], ids=lambda config: "-".join(map(str, config.values())))
+def test_where_assembly_finds_things(config):
     """Barriers lie at the addresses that they are told by, so all of the first allocation does; and the descriptor of w
     is the parameter whose name the copies have."""
-    ptx = ws.variant(grouped, CONFIGS[-1]).compile().asm["ptx"]
+    ptx = ws.variant("cluster" in config, config).compile().asm["ptx"]
     added = dict(re.findall(r"add\.s32 \s*(%r\d+), %r\d+, (\d+);", ptx))
     found = {int(added[register]) for register in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)}
     assert found == {first.value + 8 * i for first in (ws.FULL_AT, ws.EMPTY_AT) for i in range(ws.STAGES.value)}
@@ -92,9 +93,10 @@ assert bool((y[start:] == 7.0).all()), "rows of no group are written"
 
 
 @pytest.mark.parametrize("case", [
-    (200, 264, 400, CONFIGS[0], 3),
-    (140, 72, 64, CONFIGS[2], 3),
-    (140, 576, 640, CONFIGS[2], 6),
+    (200, 264, 400, DENSE[1], 3),  # of four tiles, one in parts
+    (140, 72, 64, DENSE[0], 3),
+    (140, 576, 640, DENSE[1], 7),  # six tiles
+    (500, 520, 256, DENSE[2], 9),  # of twelve tiles, three in parts
     ([5, 0, 130, 70], 264, 272, CONFIGS[1], 3),
     ([0, 200, 0, 3, 64], 256, 384, CONFIGS[3], 2),
     ([300, 1, 77, 0, 129], 136, 128, CONFIGS[2], 4),
@@ -111,6 +113,11 @@ def test_tiles_tickets_and_barriers(case):
 
 @pytest.fixture(params=CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
 def config(request):
+    return request.param
+
+
+@pytest.fixture(params=DENSE, ids=lambda config: f"{config['band']}")
+def dense(request):
     return request.param
 
 
@@ -133,14 +140,23 @@ class TestOnGpu:
 
     # the last has more tiles than there are multiprocessors, of any width
     @pytest.mark.parametrize(
-        "size", [(1, 8, 16), (130, 264, 144), (64, 2112, 128), (333, 576, 896), (1024, 192, 257), (4100, 4096, 640)]
+        "size",
+        [
+            (1, 8, 16),
+            (130, 264, 144),
+            (64, 2112, 128),
+            (333, 576, 896),
+            (1024, 192, 257),
+            (4090, 4096, 640),
+            (5000, 3000, 64),
+        ],
     )
-    def test_gemm(self, check, size, config):
+    def test_gemm(self, check, size, dense):
         rows, N, K = size
         given = operands(check, rows, N, K)
         expected, found = poisoned(rows, N), poisoned(rows, N)
         gemm.launch(*given, expected, **PLAIN)
-        ws.launch(*given, found, **config)
+        ws.launch(*given, found, **dense)
         assert same_bits(found, expected)
 
     @pytest.mark.parametrize(("N", "K"), [(256, 384), (136, 272), (72, 100), (4096, 512)])
@@ -168,26 +184,26 @@ class TestOnGpu:
         x, x_scale_inv, w, w_scale_inv = given = operands(check, 300, 392, K)
         for dtype in (torch.bfloat16, torch.float32):
             y = poisoned(300, 392, dtype)
-            ws.launch(*given, y, **CONFIGS[-1])
+            ws.launch(*given, y, **DENSE[-1])
             check.assert_product(y, *check.product(x, x_scale_inv, w, w_scale_inv), K)
 
-    def test_nan_stays_in_its_row_and_column(self, check, config):
+    def test_nan_stays_in_its_row_and_column(self, check, dense):
         x, x_scale_inv, w, w_scale_inv = operands(check, 200, 264, 256)
         x.view(torch.uint8)[70, 3] = w.view(torch.uint8)[140, 200] = 0x7F
         y = poisoned(200, 264).zero_()
-        ws.launch(x, x_scale_inv, w, w_scale_inv, y, **config)
+        ws.launch(x, x_scale_inv, w, w_scale_inv, y, **dense)
         expected = torch.zeros(200, 264, dtype=torch.bool, device="cuda")
         expected[70], expected[:, 140] = True, True
         assert torch.equal(y.isnan(), expected)
 
     @pytest.mark.parametrize("K", [128, 384])
-    def test_operands_of_any_alignment(self, check, K, config):
+    def test_operands_of_any_alignment(self, check, K, dense):
         """Rows of a larger tensor, scales that begin anywhere, a transposed weight's scales."""
         x, x_scale_inv, w, w_scale_inv = operands(check, 201, 256, K)
         expected, found = poisoned(200, 256), poisoned(200, 256)
         given = x[1:], x_scale_inv[1:], w, w_scale_inv.T.contiguous().T
         gemm.launch(*(t.clone() for t in given), expected, **PLAIN)
-        ws.launch(*given, found, **config)
+        ws.launch(*given, found, **dense)
         assert same_bits(found, expected)
 
     def test_more_elements_than_32_bits_count(self, check):
