@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dsv3c.errors import CompileError
 
 if TYPE_CHECKING:  # importing this file needs no Triton
+    from torch import Tensor
+
     from dsv3c.kernels.offline import Variant
     from dsv3c.tuning.tables import Table
 
@@ -125,10 +127,13 @@ Start = Callable[[Implementation, Config], None]
 _prepared: set[tuple] = set()  # problems but for their rows, and what else decides
 
 
-def start(problem: Problem, launch: Start, pick: Callable[[Problem], Choice] = choose, *also: Any) -> None:
+def start(
+    problem: Problem, launch: Start, out: "Tensor", pick: Callable[[Problem], Choice] = choose, *also: Any
+) -> None:
     """Launches what `pick` chooses for `problem`; first, once for all numbers of rows, has compiled what it chooses for
-    others, so that a number of rows never seen before compiles nothing. `also`: what `pick` depends on besides."""
-    key = problem._replace(rows=0), also
+    others, so that a number of rows never seen before compiles nothing; on each device, since kernels are loaded into
+    one. `out`: the result. `also`: what `pick` depends on besides."""
+    key = problem._replace(rows=0), out.dtype, out.get_device(), also
     if key not in _prepared:
         from dsv3c.kernels.launch import compiling  # needs Triton
 
