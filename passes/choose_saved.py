@@ -92,9 +92,18 @@ def _computed_again(node: fx.Node, policy: Policy) -> Iterator[fx.Node]:
     if node.target is ops.attention.default:
         keys = bare(node.args[1], _LAYOUT)
         if keys.op == "call_function" and keys.target not in _PRODUCTS:
-            yield keys
+            yield from _put_together(keys)
         if policy == "low":
             yield from _up_to_products(node.args[:3])
+
+
+def _put_together(keys: fx.Node) -> Iterator[fx.Node]:
+    """Keys; if they are copied into empty memory part by part, that and the copies too, which are as large."""
+    yield keys
+    if keys.target is aten.slice_scatter.default:
+        for part in keys.args[:2]:
+            if part.target in (aten.slice_scatter.default, aten.copy.default, aten.empty.memory_format):
+                yield from _put_together(part)
 
 
 def _widens(node: fx.Node) -> bool:

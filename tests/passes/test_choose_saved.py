@@ -29,9 +29,10 @@ GATE = [*MOE, ("mlp.gate", "DeepseekV3TopkRouter")]
 SHARED = [*MOE, ("mlp.shared_experts", "DeepseekV3MLP"), ("mlp.shared_experts.up_proj", "Linear")]
 
 
-def joint(training=True):
+def joint(training=True, copied=False):
     """A layer's joint graph in short: a norm and a product of queries, keys put together, attention, the MoE's norm,
-    a cast in its router, a norm in its shared expert, and, in training, a norm in the backward of each."""
+    a cast in its router, a norm in its shared expert, and, in training, a norm in the backward of each. `copied`: keys
+    as transformers puts them together, functionalized."""
     graph = fx.Graph()
 
     def add(where, target, *args, dtype=torch.bfloat16, **meta):
@@ -44,7 +45,14 @@ def joint(training=True):
     x.meta["val"] = torch.empty(1, dtype=torch.bfloat16, device="meta")
     queries = add(QUERIES, ops.gemm.default, add(QUERIES, ops.rms_norm_quantize.default, x))
     heads = add(ATTENTION, aten.view.default, queries, [-1])
-    keys = add(ATTENTION, aten.permute.default, add(ATTENTION, aten.cat.default, [x, x]), [0])
+    if copied:
+        keys = add(ATTENTION, aten.empty.memory_format, [1])
+        for part in (x, x):
+            part = add(ATTENTION, aten.copy.default, add(ATTENTION, aten.slice.Tensor, keys), part)
+            keys = add(ATTENTION, aten.slice_scatter.default, keys, part)
+    else:
+        keys = add(ATTENTION, aten.cat.default, [x, x])
+    keys = add(ATTENTION, aten.permute.default, keys, [0])
     results = [
         add(ATTENTION, ops.attention.default, heads, keys, x),
         add(THEIRS, ops.add_rms_norm_quantize.default, x),
@@ -92,6 +100,14 @@ def test_what_is_computed_again(memory, expected):
     assert record.sites == len(again) == len(expected)
     assert text(gm).replace(" (computed again in backward)", "") == before
     assert run(gm, [ChooseSaved.of(memory)])[0].sites == 0
+
+
+def test_copies_of_which_keys_are_put_together():
+    gm = joint(copied=True)
+    run(gm, [ChooseSaved()])
+    again = [str(node.target).split(".")[1] for node in gm.graph.nodes if "recompute" in node.meta]
+    assert again == ["rms_norm_quantize", "empty", *["copy", "slice_scatter"] * 2, *again[-3:]]
+    assert run(gm, [ChooseSaved()])[0].sites == 0
 
 
 def test_inference_saves_nothing():
