@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType, pad
 
-from dsv3c.kernels.implementations import Implementation, Problem, start
+from dsv3c.kernels.implementations import Implementation, Problem, Tile, start
 from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
@@ -63,9 +63,8 @@ BUILT_IN = (Config(64, 64, 1, 4, 4), Config(64, 128, 1, 4, 3), Config(64, 128, 1
 KNOWN = tuple(config._asdict() for config in BUILT_IN)
 
 
-def tile_of(config: dict[str, Any]) -> tuple[int, int]:
-    """Its rows and columns."""
-    return config["halves"] * config["rows"], config["columns"]
+def tile_of(config: dict[str, Any]) -> Tile:
+    return Tile(config["halves"] * config["rows"], config["columns"])
 
 
 def valid(config: dict[str, Any]) -> bool:

@@ -38,6 +38,14 @@ class Problem(NamedTuple):
     groups: int = 1
 
 
+class Tile(NamedTuple):
+    """What is computed of the result at a time."""
+
+    rows: int
+    columns: int
+    programs: int = 1  # that compute it together
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an operator.
@@ -49,8 +57,8 @@ class Implementation:
         valid: combinations of knobs that its code supports; whether they fit the device is the assembler's to say.
         variant: a configuration's kernel, for compiling without a GPU. None for a library.
         known: configurations that were good somewhere, where a search begins.
-        tile: rows and columns of the result that a program computes at a time, which says how times grow with rows
-            (`tuning/buckets.py`). cuBLASLt's grow as if it took 128×128.
+        tile: of a configuration, which says how times grow with rows (`tuning/buckets.py`). cuBLASLt's grow as if it
+            took 128×128.
     """
 
     name: str
@@ -60,7 +68,7 @@ class Implementation:
     valid: Callable[[Config], bool] = lambda config: True
     variant: "Callable[[Config], Variant] | None" = None
     known: tuple[Config, ...] = ()
-    tile: Callable[[Config], tuple[int, int]] = lambda config: (128, 128)
+    tile: Callable[[Config], Tile] = lambda config: Tile(128, 128)
 
     def holds(self, config: Config) -> bool:
         """Whether `config` is one of its configurations."""

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3c.errors import CompileError
 from dsv3c.kernels import implementations as module
-from dsv3c.kernels.implementations import FILES, Implementation, Problem, choose, default, implementations
+from dsv3c.kernels.implementations import FILES, Implementation, Problem, Tile, choose, default, implementations
 from dsv3c.kernels.launch import _here
 from dsv3c.tuning import tables, targets
 from dsv3c.tuning.tables import Entry, Row
@@ -23,7 +23,7 @@ def nothing(*operands, **config):
 
 KERNEL = Implementation(
     "kernel", {"x": (1, 2), "y": (1, 2)}, nothing, valid=lambda config: config != {"x": 2, "y": 2},
-    tile=lambda config: (128, 128 * config["x"]),
+    tile=lambda config: Tile(128, 128 * config["x"]),
 )  # fmt: skip
 LIBRARY = Implementation("library", {}, nothing, takes=lambda problem: problem.rows % 4 == 0)
 
