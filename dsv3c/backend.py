@@ -195,6 +195,7 @@ class Lowered:
     records: dict[str, list[passes.Record]]
     graph: fx.GraphModule  # the joint one
     halves: tuple[fx.GraphModule, ...]  # forward and, in training, backward
+    memory: passes.ChooseSaved
 
 
 class Recorder(Backend):
@@ -261,8 +262,9 @@ def lower(
     records = {"L0": recorder.captured_records, "L1": recorder.joint.records}
     forward, backward = (*map(passes.text, recorder.halves), "")[:2]
     return Lowered(
-        unit, recorder.text, recorder.joint.text, forward, backward, records, recorder.joint.graph, recorder.halves
-    )
+        unit, recorder.text, recorder.joint.text, forward, backward, records, recorder.joint.graph, recorder.halves,
+        pipeline.memory,
+    )  # fmt: skip
 
 
 def _fake(shape, dtype: torch.dtype, device: torch.device, requires_grad: bool, parameter: bool) -> Tensor:

@@ -66,7 +66,9 @@ def compile(  # the name users type
         precision: "exact" (the model's own dtype, nothing quantised), "fp8" (DeepSeek-V3's recipe; on a CPU emulated),
             or "auto": fp8 on compute capability 9.0 and up, else exact.
         memory: what is saved for backward: "default" (FP8 copies; norms, permuted tokens, keys and values are computed
-            again), "low" (queries too), "none" (what torch's partitioner chooses). See `ChooseSaved`.
+            again), "low" (queries too), "none" (what torch's partitioner chooses); or these by kind of region, such as
+            {"attention": "low", "mlp": "none"}: the innermost that is named counts, the rest is "default". See
+            `ChooseSaved`; `dsv3c.explain` shows what each region saves.
         deterministic: two equal steps have equal bits, gradients included, on one machine and with the same versions
             (without it attention's gradient, and in exact precision the experts' too, differ in their last bits).
             What is not compiled here, such as the loss, is the caller's: see torch.use_deterministic_algorithms.
@@ -75,7 +77,7 @@ def compile(  # the name users type
 
     Raises:
         CompileError: an unknown model, target or precision, or a model set up so that it cannot be captured whole.
-        PassError: an unknown name in `skip`, or an unknown memory.
+        PassError: an unknown name in `skip`, or an unknown region or word in `memory`.
     """
     families.check(model)
     resolved, notes = _precision(precision, model)

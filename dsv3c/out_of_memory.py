@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsv3c.passes import ChooseSaved
 from dsv3c.weights import QuantizedWeights
 
 
@@ -14,13 +15,13 @@ def explain(
     where: str,
     parameters: Iterable[nn.Parameter],
     copies: QuantizedWeights | None,
-    memory: str,
+    memory: ChooseSaved,
     node: Any,
 ) -> None:
     """Adds one line to `error`: the consumers, largest first, and what to try.
 
     node: the backward node of a layer, whose saved tensors stand for each layer's; None, or another one's, if no layer
-    has run. memory: as given to `dsv3c.compile`.
+    has run. memory: what `dsv3c.compile` was told to save.
     """
     parameters = list(parameters)
     copied = [t for copy in copies.copies.values() for t in copy.tensors] if copies else []
@@ -36,7 +37,7 @@ def explain(
     sizes = [f"{name} {size / 1e9:.2f} GB" for name, size in sorted(held.items(), key=lambda x: -x[1]) if size > 0]
     if each:
         sizes.append(f"{each / 1e9:.2f} GB saved for backward by each layer")
-    less = "dsv3c.compile(…, memory='low'), " if each and memory != "low" else ""
+    less = "dsv3c.compile(…, memory='low'), " if each and not memory.is_lowest else ""
     line = f"dsv3c: in {where}: {', '.join(sizes)}; try {less}fewer tokens a call"
     error.args = (f"{error.args[0] if error.args else ''}\n{line}", *error.args[1:])
 

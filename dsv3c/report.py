@@ -23,6 +23,7 @@ from dsv3c.compiler import compilation_of
 from dsv3c.errors import CompileError
 from dsv3c.measure import Launch, located
 from dsv3c.measure import measure as measured_launches
+from dsv3c.passes import ChooseSaved
 from dsv3c.passes.regions import Region
 from dsv3c.pricing import FUSED, Cost, price, saved, unrecognised
 from dsv3c.report_passes import Records, passes_list, passes_table, regions_table
@@ -45,6 +46,7 @@ class UnitReport:
     inputs: tuple[str, ...]
     costs: tuple[Cost, ...]
     saved: dict[Region | None, int]  # bytes kept for backward, by the region that computed them
+    memory: ChooseSaved
     records: Records
     unrecognised: dict[str, int]
     launches: tuple[Launch, ...] = ()  # of one module, if measured
@@ -60,6 +62,7 @@ class UnitReport:
             tuple(_inputs(lowered.unit)),
             tuple(costs),
             saved(*lowered.halves) if len(lowered.halves) == 2 else {},
+            lowered.memory,
             lowered.records,
             dict(Counter(name for half in lowered.halves for name in unrecognised(half))),
             launches,
@@ -111,6 +114,7 @@ class UnitReport:
                     **region_dict(region),
                     **sums(costs),
                     "saved_bytes": self.saved.get(region, 0),
+                    "memory": self.memory.policy(region),
                     **({"measured_us": self._measured(region)} if self.launches else {}),
                 }
                 for region, costs in self.regions().items()
@@ -162,16 +166,17 @@ class UnitReport:
         trained = any(cost.backward for cost in self.costs)
         times = {"forward us": False, "backward us": True} if trained else {"us": False}
 
-        def row(path: str, kind: str, costs: list[Cost], kept: int, measured: list[float | None]) -> list[Any]:
+        def row(path: str, kind: str, costs: list[Cost], kept: list[Any], measured: list[float | None]) -> list[Any]:
             predicted = [sum(c.predicted_us for c in costs if c.backward is backward) for backward in times.values()]
             measured = measured if self.launches else []
-            return [path, kind, *_amounts(costs), *[kept / 1e6] * trained, *predicted, *measured]
+            return [path, kind, *_amounts(costs), *(kept if trained else []), *predicted, *measured]
 
         rows = []
         for region, costs in self.regions().items():
             path, kind = (region.path, region.kind) if region else ("(none)", "")
             measured = [self._measured(region, backward) for backward in times.values()]
-            rows.append(row(path, kind, costs, self.saved.get(region, 0), measured))
+            kept = [self.saved.get(region, 0) / 1e6, self.memory.policy(region)]
+            rows.append(row(path, kind, costs, kept, measured))
         sides = {b: [x for x in self.launches if x.backward is b] for b in times.values()}
         if self.launches:  # what Inductor fused, and what is in no graph: copies, fills
             blank = [None] * (len(rows[0]) - 2 - len(times))
@@ -179,9 +184,10 @@ class UnitReport:
             rows.append(["(kernels across regions)", "", *blank, *fused])
             rows.append(["(between kernels, in no sum)", "", *blank, *[self.gaps_us(b) for b in times.values()]])
         whole = [sum(x.time_us for x in launches) for launches in sides.values()]
-        rows.append(row("", "all", list(self.costs), self.saved_bytes, whole))
+        rows.append(row("", "all", list(self.costs), [self.saved_bytes / 1e6, ""], whole))
         kinds = ("predicted", *["measured"] * bool(self.launches))
-        headers = [*_AMOUNTS, *["saved MB"] * trained, *(f"{kind} {name}" for kind in kinds for name in times)]
+        amounts = [*_AMOUNTS, *["saved MB", "memory"] * trained]
+        headers = [*amounts, *(f"{kind} {name}" for kind in kinds for name in times)]
         return Table(["region", "kind", *headers], rows)
 
     def _kernels(self) -> Table:

@@ -35,12 +35,12 @@ def _fill_kernel(out_ptr, N, BLOCK: tl.constexpr):
 @launched
 @triton.jit(do_not_specialize=["R"])
 def _embedding_backward_kernel(
-    dy_ptr, sorted_ptr, order_ptr, dweight_ptr, R, H, dy_stride, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr
+    dy_ptr, sorted_ptr, order_ptr, dweight_ptr, R, V, H, dy_stride, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr
 ):
     parts = tl.cdiv(H, COLUMNS)
     at = tl.program_id(0) // parts
     v = tl.load(sorted_ptr + at)
-    if tl.load(sorted_ptr + at - 1, mask=at > 0, other=-1) != v:
+    if (v >= 0) & (v < V) & (tl.load(sorted_ptr + at - 1, mask=at > 0, other=-1) != v):
         columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < H
         dy = tl.load(dy_ptr + tl.load(order_ptr + at) * dy_stride + columns, mask=inside, other=0.0)
@@ -64,7 +64,7 @@ def _embedding_backward_kernel(
 
 
 def embedding_backward(dy_RH: Tensor, input_ids_R: Tensor, vocab_size: int, out: Tensor) -> None:
-    """Launcher of `dsv3c::embedding_backward`. Ids are in the vocabulary, which forward asserts."""
+    """Launcher of `dsv3c::embedding_backward`. Of an id that 32 bits do not hold, the lowest 32 count."""
     if out.numel() == 0:
         return
     _fill_kernel[(ceil_div(out.numel(), FILL),)](out, out.numel(), FILL, num_warps=FILL_WARPS)
@@ -74,7 +74,7 @@ def embedding_backward(dy_RH: Tensor, input_ids_R: Tensor, vocab_size: int, out:
     found, order = input_ids_R.int().sort(stable=True)
     dy_RH = dy_RH if dy_RH.stride(1) == 1 else dy_RH.contiguous()
     _embedding_backward_kernel[(R * ceil_div(H, COLUMNS),)](
-        dy_RH, found, order, out, R, H, dy_RH.stride(0), COLUMNS, TOGETHER, num_warps=WARPS
+        dy_RH, found, order, out, R, vocab_size, H, dy_RH.stride(0), COLUMNS, TOGETHER, num_warps=WARPS
     )
 
 

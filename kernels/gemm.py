@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType, pad
 
-from dsv3c.kernels.implementations import Implementation, Problem, choose, start
+from dsv3c.kernels.implementations import Implementation, Problem, Tile, start
 from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
@@ -63,9 +63,8 @@ BUILT_IN = (Config(64, 64, 1, 4, 4), Config(64, 128, 1, 4, 3), Config(64, 128, 1
 KNOWN = tuple(config._asdict() for config in BUILT_IN)
 
 
-def tile_of(config: dict[str, Any]) -> tuple[int, int]:
-    """Its rows and columns."""
-    return config["halves"] * config["rows"], config["columns"]
+def tile_of(config: dict[str, Any]) -> Tile:
+    return Tile(config["halves"] * config["rows"], config["columns"])
 
 
 def valid(config: dict[str, Any]) -> bool:
@@ -250,7 +249,7 @@ def gemm(
         rows = slice(None if implementation.takes(problem) else 128)  # it is for few, and here to be compiled
         implementation.launch(x_fp8[rows], x_scale_inv[rows], w_fp8, w_scale_inv, out[rows], **config)
 
-    start(problem, chosen, choose, out.dtype)
+    start(problem, chosen, out)
 
 
 def gemm_dgrad(

@@ -34,7 +34,7 @@ from dsv3c.kernels.gemm import (
     valid,
 )
 from dsv3c.kernels.groups import tile_map
-from dsv3c.kernels.implementations import Implementation, Problem, choose, start
+from dsv3c.kernels.implementations import Implementation, Problem, start
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
@@ -77,7 +77,7 @@ def grouped_gemm(
         return
     operands = x_fp8, x_scale_inv, w_fp8, w_scale_inv, offs, out
     problem = Problem("grouped_gemm", R, N, K, len(offs))
-    start(problem, lambda chosen, config: chosen.launch(*operands, **config), choose, out.dtype)
+    start(problem, lambda chosen, config: chosen.launch(*operands, **config), out)
 
 
 def grouped_gemm_dgrad(

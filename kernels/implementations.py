@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dsv3c.errors import CompileError
 
 if TYPE_CHECKING:  # importing this file needs no Triton
+    from torch import Tensor
+
     from dsv3c.kernels.offline import Variant
     from dsv3c.tuning.tables import Table
 
@@ -36,6 +38,14 @@ class Problem(NamedTuple):
     groups: int = 1
 
 
+class Tile(NamedTuple):
+    """What is computed of the result at a time."""
+
+    rows: int
+    columns: int
+    programs: int = 1  # that compute it together
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an operator.
@@ -47,8 +57,8 @@ class Implementation:
         valid: combinations of knobs that its code supports; whether they fit the device is the assembler's to say.
         variant: a configuration's kernel, for compiling without a GPU. None for a library.
         known: configurations that were good somewhere, where a search begins.
-        tile: rows and columns of the result that a program computes at a time, which says how times grow with rows
-            (`tuning/buckets.py`). cuBLASLt's grow as if it took 128×128.
+        tile: of a configuration, which says how times grow with rows (`tuning/buckets.py`). cuBLASLt's grow as if it
+            took 128×128.
     """
 
     name: str
@@ -58,7 +68,7 @@ class Implementation:
     valid: Callable[[Config], bool] = lambda config: True
     variant: "Callable[[Config], Variant] | None" = None
     known: tuple[Config, ...] = ()
-    tile: Callable[[Config], tuple[int, int]] = lambda config: (128, 128)
+    tile: Callable[[Config], Tile] = lambda config: Tile(128, 128)
 
     def holds(self, config: Config) -> bool:
         """Whether `config` is one of its configurations."""
@@ -125,10 +135,13 @@ Start = Callable[[Implementation, Config], None]
 _prepared: set[tuple] = set()  # problems but for their rows, and what else decides
 
 
-def start(problem: Problem, launch: Start, pick: Callable[[Problem], Choice] = choose, *also: Any) -> None:
+def start(
+    problem: Problem, launch: Start, out: "Tensor", pick: Callable[[Problem], Choice] = choose, *also: Any
+) -> None:
     """Launches what `pick` chooses for `problem`; first, once for all numbers of rows, has compiled what it chooses for
-    others, so that a number of rows never seen before compiles nothing. `also`: what `pick` depends on besides."""
-    key = problem._replace(rows=0), also
+    others, so that a number of rows never seen before compiles nothing; on each device, since kernels are loaded into
+    one. `out`: the result. `also`: what `pick` depends on besides."""
+    key = problem._replace(rows=0), out.dtype, out.get_device(), also
     if key not in _prepared:
         from dsv3c.kernels.launch import compiling  # needs Triton
 

@@ -44,7 +44,7 @@ def gemm_keys(
         return
     pairs, problem = (x_fp8, x_scale_inv, w_fp8, w_scale_inv), Problem("gemm", R, N, K)
     if warp_specialized.takes(problem):
-        start(problem, lambda _, config: warp_specialized.launch_heads(*pairs, out_RHD, **config), _choose, D)
+        start(problem, lambda _, config: warp_specialized.launch_heads(*pairs, out_RHD, **config), out_RHD, _choose, D)
     else:
         y_RHD = out_RHD.new_empty((R, H, D - r))
         gemm.gemm(*pairs, out_RHD.dtype, y_RHD.flatten(1))

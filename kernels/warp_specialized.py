@@ -46,7 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from dsv3c.kernels import gemm, grouped_gemm
 from dsv3c.kernels.cluster import arrive, copy_through, copy_to_both, meet, of_other, start_of_shared, wait
 from dsv3c.kernels.groups import tiles_by_length
-from dsv3c.kernels.implementations import Implementation, Problem
+from dsv3c.kernels.implementations import Implementation, Problem, Tile
 from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
@@ -411,7 +411,7 @@ def variant(grouped: bool, config: dict[str, Any]) -> Variant:
 _DENSE, _GROUPED = (
     Implementation(
         "warp_specialized", space, call, takes, variant=partial(variant, grouped), known=known,
-        tile=lambda config: (ROWS, COLUMNS.value),  # each program's; by group, pairs of them round up to twice the rows
+        tile=lambda config: Tile(ROWS * config["cluster"], COLUMNS.value, config["cluster"]),
     )
     for space, call, grouped, known in (
         (SPACE, launch, False, KNOWN),

@@ -221,9 +221,9 @@ def _launch(problem: Problem, operands: tuple[Tensor, ...], dw: Tensor, accumula
     start(
         problem,
         lambda chosen, config: chosen.launch(*operands, dw, **options, **config),
+        dw,
         partial(_choose, accumulate=accumulate, size=dw.element_size()),
         accumulate,
-        dw.dtype,
     )
 
 

@@ -41,7 +41,7 @@ def default(
     graph of forward and backward, in inference the forward graph (L1)."""
     ordered = (OrderSums(),) if deterministic else ()
     if precision == "exact":
-        return (RaiseAttention(), RaiseGroupedLinear(), DropSentinels(), *ordered, ChooseSaved(memory))
+        return (RaiseAttention(), RaiseGroupedLinear(), DropSentinels(), *ordered, ChooseSaved.of(memory))
     return (
         RaiseAttention(),
         JoinKeys(),
@@ -70,7 +70,7 @@ def default(
         RotateInPlace(),
         HoistSharedExpert(),
         *ordered,
-        ChooseSaved(memory),
+        ChooseSaved.of(memory),
     )
 
 
@@ -92,9 +92,9 @@ class Pipeline:
         return any(hasattr(step, "weights") for step in self.joint)
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> ChooseSaved:
         """What is saved for backward."""
-        return next((step.memory for step in self.joint if isinstance(step, ChooseSaved)), "none")
+        return next((step for step in self.joint if isinstance(step, ChooseSaved)), ChooseSaved("none"))
 
     def with_weights(self, weights: tuple[WeightInput, ...]) -> "Pipeline":
         """The same passes, told where in the graph's inputs the quantised weights are."""

@@ -4,7 +4,7 @@ Identity, not pattern: the stack names the module call a node came from, on our 
 one, and survives AOTAutograd into the backward graph.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -39,16 +39,21 @@ class Region:
 
     kind: str
     path: str
+    within: tuple[str, ...] = field(default=(), compare=False)  # kinds of the regions around it, innermost first
 
 
 def region_of(node: fx.Node) -> Region | None:
     """The innermost recognised region of `node`; None for a node of no recognised module."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    for path, module_class in reversed(stack.values()):
-        name = module_class if isinstance(module_class, str) else module_class.__name__
-        kind = REGIONS.get(name.rpartition(".")[2])
-        if kind:
-            path = path.partition("]")[2].removeprefix(".")
-            kind = "head" if kind == "linear" and not path else kind  # the linear that is a unit of its own
-            return Region(kind, path or kind)
-    return None
+    found = [(kind, path) for path, module_class in reversed(stack.values()) if (kind := _kind(module_class))]
+    if not found:
+        return None
+    (kind, path), *around = found
+    path = path.partition("]")[2].removeprefix(".")
+    kind = "head" if kind == "linear" and not path else kind  # the linear that is a unit of its own
+    return Region(kind, path or kind, tuple(kind for kind, _ in around))
+
+
+def _kind(module_class: type | str) -> str | None:
+    name = module_class if isinstance(module_class, str) else module_class.__name__
+    return REGIONS.get(name.rpartition(".")[2])

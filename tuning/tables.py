@@ -18,7 +18,7 @@ from typing import Any
 
 from dsv3c.debug import debug_config
 from dsv3c.errors import TuneError
-from dsv3c.kernels.implementations import Problem
+from dsv3c.kernels.implementations import Problem, Tile
 from dsv3c.tuning import targets
 from dsv3c.tuning.buckets import bucket, growth, in_waves
 
@@ -150,8 +150,8 @@ class Table:
         found = bounds[min(bisect_left(bounds, wanted), len(bounds) - 1)]
         return self._buckets[key][found] if found <= 2 * wanted or in_waves(problem) else None
 
-    def growth(self, row: Row, problem: Problem, tile: tuple[int, int]) -> float:
-        """How many times as long as the row's own the problem takes, in tiles of so many rows and columns."""
+    def growth(self, row: Row, problem: Problem, tile: Tile) -> float:
+        """How many times as long as the row's own the problem takes, in tiles like this."""
         return growth(row.problem, problem, tile, self._sms)
 
 

@@ -11,6 +11,7 @@ from dsv3c.compiler import compilation_of
 from dsv3c.kernels import attention
 from dsv3c.numerics import E4M3
 from dsv3c.out_of_memory import explain
+from dsv3c.passes import ChooseSaved
 
 TORCHS = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
@@ -28,7 +29,7 @@ def test_the_sum_of_what_is_known():
     saved = [torch.zeros(2 * 10**7), weight.detach(), None]
     layer = SimpleNamespace(saved_tensors=saved, _forward_cls=SimpleNamespace(__name__="CompiledFunction"))
     error = torch.OutOfMemoryError(TORCHS)
-    explain(error, "a layer", [weight], None, "none", layer)
+    explain(error, "a layer", [weight], None, ChooseSaved("none"), layer)
     assert str(error) == (
         f"{TORCHS}\ndsv3c: in a layer: weights 0.04 GB, 0.08 GB saved for backward by each layer; "
         "try dsv3c.compile(…, memory='low'), fewer tokens a call"

@@ -18,6 +18,7 @@ VARIANTS = {
     "none": {"memory": "none"},
     "default": {},
     "low": {"memory": "low"},
+    "by region": {"memory": {"attention": "low", "layer": "none"}},
 }
 
 
@@ -63,13 +64,16 @@ def test_a_step_in_each_variant(make, request, compiled, logits, without_codegen
             assert operators["permute_requantize_t"] == 2
             assert operators["quantize_tile_both"] > 0
         again = set(re.findall(r"= (\S+)\.default\(.*computed again", joint.text))
-        assert ("dsv3c.rms_norm_quantize" in again) == (name in ("default", "low"))
-        assert ("dsv3c.gemm" in again) == (name == "low")
+        assert ("dsv3c.rms_norm_quantize" in again) == (name in ("default", "low", "by region"))
+        assert ("dsv3c.add_rms_norm_quantize" in again) == (name in ("default", "low"))
+        assert ("dsv3c.gemm" in again) == (name in ("low", "by region"))
 
     assert held["low"] < held["default"] < held["none"] < held["plain"]
+    assert held["low"] < held["by region"] < held["none"]
     for name, gradient in gradients["none"].items():
         assert torch.equal(gradients["default"][name], gradient), name
         assert torch.equal(gradients["low"][name], gradient), name
+        assert torch.equal(gradients["by region"][name], gradient), name
         if gradient.any():
             assert distance(gradient, gradients["plain"][name])[0] <= quantized_layer_rms(gradient=True), name
 

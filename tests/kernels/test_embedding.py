@@ -1,5 +1,7 @@
 """The embedding's gradient, against float64 row by row."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ TOKENS = {
     "few": lambda R, V: torch.randint(min(V, 9), (R,)),
     "any": lambda R, V: torch.randint(V, (R,)),
     "one": lambda R, V: torch.full((R,), V - 1),
+    "outside": lambda R, V: torch.randint(-3, V + 3, (R,)),
     "ends": lambda R, V: torch.tensor([0, V - 1]).repeat(R)[:R],
 }
 SIZES = [(1, 1, 16), (37, 100, 200), (300, 1009, 384)]  # R, V, H
@@ -27,6 +30,8 @@ def make(check, size, tokens, dtype=torch.bfloat16, device="cpu"):
 
 
 def assert_gradient(found, dy, input_ids, V):
+    inside = (input_ids >= 0) & (input_ids < V)
+    dy, input_ids = dy[inside], input_ids[inside]
     rows = torch.zeros(V, dy.shape[1], dtype=torch.float64, device=dy.device)
     expected = rows.index_add(0, input_ids, dy.double())
     magnitude = rows.index_add(0, input_ids, dy.double().abs())
@@ -110,6 +115,12 @@ class TestOnGpu:
             within = torch.isin(input_ids, rows.cuda())
             expected = reference.embedding_backward_ref(dy[within].cpu(), input_ids[within].cpu() - rows[0], len(rows))
             assert torch.equal(found[rows[0] : rows[-1] + 1].cpu(), expected)
+
+    def test_nothing_is_written_outside(self, check):
+        dy, input_ids, V = make(check, SIZES[2], "outside", device="cuda")
+        memory = torch.full((V + 6, dy.shape[1]), torch.nan, dtype=dy.dtype, device="cuda")
+        import_module("dsv3c.kernels.embedding").embedding_backward(dy, input_ids, V, memory[3:-3])
+        assert bool(memory[:3].isnan().all() & memory[-3:].isnan().all() & ~memory[3:-3].isnan().any())
 
     def test_strides_and_capture(self, check):
         dy, input_ids, V = make(check, SIZES[1], "few", device="cuda")

@@ -150,11 +150,14 @@ for R, K, pairs in [(2, 384, 8), (19, 512, 32), (5, 128, 4)]:
 
 # Bits: float32 sums in one order. Runs of one token that end before, at and behind what is read at a time.
 for R, V, H in [(1, 1, 16), (37, 100, 200), (300, 33, 1040), (16, 17, 32), (17, 17, 32), (18, 17, 32), (0, 5, 16)]:
-    for ids in (torch.randint(V, (R,)), torch.randint(min(V, 9), (R,)), torch.full((R,), V - 1)):
+    for ids in (torch.randint(V, (R,)), torch.randint(min(V, 9), (R,)), torch.full((R,), V - 1),
+                torch.randint(-3, V + 3, (R,))):
         dy = torch.randn(R, 2 * H)[:, ::2] if R == 17 else torch.randn(R, 2 * H)[:, :H]
-        out = torch.full((V, H), torch.nan)
+        memory = torch.full((V + 6, H), torch.nan)
+        out = memory[3:-3]
         embedding.embedding_backward(dy, ids, V, out)
         assert torch.equal(out, embedding_backward_ref(dy, ids, V))
+        assert memory[:3].isnan().all() and memory[-3:].isnan().all()
 """
 
 

@@ -167,7 +167,7 @@ def test_which_kernel_by_rule(monkeypatch, groups, rows, N, dtype, expected, acc
     monkeypatch.setattr(wgrad, "wgrad_cublaslt_takes", lambda problem: True)
     monkeypatch.setattr(wgrad, "implementations", lambda operator: found)
     monkeypatch.setattr(wgrad, "choose", lambda problem: (found[wgrad.default(problem)[0]], wgrad.default(problem)[1]))
-    monkeypatch.setattr(wgrad, "start", lambda problem, launch, pick, *_: launch(*pick(problem)))
+    monkeypatch.setattr(wgrad, "start", lambda problem, launch, out, pick, *_: launch(*pick(problem)))
     operator = "gemm_wgrad" if groups == 1 else "grouped_gemm_wgrad"
     dw = torch.empty(groups, N, 256, dtype=dtype)
     for accumulate in (False, True):

@@ -1,6 +1,7 @@
 """`dsv3c.explain` on a small model, ours and transformers'; no code is generated."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from dsv3c.config import preset
 from dsv3c.errors import CompileError
 from dsv3c.measure import Launch
 from dsv3c.model import DeepseekV3
-from dsv3c.passes import Record, Skipped
+from dsv3c.passes import ChooseSaved, Record, Skipped
 from dsv3c.report import Report, UnitReport
 from dsv3c.tuning import targets
 
@@ -38,7 +39,7 @@ def model():
 @pytest.fixture(scope="module")
 def explained(model, without_codegen):
     """A model compiled for training in FP8, and its report."""
-    result = compiled(model, precision="fp8", target="h800")
+    result = compiled(model, precision="fp8", target="h800", memory={"moe": "none"})
     return result, dsv3c.explain(result, IDS)
 
 
@@ -84,6 +85,9 @@ def test_a_report_of_training(explained):
         "mlp.gate": "router", "mlp.experts": "experts", "mlp.shared_experts.down_proj": "linear", "layer": "layer",
     }  # fmt: skip
     assert expected.items() <= kinds.items()
+    policies = {region["path"]: region["memory"] for region in unit["regions"]}
+    assert {policy == "none" for path, policy in policies.items() if path and path.startswith("mlp")} == {True}
+    assert {policy == "default" for path, policy in policies.items() if not path or path[:3] != "mlp"} == {True}
     # What autograd adds up where paths meet belongs to no module.
     assert set(unit["unrecognised"]) == {"aten.add.Tensor"}
 
@@ -110,9 +114,10 @@ def test_what_the_graph_costs_before_and_after_each_pass(explained):
 
 def test_the_text_names_units_regions_passes_and_calls_predictions_so(explained):
     text = str(explained[1])
+    assert re.search(r"^mlp\.shared_experts\.down_proj +linear .* none ", text, re.MULTILINE)
     for word in ("moe_layer_many_sequences_many_tokens_training: of 2 modules", "mlp.experts", "QuantizeLinear",
-                 "dsv3c.gemm", "MB before", "operators after", "predicted forward us", "predicted backward us",
-                 "note: FP8 is emulated", "h800",
+                 "dsv3c.gemm", "MB before", "operators after", "saved MB  memory", "predicted forward us",
+                 "predicted backward us", "note: FP8 is emulated", "h800",
                  "in no recognised region, compiled by Inductor as they are: aten.add.Tensor"):  # fmt: skip
         assert word in text
     assert all("predicted" in word for line in text.splitlines() for word in line.split("  ") if word.endswith(" us"))
@@ -147,7 +152,7 @@ def test_inference_in_exact_precision_and_the_earlier_calls(without_codegen):
 def test_sites_left_alone_stand_in_both_forms_with_their_reason():
     left = Skipped("mlp.up_proj (linear)", "too odd")
     record = Record("QuantizeLinear", "QuantizeLinear()", "numeric", 0, 1.0, [left])
-    unit = UnitReport("unit", 1, (), (), {}, {"L1": [record]}, {})
+    unit = UnitReport("unit", 1, (), (), {}, ChooseSaved(), {"L1": [record]}, {})
     report = Report("fp8", targets.load("h800"), (), (unit,))
     assert "QuantizeLinear left mlp.up_proj (linear): too odd" in str(report)
     (step,) = report.to_dict()["units"][0]["passes"]
@@ -157,9 +162,9 @@ def test_sites_left_alone_stand_in_both_forms_with_their_reason():
 def test_what_lies_between_the_kernels():
     times = [(False, 10.0, 2.0), (False, 12.0, 3.0), (False, 20.0, 1.0), (True, 50.0, 4.0)]
     launches = tuple(Launch("layer", back, "fused", ("kernel",), (), start, time) for back, start, time in times)
-    unit = UnitReport("unit", 1, (), (), {}, {}, {}, launches)
+    unit = UnitReport("unit", 1, (), (), {}, ChooseSaved(), {}, {}, launches)
     assert unit.to_dict()["gaps_us"] == {"forward": 5.0, "backward": 0.0}
-    assert UnitReport("unit", 1, (), (), {}, {}, {}, launches[:1]).gaps_us(True) is None
+    assert UnitReport("unit", 1, (), (), {}, ChooseSaved(), {}, {}, launches[:1]).gaps_us(True) is None
 
 
 def test_transformers_model_has_the_same_regions(without_codegen):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv3c.kernels.implementations import Problem
+from dsv3c.kernels.implementations import Problem, Tile, implementations
 from dsv3c.tuning.buckets import bucket, growth
 
 SMS = 132
@@ -35,10 +35,21 @@ def test_few_rows_and_contracted_rows_go_in_octaves():
 
 def test_growth_is_of_waves_where_they_take_the_time():
     measured = Problem("gemm", 4096, 7168, 2048)
-    assert growth(measured, measured._replace(rows=3328), (128, 256), SMS) == 6 / 7
-    assert growth(measured, measured._replace(rows=3328), (128, 128), SMS) == 12 / 14
-    assert growth(measured, measured._replace(rows=128), (128, 128), SMS) == 1
+    assert growth(measured, measured._replace(rows=3328), Tile(128, 256), SMS) == 6 / 7
+    assert growth(measured, measured._replace(rows=3328), Tile(128, 128), SMS) == 12 / 14
+    assert growth(measured, measured._replace(rows=128), Tile(128, 128), SMS) == 1
     contracted = measured._replace(operator="gemm_wgrad")
-    assert growth(contracted, contracted._replace(rows=512), (128, 128), SMS) == 1
+    assert growth(contracted, contracted._replace(rows=512), Tile(128, 128), SMS) == 1
     groups = Problem("grouped_gemm", 8 * 4096, 4096, 7168, 8)
-    assert growth(groups, groups._replace(rows=8 * 129), (128, 256), SMS) == 2 / 32
+    assert growth(groups, groups._replace(rows=8 * 129), Tile(128, 256), SMS) == 2 / 32
+    # Pairs on 66 pairs of multiprocessors: of 7 × 38 and 16 × 38 tiles; of 8 × 2 × 22 and 8 × 16 × 22.
+    assert growth(measured, measured._replace(rows=1792), Tile(256, 192, 2), SMS) == 5 / 10
+    assert growth(groups, groups._replace(rows=8 * 300), Tile(256, 192, 2), SMS) == 6 / 43
+
+
+@pytest.mark.parametrize("operator", ["gemm", "grouped_gemm"])
+def test_a_pair_of_programs_has_one_tile(operator):
+    pytest.importorskip("triton")
+    tile = implementations(operator)["warp_specialized"].tile
+    assert tile({"cluster": 1, "band": 8}) == (128, 192, 1)
+    assert tile({"cluster": 2, "band": 8}) == (256, 192, 2)

@@ -3,12 +3,13 @@
 import warnings
 from dataclasses import replace
 from time import perf_counter
+from types import SimpleNamespace
 
 import pytest
 
 from dsv3c.errors import CompileError
 from dsv3c.kernels import implementations as module
-from dsv3c.kernels.implementations import FILES, Implementation, Problem, choose, default, implementations
+from dsv3c.kernels.implementations import FILES, Implementation, Problem, Tile, choose, default, implementations
 from dsv3c.kernels.launch import _here
 from dsv3c.tuning import tables, targets
 from dsv3c.tuning.tables import Entry, Row
@@ -22,7 +23,7 @@ def nothing(*operands, **config):
 
 KERNEL = Implementation(
     "kernel", {"x": (1, 2), "y": (1, 2)}, nothing, valid=lambda config: config != {"x": 2, "y": 2},
-    tile=lambda config: (128, 128 * config["x"]),
+    tile=lambda config: Tile(128, 128 * config["x"]),
 )  # fmt: skip
 LIBRARY = Implementation("library", {}, nothing, takes=lambda problem: problem.rows % 4 == 0)
 
@@ -94,7 +95,7 @@ def test_a_row_of_another_version_is_passed_over_and_it_says_so_once(two_impleme
 
 
 def test_what_other_numbers_of_rows_take_is_compiled_with_the_first(two_implementations, monkeypatch):
-    """Each once, and never a library; and again for what else decides."""
+    """Each once, and never a library; and again for what else decides, and for another device, which has its own."""
     launched, kernel = [], replace(KERNEL, variant=lambda config: None)
     monkeypatch.setattr(module, "_prepared", set())
 
@@ -104,14 +105,22 @@ def test_what_other_numbers_of_rows_take_is_compiled_with_the_first(two_implemen
     def launch(implementation, config):
         launched.append((implementation.name, *config.values(), getattr(_here, "compiling", False)))
 
+    def out(dtype="bfloat16", device=0):
+        return SimpleNamespace(dtype=dtype, get_device=lambda: device)
+
     for problem in (PROBLEM, PROBLEM._replace(rows=17), PROBLEM._replace(rows=3001)):
-        module.start(problem, launch, pick)
+        module.start(problem, launch, out(), pick)
     compiled = [("kernel", 1, 1, True), ("kernel", 2, 1, True)]
     assert launched == [*compiled, ("library", False), ("kernel", 1, 1, False), ("kernel", 2, 1, False)]
     launched.clear()
-    module.start(PROBLEM, launch, pick, "float32")
-    module.start(PROBLEM._replace(N=512), launch, pick)
-    assert launched == 2 * [*compiled, ("library", False)]
+    module.start(PROBLEM, launch, out(), pick, "accumulate")
+    module.start(PROBLEM._replace(N=512), launch, out(), pick)
+    module.start(PROBLEM, launch, out("float32"), pick)
+    module.start(PROBLEM, launch, out(device=1), pick)
+    assert launched == 4 * [*compiled, ("library", False)]
+    launched.clear()
+    module.start(PROBLEM, launch, out(device=1), pick)
+    assert launched == [("library", False)]
 
 
 def test_a_corrupt_table_is_a_line_and_the_defaults(two_implementations):
