@@ -130,7 +130,7 @@ def main() -> int:
         torch.cuda.empty_cache()
         names = ("B", "T", "H", "S", "contender", "median_us", "p20_us", "p80_us", "tflops", "tb_per_s")
         print(tabulate([[r[n] for n in names] for r in found], names, floatfmt=".2f"), flush=True)
-    command = "python -m dsv3c.benchmarks.bench_mla_decode"
+    command = f"python -m dsv3c.benchmarks.bench_mla_decode --seconds {arguments.seconds}"
     result = {"benchmark": "mla decode", "command": command, "environment": environment("cuda"), "wrong": wrong}
     if arguments.record and not wrong:
         append([result | {"cases": rows}])
