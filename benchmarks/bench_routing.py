@@ -24,7 +24,7 @@ from dsv3c.benchmarks.timing import interleaved
 from dsv3c.config import preset
 from dsv3c.kernels.reference import permute as moves
 from dsv3c.kernels.reference import router
-from dsv3c.numerics import Recipe, rounded_sum_bound, routing_weight_bound
+from dsv3c.numerics import TILE, Recipe, rounded_sum_bound, routing_weight_bound
 
 ops = torch.ops.dsv3c
 V3 = preset("v3-671b")
@@ -36,7 +36,7 @@ def cases(T: int) -> Iterator[Case]:
     R = T * K
     logits, bias = torch.randn(T, E), 0.1 * torch.randn(E)
     weights, idx = ops.gate(logits, bias, *GATE)
-    *_, permutation, inverse = ops.sort_by_expert(idx, E)
+    _, offs, permutation, inverse = ops.sort_by_expert(idx, E)
 
     def route() -> tuple[Tensor, ...]:
         weights, idx = ops.gate(logits, bias, *GATE)
@@ -72,6 +72,13 @@ def cases(T: int) -> Iterator[Case]:
         lambda: ops.permute(*q, permutation, inverse),
         lambda: moves.permute_ref(*q, permutation, inverse),
         (T + R) * (H + 4 * scales),
+    )
+    padded = R + TILE * E
+    yield _beside_a_copy(
+        "permute_requantize_t",
+        lambda: ops.permute_requantize_t(*q, permutation, inverse, offs, Recipe().amax_floor, False),
+        lambda: moves.permute_requantize_t_ref(*q, permutation, inverse, offs, Recipe().amax_floor, False),
+        T * (H + 4 * scales) + padded * H * (TILE + 4) // TILE,
     )
     yield _beside_a_copy(
         "unpermute_backward",
