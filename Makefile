@@ -6,12 +6,18 @@ FOLDERS := passes schedules kernels tuning benchmarks
 # On few cores, threads of several libraries only get into each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types readme
+.PHONY: demo test cross-compile lint types readme
 demo: $(INSTALLED)
 	$(BIN)/python -P -m dsv3c.benchmarks.demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n auto --dist worksteal
+
+# For Hopper, GPU or not: each kernel once, as `make test` does, then every configuration that the tuner chooses from.
+# Triton keeps results by the hash of what it compiles, so that the next time only what has changed takes time.
+cross-compile: $(INSTALLED)
+	$(BIN)/pytest -n auto --dist worksteal tests/kernels/test_compile.py
+	$(BIN)/dsv3c tune --prefilter-only --target h200
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -1,25 +1,25 @@
 """Kernels at V3's sizes: every configuration of ours, cuBLASLt, and torch in BF16.
 
-    python -m dsv3c.benchmarks.bench_kernels --out results/ [--only dense,grouped,...]
+    python -m dsv3c.benchmarks.bench_kernels [--only dense,grouped,...] [--record]
 
 Every contender is checked before any is timed, against float64 on the same operands. Prints a table a section; the last
-line is JSON. TFLOPS count two operations a product. Casts: bench_producers.py.
+line is JSON; --record appends it to `results/`, with the times of the libraries, the fastest of ours and, where bytes
+are what takes time, a copy of as many. TFLOPS count two operations a product. Casts: bench_producers.py.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
-import triton
 from tabulate import tabulate
 from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
+from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import interleaved
 from dsv3c.kernels import gemm, grouped_gemm, small_gemm, wgrad, wgrad_specialized
 from dsv3c.kernels.implementations import Problem
@@ -31,6 +31,7 @@ FLOOR = Recipe().amax_floor
 # N, K of V3's linears (references: q_b, kv_b, o, q_a + kv_a, experts); 4096 tokens
 DENSE = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
 EXPERTS = [(4096, 7168), (7168, 2048)]  # gate and up stacked, down
+NOT_OURS = ("cublaslt", "cublaslt, then add", "bf16", "copy")
 GROUPS = [(256, 128), (256, 256), (8, 4096), (4, 8192)]  # all experts, 4096 and 8192 tokens; a share at EP32 and EP64
 
 
@@ -43,7 +44,7 @@ class Case:
     check: Callable[[str], None]  # raises when the named contender is wrong
     flops: int = 0
     bytes: int = 0
-    unchecked: tuple[str, ...] = field(default=("bf16",))
+    unchecked: tuple[str, ...] = field(default=("bf16", "copy"))
 
 
 def normal(*shape: int) -> Tensor:
@@ -167,6 +168,9 @@ def grouped_wgrad(E: int, rows: int, N: int, K: int) -> Case:
     first = torch.arange(E + 1, dtype=torch.int32) * -(-rows // TILE)
     for name, launch in ours_of_wgrad():
         contenders[name] = partial(launch, *dyt, *xt, first, out)
+    traffic = R * (N + K) + 2 * E * N * K
+    if rows <= TILE:
+        contenders["copy"] = copy_of(traffic)
 
     def check(name: str) -> None:
         out.fill_(torch.nan)
@@ -175,7 +179,13 @@ def grouped_wgrad(E: int, rows: int, N: int, K: int) -> Case:
             mine, tiles = slice(e * rows, (e + 1) * rows), slice(e * rows // TILE, (e + 1) * rows // TILE)
             close(out[e], dyt[0][:, mine], dyt[1][:, tiles], xt[0][:, mine], xt[1][:, tiles])
 
-    return Case(f"{E}x{rows}, {N}, {K}", contenders, check, 2 * R * N * K, R * (N + K) + 2 * E * N * K)
+    return Case(f"{E}x{rows}, {N}, {K}", contenders, check, 2 * R * N * K, traffic)
+
+
+def copy_of(traffic: int) -> Callable[[], object]:
+    """Reads and writes so many bytes together."""
+    source, target = torch.empty(2, traffic // 2, dtype=torch.uint8)
+    return lambda: target.copy_(source)
 
 
 def sections() -> dict[str, Callable[[], Iterator[Case]]]:
@@ -195,14 +205,13 @@ def sections() -> dict[str, Callable[[], Iterator[Case]]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
     parser.add_argument("--only", default=",".join(sections()), help="sections, comma-separated")
+    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
     arguments = parser.parse_args()
     torch.set_default_device("cuda")
     torch.manual_seed(0)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    results, wrong = [], 0
+    cases, wrong = [], 0
     for section in arguments.only.split(","):
         rows = []
         for case in sections()[section]():
@@ -216,26 +225,26 @@ def main() -> int:
                     del contenders[name]
             for run in contenders.values():
                 run()  # compiles
-            for name, t in interleaved(contenders, rounds=15).items():
-                tflops = case.flops / t.median_us / 1e6
-                rows.append([case.name, name, t.median_us, t.p20_us, t.p80_us, tflops])
-                results.append(
-                    {"section": section, "case": case.name, "contender": name, **asdict(t), "tflops": tflops}
-                )
+            times = interleaved(contenders, rounds=15)
+            for name, t in times.items():
+                tflops, tbps = case.flops / t.median_us / 1e6, case.bytes / t.median_us / 1e6
+                rows.append([case.name, name, t.median_us, t.p20_us, t.p80_us, tflops, tbps])
+            own = min(times.keys() - set(NOT_OURS), key=lambda name: times[name].median_us, default=None)
+            kept = {name: times[name] for name in NOT_OURS if name in times} | ({"own": times[own]} if own else {})
+            cases.append(
+                {"section": section, "case": case.name, "flops": case.flops, "bytes": case.bytes, "own": own}
+                | {f"{name}_us": [t.median_us, t.p20_us, t.p80_us] for name, t in kept.items()}
+            )
             print(f"[{time.monotonic() - begin:5.0f} s] {section} {case.name}", flush=True)
             del case, contenders
             torch.cuda.empty_cache()
-        headers = ["case", "contender", "µs", "p20", "p80", "TFLOPS"]
-        print(tabulate(rows, headers, floatfmt=".0f"), flush=True)
-        document = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "wrong": wrong,
-            "rows": results,
-        }
-        (arguments.out / "kernels.json").write_text(json.dumps(document, indent=1))  # a later section may be killed
-    print(json.dumps({k: v for k, v in document.items() if k != "rows"} | {"num_rows": len(results)}))
+        headers = ["case", "contender", "µs", "p20", "p80", "TFLOPS", "TB/s"]
+        print(tabulate(rows, headers, floatfmt=(*[".0f"] * 6, ".2f")), flush=True)
+    command = f"python -m dsv3c.benchmarks.bench_kernels --only {arguments.only}"
+    result = {"benchmark": "kernels", "command": command, "environment": environment("cuda"), "wrong": wrong}
+    if arguments.record and not wrong:
+        append([result | {"cases": cases}])
+    print(json.dumps(result | {"num_cases": len(cases)}))
     return 1 if wrong else 0
 
 

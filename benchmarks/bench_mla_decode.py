@@ -1,25 +1,24 @@
 """MLA decode at V3's sizes: ours, absorbed in plain torch, and what eager does (keys and values expanded, then SDPA).
 
-    python -m dsv3c.benchmarks.bench_mla_decode --out results/
+    python -m dsv3c.benchmarks.bench_mla_decode [--record]
 
 Every contender is captured in a CUDA graph, as a decode step is. What a replay leaves must be finite, and ours within
 its bound of float64 attention, before any is timed. TFLOPS count 2·(576 + 512) operations a head and key, also for
-those who do more; TB/s every latent once. Prints a table; the last line is JSON.
+those who do more; TB/s every latent once. Prints a table; the last line is JSON; --record appends it to `results/`.
 """
 
 import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
-import triton
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import dsv3c.operators  # noqa: F401
+from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import interleaved
 from dsv3c.kernels.reference.mla_decode import LATENT, RANK
 from dsv3c.numerics import attention_bounds
@@ -119,8 +118,8 @@ def measure(B: int, T: int, H: int, S: int, seconds: float) -> tuple[list[dict],
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--seconds", type=float, default=5.0, help="for each case")
+    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
     arguments = parser.parse_args()
     torch.set_default_device("cuda")
     torch.manual_seed(0)
@@ -131,15 +130,11 @@ def main() -> int:
         torch.cuda.empty_cache()
         names = ("B", "T", "H", "S", "contender", "median_us", "p20_us", "p80_us", "tflops", "tb_per_s")
         print(tabulate([[r[n] for n in names] for r in found], names, floatfmt=".2f"), flush=True)
-    document = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "wrong": wrong,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "mla_decode.json").write_text(json.dumps(document | {"rows": rows}, indent=1))
-    print(json.dumps(document | {"num_rows": len(rows)}))
+    command = f"python -m dsv3c.benchmarks.bench_mla_decode --seconds {arguments.seconds}"
+    result = {"benchmark": "mla decode", "command": command, "environment": environment("cuda"), "wrong": wrong}
+    if arguments.record and not wrong:
+        append([result | {"cases": rows}])
+    print(json.dumps(result | {"num_cases": len(rows)}))
     return 1 if wrong else 0
 
 

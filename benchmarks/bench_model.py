@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dsv3c.config import ModelConfig
 
 WORKLOADS = ("forward", "backward", "moe", "decode")
-MODES = (*WORKLOADS, "quantize", "main-grad", "cross-entropy", "optimizer", "start")
+MODES = (*WORKLOADS, "quantize", "main-grad", "deterministic", "cross-entropy", "optimizer", "start")
 FAMILIES = ("ours", "hf")
 ROUTINGS = ("router", "zipf")
 SKEWED = ("forward", "backward", "moe")  # what the other routings are for

@@ -1,30 +1,30 @@
 """Routing at V3's sizes: the gate, the sort by expert, and the moves of rows, against a copy of the same bytes.
 
-    python -m dsv3c.benchmarks.bench_routing [--tokens 4096] [--out results/]
+    python -m dsv3c.benchmarks.bench_routing [--tokens 4096] [--record]
 
 Every contender is checked before any is timed. Calls are replayed from CUDA graphs, so that a launch costs what it
-costs the GPU; an empty kernel among the contenders says how much of that is the replay. The last line is JSON.
+costs the GPU; an empty kernel among the contenders says how much of that is the replay. The last line is JSON; --record
+appends it to `results/`.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
-import triton
 from tabulate import tabulate
 from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.bench_kernels import Case, normal
 from dsv3c.benchmarks.bench_producers import same_bits
+from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import interleaved
 from dsv3c.config import preset
 from dsv3c.kernels.reference import permute as moves
 from dsv3c.kernels.reference import router
-from dsv3c.numerics import Recipe, rounded_sum_bound, routing_weight_bound
+from dsv3c.numerics import TILE, Recipe, rounded_sum_bound, routing_weight_bound
 
 ops = torch.ops.dsv3c
 V3 = preset("v3-671b")
@@ -36,7 +36,7 @@ def cases(T: int) -> Iterator[Case]:
     R = T * K
     logits, bias = torch.randn(T, E), 0.1 * torch.randn(E)
     weights, idx = ops.gate(logits, bias, *GATE)
-    *_, permutation, inverse = ops.sort_by_expert(idx, E)
+    _, offs, permutation, inverse = ops.sort_by_expert(idx, E)
 
     def route() -> tuple[Tensor, ...]:
         weights, idx = ops.gate(logits, bias, *GATE)
@@ -72,6 +72,13 @@ def cases(T: int) -> Iterator[Case]:
         lambda: ops.permute(*q, permutation, inverse),
         lambda: moves.permute_ref(*q, permutation, inverse),
         (T + R) * (H + 4 * scales),
+    )
+    padded = R + TILE * E
+    yield _beside_a_copy(
+        "permute_requantize_t",
+        lambda: ops.permute_requantize_t(*q, permutation, inverse, offs, Recipe().amax_floor, False),
+        lambda: moves.permute_requantize_t_ref(*q, permutation, inverse, offs, Recipe().amax_floor, False),
+        T * (H + 4 * scales) + padded * H * (TILE + 4) // TILE,
     )
     yield _beside_a_copy(
         "unpermute_backward",
@@ -122,7 +129,7 @@ def replayed(call: Callable[[], object]) -> Callable[[], object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--out", type=Path, help="folder for routing.json")
+    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
     arguments = parser.parse_args()
     torch.set_default_device("cuda")
     torch.manual_seed(0)
@@ -137,16 +144,15 @@ def main() -> int:
         contenders = {name: replayed(run) for name, run in case.contenders.items()}
         for name, t in interleaved(contenders, rounds=30, seconds=3).items():
             rows.append([case.name, name, t.median_us, t.p20_us, t.p80_us, case.bytes / t.median_us / 1e3])
-            results.append({"case": case.name, "contender": name, **asdict(t)})
+            results.append({"case": case.name, "contender": name, "bytes": case.bytes, **asdict(t)})
         del case, contenders
         torch.cuda.empty_cache()
     print(tabulate(rows, ["case", "contender", "µs", "p20", "p80", "GB/s"], floatfmt=".1f"))
-    document = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    document |= {"tokens": arguments.tokens, "wrong": wrong, "rows": results}
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "routing.json").write_text(json.dumps(document, indent=1))
-    print(json.dumps(document | {"rows": len(results)}))
+    command = f"python -m dsv3c.benchmarks.bench_routing --tokens {arguments.tokens}"
+    result = {"benchmark": "routing", "command": command, "environment": environment("cuda"), "wrong": wrong}
+    if arguments.record and not wrong:
+        append([result | {"cases": results}])
+    print(json.dumps(result | {"num_cases": len(results)}))
     return 1 if wrong else 0
 
 

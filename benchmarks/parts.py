@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from dsv3c.weights import QuantizedWeights
 
 # Bytes a parameter takes besides itself, and how many times its own size. In main-grad: FP8 copies of two models,
-# float32 weights and gradients; a second model, a gradient. In optimizer: float32 weights and gradients, their moments,
-# the check's weights and moments; two copies with gradients, and a copy's moments.
-ROOM = {"main-grad": (12, 2), "optimizer": (28, 6)}
+# float32 weights and gradients; a second model, a gradient. In deterministic: FP8 copies of two; two gradients. In
+# optimizer: float32 weights and gradients, their moments, the check's weights and moments; two copies with gradients,
+# and a copy's moments.
+ROOM = {"main-grad": (12, 2), "deterministic": (4, 2), "optimizer": (28, 6)}
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,26 @@ def _share_of_wrong(stack: list[Tensor], copies: list[Tensor], weights: "Quantiz
             bits = torch.uint8 if f.dtype.itemsize == 1 else f.dtype
             wrong += int((f.view(bits) != e.view(bits)).sum())
     return wrong / sum(copy.numel() for copy in copies)
+
+
+def deterministic_step(model: Model, workload: Workload) -> Part:
+    """Forward and backward of the body, and the same with equal bits in each call."""
+    with _backward(workload).prepared(model) as calls:
+        models = {"dsv3c fp8": _fp8(model), "dsv3c fp8, deterministic": _fp8(model, deterministic=True)}
+        *_, (name, ordered) = models.items()
+
+        def gradients() -> dict[str, Tensor]:
+            calls.loss(ordered).backward()
+            found = {path: p.grad for path, p in ordered.named_parameters() if p.grad is not None}
+            ordered.zero_grad(set_to_none=True)
+            return found
+
+        first, again = gradients(), gradients()
+        checks = []
+        for path, gradient in first.items():
+            wrong = int((gradient != again[path]).sum()) / gradient.numel()
+            checks.append(Check("", f"gradient of {path}, share of values that differ", wrong, 0.0, 0.0))
+    return Part({name: partial(calls.run, one) for name, one in models.items()}, {name: checks})
 
 
 def main_grad(model: Model, workload: Workload) -> Part:
@@ -196,17 +217,17 @@ def _backward(workload: Workload) -> Workload:
     return Workload("backward", workload.family, workload.batch, workload.tokens)
 
 
-def _fp8(model: Model) -> Model:
+def _fp8(model: Model, **options: bool) -> Model:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that FP8 is emulated: the report says so
-        return compile(model, precision="fp8")
+        return compile(model, precision="fp8", **options)
 
 
 def check_room(mode: str, outline: Model, device: torch.device, hint: str) -> None:
     """Raises Dsv3cError if `device` has no room for the model and what `mode` takes besides; `outline` is on meta."""
     *_, (_, layer) = families.layers(outline)
     size, (fixed, times) = outline.lm_head.weight.itemsize, ROOM[mode]
-    count = sum(p.numel() for p in (outline if mode == "main-grad" else layer).parameters())
+    count = sum(p.numel() for p in (layer if mode == "optimizer" else outline).parameters())
     needed = outline.num_parameters() * size + count * (fixed + times * size)
     check_memory(f"--mode {mode}", needed, device, "of {} memory", hint)
 
@@ -214,6 +235,7 @@ def check_room(mode: str, outline: Model, device: torch.device, hint: str) -> No
 PARTS = {
     "quantize": quantized_weights,
     "main-grad": main_grad,
+    "deterministic": deterministic_step,
     "cross-entropy": cross_entropies,
     "optimizer": optimizer_steps,
 }

@@ -38,6 +38,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         what = f"{row['source']} ({row['family']}), {row['layers']} layers, {row['experts']} experts, {row['mode']}, "
         what += f"{row['batch']} x {row['tokens']}"
         taken = f"{where['machine']}, {where.get('power_limit_w') or 0:.0f} W, torch {where['torch']}, "
+        taken += f"transformers {where['transformers']}, " if row["family"] == "hf" else ""
         taken += f"{where['date'][:10]}, " + (f"commit {c}" if (c := where["commit"]) else f"source {where['source']}")
         for contender in row["contenders"]:
             middle, low, high = (contender[key] / 1e3 for key in ("median_us", "p20_us", "p80_us"))

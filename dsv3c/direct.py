@@ -77,7 +77,9 @@ class Compiled:
         """The unit's outputs, and the way of calls with this signature: None if it is not clear what goes where."""
         state, every = GlobalStateGuard(), [*parameters.values(), *tensors]
         try:
-            outputs = self.function(parameters, *tensors)
+            # Within DistributedDataParallel Dynamo would cut the unit's graph at the edges of gradient buckets.
+            with torch._dynamo.config.patch(optimize_ddp=False):
+                outputs = self.function(parameters, *tensors)
             calls = self.calls.copy()  # those of other threads too
         finally:
             self.calls.clear()

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3c.cache import Pages
 from dsv3c.embedding import embedding_forward, is_plain
@@ -134,8 +135,9 @@ def adapt(model: nn.Module) -> None:
 
 def _body_forward(body: nn.Module) -> Callable:
     """Called with tokens alone, DeepseekV3Model waits for the GPU: are the positions that it has just counted up those
-    of several packed sequences? A mask of four dimensions it takes for a finished one, and hands it to the layers."""
-    eager = type(body).forward
+    of several packed sequences? A mask of four dimensions it takes for a finished one, and hands it to the layers.
+    Which the caller's own may be, and causal; attention is faster if it knows."""
+    eager, written_out = type(body).forward, _WrittenOut()
 
     def forward(*args, **kwargs):
         given = [*args[1:], *map(kwargs.get, ("attention_mask", "position_ids", "past_key_values"))]
@@ -143,9 +145,33 @@ def _body_forward(body: nn.Module) -> Callable:
         if compiled and all(value is None for value in given):
             kwargs["attention_mask"] = _CAUSAL
             args = args[:1]
+        elif compiled and (mask := kwargs.get("attention_mask")) is not None and kwargs.get("past_key_values") is None:
+            tokens = next(x for x in (*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None)
+            if written_out(mask, tokens.shape[1]):
+                kwargs["attention_mask"] = _CAUSAL
         return eager(body, *args, **kwargs)
 
     return forward
+
+
+class _WrittenOut:
+    """Whether a mask is bool [.., T, T], of four dimensions, and causal. To ask is to wait for the GPU, so that each
+    tensor is asked once."""
+
+    def __init__(self) -> None:
+        self.asked = WeakTensorKeyDictionary()  # version and answer
+
+    @torch._dynamo.disable
+    def __call__(self, mask: Tensor, tokens: int) -> bool:
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[2:] != (tokens, tokens):
+            return False
+        if mask.is_inference() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False  # it has no version; nobody can wait
+        version, answer = self.asked.get(mask, (None, False))
+        if version != mask._version:
+            answer = bool((mask == torch.ones_like(mask[0, 0]).tril()).all())
+            self.asked[mask] = mask._version, answer
+        return answer
 
 
 class _NewEntries:

@@ -66,14 +66,16 @@ def against_rooflines(launches: Iterable[Launch], costs: Iterable[Cost], target:
 
 
 def _why(costs: list[Cost], kernels: int, measured_us: float, target: Target) -> str:
-    """What bounds them, in this order: that there is no work to speak of, or what most of their rooflines are of,
-    memory or arithmetic."""
+    """What bounds them, in this order: their launches; the time from one access to the next, where there is less work
+    than a launch; or what most of their rooflines are of, memory or arithmetic."""
     flops, moved = sum(cost.flops for cost in costs), sum(cost.moved_bytes for cost in costs)
     roofline = sum(cost.predicted_us for cost in costs)
     if not costs:
         return "in no graph: a copy or a fill"
     if measured_us - roofline <= START_US * kernels:
         return f"launch-bound: {kernels} kernel{'s' * (kernels > 1)}, {START_US} us each for nothing"
+    if roofline < START_US * kernels:
+        return f"latency-bound: work for {roofline:.1f} us, less than {kernels} launch{'es' * (kernels > 1)}"
     several = f"; {kernels} kernels" if kernels > len(costs) else ""
     copying_us = target.roofline_us(0, moved, "bf16")
     of_memory = (x.predicted_us for x in costs if x.predicted_us == target.roofline_us(0, x.moved_bytes, "bf16"))

@@ -111,16 +111,17 @@ def replaced(operator, function):
 
 
 def test_parts_have_rows_of_their_own(quick, monkeypatch, tmp_path):
-    fp8, modes = parts._fp8, ("quantize", "main-grad", "cross-entropy", "optimizer")
+    fp8, modes = parts._fp8, ("quantize", "main-grad", "deterministic", "cross-entropy", "optimizer")
     assert tuple(parts.PARTS) == modes
     compiled = iter([fp8])  # for the copies; the others' would take its time
-    monkeypatch.setattr(parts, "_fp8", lambda model: next(compiled, lambda model: model)(model))
+    monkeypatch.setattr(parts, "_fp8", lambda model, **_: next(compiled, lambda model: model)(model))
     document = measure("tiny", layers=2, tokens=16, modes=modes)
     assert [row["mode"] for row in document["modes"]] == list(modes)
     assert all(row["passed"] for row in document["modes"])
     found = {row["mode"]: {c["name"]: c for c in row["contenders"]} for row in document["modes"]}
     assert list(found["quantize"]) == ["copy", "dsv3c fp8"]
     assert list(found["main-grad"]) == ["dsv3c fp8", "dsv3c fp8, main_grad"]
+    assert list(found["deterministic"]) == ["dsv3c fp8", "dsv3c fp8, deterministic"]
     assert list(found["cross-entropy"]) == ["eager", "torch.compile", "dsv3c"]
     assert found["cross-entropy"]["eager"]["speedup_over_eager"] == 1
     assert found["quantize"]["copy"]["speedup_over_eager"] is None
@@ -167,6 +168,10 @@ def _not_summed(parameter):
     parameter.grad = None
 
 
+def _never_the_same(model, ids, arguments):
+    return model(ids, **arguments).square().mean() * torch.rand(())
+
+
 @pytest.mark.parametrize(
     ("mode", "target", "mutant"),
     [
@@ -174,6 +179,7 @@ def _not_summed(parameter):
         ("main-grad", "dsv3c.main_grad._add", _added(2, True)),
         ("main-grad", "dsv3c.main_grad._add", _added(0, True)),
         ("main-grad", "dsv3c.main_grad._add", _not_summed),
+        ("deterministic", "dsv3c.benchmarks.workloads._loss", _never_the_same),
         ("cross-entropy", "dsv3c.benchmarks.parts.cross_entropy", lambda *a: losses.cross_entropy(*a) * 1.001),
         ("optimizer", "dsv3c.main_grad.MainGradOptimizer.step", _not_written),
         ("optimizer", "dsv3c.main_grad.MainGradOptimizer.step", lambda self: None),
@@ -181,7 +187,7 @@ def _not_summed(parameter):
 )
 def test_no_speed_of_a_wrong_part(quick, monkeypatch, mode, target, mutant):
     monkeypatch.setattr(target, mutant)
-    monkeypatch.setattr(parts, "_fp8", lambda model: model)  # which takes its time
+    monkeypatch.setattr(parts, "_fp8", lambda model, **_: model)  # which takes its time
     (row,) = measure("tiny", layers=2, tokens=16, modes=(mode,))["modes"]
     assert not row["passed"]
     assert row["contenders"] == []

@@ -134,6 +134,26 @@ def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_mod
             assert close(out, logits(model, tokens, use_cache=False, **kwargs), exact)
 
 
+def test_a_causal_mask_written_out_is_no_mask(make_their_model, compiled, logits, units):
+    """Of the caller's, bool [B, 1, T, T]; another one, one of another size, or changed since, is a mask."""
+    model, tokens = make_their_model(), ids(2, 8)
+    result, exact = compiled(model), float64(model)
+    causal = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    window = causal.triu(-3)
+
+    def masked(mask):  # so far
+        with torch.no_grad():
+            out = logits(result, tokens, attention_mask=mask, use_cache=False)
+            assert close(out, *(logits(m, tokens, attention_mask=mask, use_cache=False) for m in (model, exact)))
+        return any("masked" in unit.name for unit in units(result).values())
+
+    assert [masked(mask) for mask in (causal, causal.clone(), window)] == [False, False, True]
+    causal &= window
+    masked(causal)  # right, which without a mask it would not be
+    with pytest.raises(RuntimeError), torch.no_grad():
+        logits(result, tokens, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool).tril(), use_cache=False)
+
+
 def test_within_a_caller_s_torch_compile(model, compiled, logits):
     """Around the model: it breaks the graph at the units, whether their calls are new or seen."""
     result, tokens = compiled(model), ids(1, 9)

@@ -30,6 +30,36 @@ def test_each_layer_against_a_wider_evaluation(backward, gpu_model):
         assert not [check for check in found if not check.passed], precision
 
 
+@pytest.mark.parametrize("family", ["ours", "transformers"])
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_waits_for_the_gpu(family, training, gpu_model, make_their_model, logits):
+    """Calls after the first, of any number of tokens, and a step of the optimizer with what it makes stale."""
+    sizes = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8, "qk_rope_head_dim": 64}
+    model = gpu_model if family == "ours" else make_their_model(torch.bfloat16, num_hidden_layers=2, **sizes).cuda()
+    compiled = dsv3c.compile(model, precision="fp8")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    more = {} if family == "ours" else {"use_cache": False}
+
+    def step(tokens):
+        with torch.set_grad_enabled(training):
+            out = logits(compiled, tokens, **more)
+        if training:
+            out.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    batches = [torch.randint(0, 256, (1, count), device="cuda") for count in (257, 257, 64, 300, 123)]
+    for tokens in batches:
+        step(tokens)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for tokens in batches:
+            step(tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_and_its_gradients(masked, deterministic):

@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
+from dsv3c.backend import lower
+from dsv3c.capture import quantizable
 from dsv3c.compiler import compilation_of
 from dsv3c.errors import Dsv3cError
 from dsv3c.numerics import distance, quantized_layer_rms
@@ -93,6 +95,29 @@ def test_placed_keys_change_no_bit(make, request, compiled, without_codegen):
         (joint,) = (b.joint for unit, b in compilation_of(chosen).backends.items() if unit.kind.name == "dense_layer")
         assert ("dsv3c.gemm_keys.default" in joint.text) == (not skip)
     assert all(torch.equal(f, e) for f, e in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_weight_gradients_can_wait(make, request, compiled, logits, without_codegen):
+    """Of a layer's backward nothing but the weights' own gradients needs their products: all of these can be moved
+    behind the gradient that the layer before waits for, as pipeline schedules do."""
+    model = compiled(request.getfixturevalue(make)(torch.bfloat16, num_hidden_layers=2), "fp8")
+    step(model, logits)
+    compilation = compilation_of(model)
+    layers = [unit for unit in compilation.units.units.values() if unit.kind.name.endswith("layer")]
+    assert len(layers) == 2
+    for unit in layers:
+        _, backward = lower(unit, compilation.pipeline, compilation.weights).halves
+        later = set()
+        for node in backward.graph.nodes:
+            if "wgrad" in str(node.target) or later & set(node.all_input_nodes):
+                later.add(node)
+        (out,) = backward.graph.find_nodes(op="output")
+        gradients = [node for node in out.args[0] if node is not None]
+        weights = [unit.template.get_parameter(name).shape for name in quantizable(unit.template)]
+        found = [tuple(node.meta["val"].shape) for node in gradients if node in later]
+        assert sorted(found) == sorted(map(tuple, weights))
+        assert len(gradients) > len(found)
 
 
 def test_an_unknown_memory_is_refused(make_model, compiled):

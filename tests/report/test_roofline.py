@@ -46,7 +46,9 @@ COPY = {"moved": 10**9}
         (COPY, 2.0, 3, "memory-bound: 2.16 TB/s, 50% of a copy's; 3 kernels"),
         ({"moved": 10**6}, 10.0, 1, "launch-bound: 1 kernel, 3.2 us each for nothing"),
         ({"moved": 2 * 10**7}, 1.5, 1, "launch-bound: 1 kernel, 3.2 us each for nothing"),
-        ({"moved": 10**6}, 40.0, 1, "memory-bound: 0.11 TB/s, 2% of a copy's"),
+        ({"moved": 10**6}, 40.0, 1, "latency-bound: work for 0.2 us, less than 1 launch"),
+        ({"moved": 2 * 10**7}, 40.0, 2, "latency-bound: work for 4.6 us, less than 2 launches"),
+        ({"moved": 2 * 10**7}, 40.0, 1, "memory-bound: 0.11 TB/s, 2% of a copy's"),
     ],
 )
 def test_the_reason_follows_from_the_numbers(amounts, excess, kernels, says):
