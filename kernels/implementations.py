@@ -44,6 +44,7 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     programs: int = 1  # that compute it together
+    parts: int = 1  # in which those of a last wave are dealt out, where there are programs enough
 
 
 @dataclass(frozen=True)

@@ -408,15 +408,13 @@ def variant(grouped: bool, config: dict[str, Any]) -> Variant:
     return Variant(_warp_specialized_gemm_kernel, arguments, constants)
 
 
-_DENSE, _GROUPED = (
-    Implementation(
-        "warp_specialized", space, call, takes, variant=partial(variant, grouped), known=known,
-        tile=lambda config: Tile(ROWS * config["cluster"], COLUMNS.value, config["cluster"]),
-    )
-    for space, call, grouped, known in (
-        (SPACE, launch, False, KNOWN),
-        (GROUPED_SPACE, launch_grouped, True, GROUPED_KNOWN),
-    )
+_DENSE = Implementation(
+    "warp_specialized", SPACE, launch, takes, variant=partial(variant, False), known=KNOWN,
+    tile=lambda config: Tile(ROWS, COLUMNS.value, parts=3 if config["band"] else 1),
+)  # fmt: skip
+_GROUPED = Implementation(
+    "warp_specialized", GROUPED_SPACE, launch_grouped, takes, variant=partial(variant, True), known=GROUPED_KNOWN,
+    tile=lambda config: Tile(ROWS * config["cluster"], COLUMNS.value, config["cluster"]),
 )  # fmt: skip
 IMPLEMENTATIONS = {"gemm": (_DENSE,), "grouped_gemm": (_GROUPED,)}
 

@@ -38,9 +38,11 @@ def growth(measured: Problem, problem: Problem, tile: Tile, sms: int) -> float:
     """How many times as long as `measured` a problem takes by its waves of `tile`; 1 if waves are not what takes the
     time."""
 
-    def waves(of: Problem) -> int:
+    def waves(of: Problem) -> float:
         tiles = of.groups * ceil_div(of.rows, of.groups * tile.rows) * ceil_div(of.N, tile.columns)
-        return ceil_div(tiles, sms // tile.programs)
+        whole, rest = divmod(tiles, sms // tile.programs)
+        in_parts = tile.parts > 1 and rest * tile.parts <= sms // tile.programs
+        return whole + (0.5 if in_parts else 1.0) * (rest > 0)  # a part of the specialised GEMM's takes half as long
 
     return waves(problem) / waves(measured) if in_waves(problem) else 1.0
 

@@ -46,10 +46,17 @@ def test_growth_is_of_waves_where_they_take_the_time():
     assert growth(measured, measured._replace(rows=1792), Tile(256, 192, 2), SMS) == 5 / 10
     assert growth(groups, groups._replace(rows=8 * 300), Tile(256, 192, 2), SMS) == 6 / 43
 
+    # 32 × 38 and 8 × 38 tiles leave 28 and 40 for a last wave; 3 × 38 and 2 × 38 are a wave, too many for parts.
+    dealt_out = Tile(128, 192, parts=3)
+    assert growth(measured, measured._replace(rows=1024), dealt_out, SMS) == 2.5 / 9.5
+    assert growth(measured, measured._replace(rows=384), dealt_out, SMS) == 1 / 9.5
+    assert growth(measured, measured._replace(rows=132), dealt_out, SMS) == 1 / 9.5
 
-@pytest.mark.parametrize("operator", ["gemm", "grouped_gemm"])
-def test_a_pair_of_programs_has_one_tile(operator):
+
+def test_tiles_of_the_specialised_product():
     pytest.importorskip("triton")
-    tile = implementations(operator)["warp_specialized"].tile
-    assert tile({"cluster": 1, "band": 8}) == (128, 192, 1)
-    assert tile({"cluster": 2, "band": 8}) == (256, 192, 2)
+    dense, grouped = (implementations(operator)["warp_specialized"].tile for operator in ("gemm", "grouped_gemm"))
+    assert grouped({"cluster": 1, "band": 8}) == (128, 192, 1, 1)
+    assert grouped({"cluster": 2, "band": 8}) == (256, 192, 2, 1)
+    assert dense({"band": 8}) == (128, 192, 1, 3)
+    assert dense({"band": 0}) == (128, 192, 1, 1)
