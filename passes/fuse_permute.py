@@ -19,10 +19,12 @@ prims, ops = torch.ops.prims, torch.ops.dsv3c
 @dataclass(frozen=True)
 class FusePermute:
     """Before: index of FP8 rows and scales by token; the weighted sum over a token's experts, and what is added to it;
-    the gradients of both, as index_put. After: `permute`, `unpermute`, `unpermute_backward`.
+    the gradients of both, as index_put, and what is added to the former. After: `permute`, `unpermute`,
+    `unpermute_backward`.
 
-    Sums over a token's experts are float32 and rounded once, shared expert and residual included; gradients of rows are
-    no longer added up in BF16, by atomics. Leaves alone: rows in another order than `sort_by_expert`'s.
+    Sums over a token's experts are float32 and rounded once, shared expert and residual, or their gradients, included;
+    gradients of rows are no longer added up in BF16, by atomics. Leaves alone: rows in another order than
+    `sort_by_expert`'s.
     """
 
     tier: ClassVar[Tier] = Tier.NUMERIC
@@ -74,15 +76,13 @@ def _fuse_permute(gather: fx.Node) -> int:
 
 
 def _fuse_permute_backward(scatter: fx.Node) -> int:
-    """Gradients of rows, added up by token."""
+    """Gradients of rows, added up by token, and what is added next: gradients by the shared expert and the gate."""
     if not is_call(scatter, aten.index_put.default) or list(scatter.args[3:]) != [True] or len(scatter.args[1]) != 1:
         return 0
     sort = _tokens(scatter.args[1][0])
     if sort is None or value(scatter).dim() != 2 or not is_call(scatter.args[0], aten.full.default):
         return 0
-    inverse = result_node(sort, 3)
-    replace(scatter, insert(scatter, ops.unpermute.default, scatter.args[2], inverse, None, None, None))
-    return 1
+    return _unpermute(scatter, scatter.args[2], sort, None)
 
 
 # -- and back --
@@ -127,7 +127,11 @@ def _fuse_unpermute(total: fx.Node) -> int:
     found = _weighted_rows(total.args[0])
     if found is None:
         return 0
-    y, sort, weights = found
+    return _unpermute(total, *found)
+
+
+def _unpermute(total: fx.Node, y: fx.Node, sort: fx.Node, weights: fx.Node | None) -> int:
+    """In place of `total` and of what is added to it next."""
     last, shape, terms = total, None, []
     while len(last.users) == 1:
         (user,) = last.users

@@ -62,6 +62,8 @@ def test_a_step_in_each_variant(make, request, compiled, logits, without_codegen
         if name != "plain":
             assert operators["swiglu_quantize_save"] == operators["swiglu_quantize_backward"] > 0
             assert operators["permute"] == operators["unpermute"] == 2
+            # and what is added to either: the shared expert, the residual; its gradient, the gate's
+            assert len(re.findall(r"dsv3c\.unpermute\.default\(%\d+, %\d+, None, %\d+, %\d+\)", joint.text)) == 2
             assert operators["rms_norm_backward"] == 4
             assert operators["permute_requantize_t"] == 2
             assert operators["quantize_tile_both"] > 0

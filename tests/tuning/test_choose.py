@@ -67,6 +67,12 @@ def test_the_runner_up_where_the_best_cannot(two_implementations):
     assert choose(PROBLEM._replace(rows=4095)) == (KERNEL, {"x": 1, "y": 2})
 
 
+@pytest.mark.parametrize(("kernel", "expected"), [(102.0, KERNEL), (104.0, LIBRARY)])
+def test_a_library_is_faster_by_what_its_calls_cost(two_implementations, kernel, expected):
+    write(two_implementations, "library", {}, Entry("kernel", {"x": 1, "y": 2}, kernel, kernel, kernel))
+    assert choose(PROBLEM)[0] is expected
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),  # waves of 128×256 and of 128×128 tiles
     [(4096, KERNEL), (3712, KERNEL), (3328, LIBRARY), (3072, KERNEL), (256, LIBRARY)],  # 4, 8; 4, 8; 4, 7; 3, 6; 1, 1
