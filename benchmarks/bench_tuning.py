@@ -21,6 +21,7 @@ from statistics import median
 
 from tabulate import tabulate
 
+from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import Timing, interleaved
 from dsv3c.kernels.implementations import FILES, Problem, choose, implementations
 from dsv3c.tuning import study as studies
@@ -139,7 +140,7 @@ def sweep(out: Path, sample: int | None) -> None:
         print(f"{problem}: {len(rows)} right, best {best}, {time.monotonic() - start:.0f} s", flush=True)
 
 
-def held_back(out: Path, sample: int | None) -> None:
+def held_back(out: Path, sample: int | None, record: bool = False) -> None:
     """What the table chooses, beside what a study of that very size finds, in one run."""
     from dsv3c.tuning.measure import measure
 
@@ -154,7 +155,11 @@ def held_back(out: Path, sample: int | None) -> None:
         print(rows[-1], flush=True)
     headers = ["problem", "chosen", "µs", "its own optimum", "µs", "slower by"]
     print(tabulate(rows, headers, floatfmt=("", "", ".1f", "", ".1f", ".1%")))
-    (out / "held-back.json").write_text(json.dumps(rows))
+    if record:
+        command = "python -m dsv3c.benchmarks.bench_tuning held-back"
+        keys = ("problem", "chosen", "chosen_us", "optimum", "optimum_us", "slower_by")
+        cases = [dict(zip(keys, row, strict=True)) for row in rows]
+        append([{"benchmark": "held back", "command": command, "environment": environment("cuda"), "cases": cases}])
 
 
 def replay(seeds: int = 20) -> dict[str, list[float]]:
@@ -182,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("compile", "sweep", "held-back", "replay"))
     parser.add_argument("out", type=Path, nargs="?", default=Path("out"))
+    parser.add_argument("--record", action="store_true", help="append what held-back finds to benchmarks/results")
     parser.add_argument("--sample", type=int, help="so many configurations of an implementation at most")
     arguments = parser.parse_args()
     if arguments.what == "replay":
@@ -189,7 +195,7 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     what: dict[str, Callable[[Path, int | None], object]] = {
-        "compile": compile_all, "sweep": sweep, "held-back": held_back,
+        "compile": compile_all, "sweep": sweep, "held-back": partial(held_back, record=arguments.record),
     }  # fmt: skip
     what[arguments.what](arguments.out, arguments.sample)
 
