@@ -200,7 +200,7 @@ def _warps(tiles: int) -> int:
 
 def variants() -> Iterator[Variant]:
     added = ("residual_ptr", "sum_ptr", "y_ptr")
-    for K, there in ((1536, ()), (7168, ()), (7168, added[:2]), (7168, added)):
+    for K, there in ((7168, ()), (1536, ()), (7168, added[:2]), (7168, added)):
         (rows, tiles, lanes), options = _program(K, bool(there))
         yield Variant(
             _norm_kernel,
