@@ -1,5 +1,6 @@
 """RMSNorm and the cast behind it, memory-bound: 3 bytes a value, 7 with the residual addition in front, 9 with
-the BF16 result beside. A program has one row, which stays in registers between its sum of squares and its result.
+the BF16 result beside. A program has one row, or a warp one if rows are narrow and alone; it stays in registers between
+its sum of squares and its result.
 
 Backward needs a sum over rows for the weight's gradient: as many programs as the GPU runs at a time add up theirs, and
 a second launch adds up the programs'. No atomics: the order is always the same.
@@ -12,6 +13,11 @@ H200, rows of 7168, in the time of a copy of as many bytes: alone 0.85 (4096 row
 0.89 and 0.95, and 0.93 and 0.94 with the BF16 result; backward, which writes a quarter of them, 1.02 and 1.16. Slower:
 rows fetched into L2 ahead (0.70 to 0.83), the weight into L1 (0.73), programs that take several rows, the next in
 registers (0.79) or in shared memory (0.55 to 0.70). Without the arithmetic, 4096 rows would take 0.94.
+
+Rows of up to 2048 columns, alone, have a warp each, which needs no barrier, and eight lanes a tile instead of sixteen:
+of 1536 columns a row takes 568 instructions instead of 784. 4096 rows 0.87 (two warps a row 0.82), 16384 0.88 (0.87),
+4096 of 512 columns 0.90 (0.77). With 64 registers all 4096 rows fit at once, 0.90; but the weight's loads come late
+then, and any other number of rows takes longer than with two warps a row.
 """
 
 from collections.abc import Iterator
@@ -47,18 +53,20 @@ def scaled(words, factor):
 @gluon.jit(do_not_specialize=["R"])
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, q_ptr, scale_inv_ptr, rstd_ptr, R, x_stride, eps, amax_floor,
-    POW2: gl.constexpr, ADD: gl.constexpr, K: gl.constexpr, TILES: gl.constexpr,
+    POW2: gl.constexpr, ADD: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr, TILES: gl.constexpr,
+    LANES: gl.constexpr,
 ):  # fmt: skip
-    """One program a row, in chunks of TILES tiles, all of them in registers."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
-    row = gl.program_id(0).to(gl.int64)
-    tile = gl.arange(0, TILES, gl.SliceLayout(1, LAYOUT))
+    """ROWS rows a program, in chunks of TILES tiles, all of them in registers; LANES lanes have a tile."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    place = gl.arange(0, ROWS * TILES, gl.SliceLayout(1, LAYOUT))
+    row, tile = (gl.program_id(0) * ROWS + place // TILES).to(gl.int64), place % TILES
     column = tile[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :]  # in words: half of the columns
-    x_ptr += row * x_stride + column
-    at = row * (K // 2) + column
-    chunks, sums = (), gl.full([TILES, 64], 0.0, gl.float32, LAYOUT)
+    known = (row < R) | (ROWS == 1)
+    x_ptr += row[:, None] * x_stride + column
+    at = row[:, None] * (K // 2) + column
+    chunks, sums = (), gl.full([ROWS * TILES, 64], 0.0, gl.float32, LAYOUT)
     for chunk in gl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
-        inside = column < K // 2 - chunk * 64 * TILES
+        inside = known[:, None] & (column < K // 2 - chunk * 64 * TILES)
         x = gl.load(x_ptr + chunk * 64 * TILES, mask=inside, other=0)
         if ADD:
             x = plus(x, gl.load(residual_ptr + at + chunk * 64 * TILES, mask=inside, other=0))
@@ -66,19 +74,22 @@ def _norm_kernel(
         sums = squares(x, sums)
         chunks += (x,)
     ahead = gl.load(weight_ptr + column, mask=column < K // 2, other=0)  # the next chunk's weight, before it is needed
-    rstd = gl.rsqrt(gl.sum(gl.sum(sums, 1), 0) / K + eps)
-    gl.store(rstd_ptr + row, rstd)
+    rstd = gl.rsqrt(gl.sum(gl.reshape(gl.sum(sums, 1), (ROWS, TILES)), 1) / K + eps)
+    first = gl.program_id(0) * ROWS + gl.arange(0, ROWS, rstd.type.layout)
+    gl.store(rstd_ptr + first, rstd, mask=(first < R) | (ROWS == 1))
+    rstd = gl.reshape(rstd[:, None] + gl.full([ROWS, TILES], 0.0, gl.float32), (ROWS * TILES,))
+    rstd = gl.convert_layout(rstd, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
     for chunk in gl.static_range((K + 128 * TILES - 1) // (128 * TILES)):
-        inside = column < K // 2 - chunk * 64 * TILES
+        inside = known[:, None] & (column < K // 2 - chunk * 64 * TILES)
         weight = ahead
         if (chunk + 1) * TILES * 128 < K:
             below = column + (chunk + 1) * 64 * TILES
             ahead = gl.load(weight_ptr + below, mask=below < K // 2, other=0)
-        y = times(scaled(chunks[chunk], rstd), weight)
+        y = times(scaled(chunks[chunk], rstd[:, None]), weight)
         if y_ptr is not None:
             gl.store(y_ptr + at + chunk * 64 * TILES, y, mask=inside)
         scale_at = scale_inv_ptr + (chunk * TILES + tile).to(gl.int64) * R + row
-        inside_tile = tile < K // 128 - chunk * TILES
+        inside_tile = known & (tile < K // 128 - chunk * TILES)
         store_tiles(y, q_ptr + at + chunk * 64 * TILES, scale_at, inside_tile, amax_floor, POW2)
 
 
@@ -140,18 +151,19 @@ def _forward(x_RK, residual, weight_K, total, y, q, scale_inv, rstd, eps, amax_f
     if q.numel() == 0:
         return
     x = as_words(x_RK)
-    tiles, options = _program(K, residual is not None)
-    _norm_kernel[(R,)](
+    (rows, *program), options = _program(K, residual is not None)
+    _norm_kernel[(ceil_div(R, rows),)](
         x, residual, as_words(weight_K), total, y, q.view(torch.int16), scale_inv, rstd, R, x.stride(0), eps,
-        amax_floor, pow2, residual is not None, K, tiles, **options,
+        amax_floor, pow2, residual is not None, K, rows, *program, **options,
     )  # fmt: skip
 
 
-def _program(K: int, add: bool) -> tuple[int, dict[str, int]]:
-    """Tiles of a chunk, and a program's warps and registers: at 7168 columns alone, seven programs a multiprocessor."""
-    if K <= 2048:
-        return 8, {"num_warps": 2}
-    return (16, {"num_warps": 4}) if add else (8, {"num_warps": 4} | ({"maxnreg": 72} if K <= 7168 else {}))
+def _program(K: int, add: bool) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Rows, tiles of a chunk and lanes of a tile; warps and registers. At 7168 columns alone, seven programs a
+    multiprocessor; narrow rows have a warp each."""
+    if K > 2048:
+        return (1, 16 if add else 8, 16), {"num_warps": 4} | ({"maxnreg": 72} if K <= 7168 and not add else {})
+    return ((1, 8, 16), {"num_warps": 2}) if add else ((4, 4, 8), {"num_warps": 4})
 
 
 def rms_norm_backward(
@@ -188,14 +200,15 @@ def _warps(tiles: int) -> int:
 
 def variants() -> Iterator[Variant]:
     added = ("residual_ptr", "sum_ptr", "y_ptr")
-    for there in ((), added[:2], added):
-        tiles, options = _program(7168, bool(there))
+    for K, there in ((7168, ()), (1536, ()), (7168, added[:2]), (7168, added)):
+        (rows, tiles, lanes), options = _program(K, bool(there))
         yield Variant(
             _norm_kernel,
             {"x_ptr": I32, "weight_ptr": I32, "q_ptr": I16, "scale_inv_ptr": F32, "rstd_ptr": F32}
             | {"eps": "fp32", "amax_floor": "fp32"}
             | dict.fromkeys(there, I32),
-            {"POW2": False, "ADD": bool(there), "K": 7168, "TILES": tiles} | dict.fromkeys(added[len(there) :]),
+            {"POW2": False, "ADD": bool(there), "K": K, "ROWS": rows, "TILES": tiles, "LANES": lanes}
+            | dict.fromkeys(added[len(there) :]),
             **options,
         )
     for add in (False, True):

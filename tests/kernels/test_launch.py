@@ -439,6 +439,25 @@ class TestReplay:
         assert operator.asked == 3
         assert operator.ways == {}
 
+    def test_results_of_lists_are_made_again(self):
+        def allocate(xs, scale):
+            asked.append(len(xs))
+            return [xs[0].new_empty(xs[0].shape), xs[0].new_empty_strided((3, 5), (1, 3), dtype=torch.float64)]
+
+        def launcher(xs, scale, out):
+            _zero(out[0])
+            _axpy[(1,)](xs[0], out[0], len(xs[0]), scale)
+
+        asked, operator, pairs = [], Operator(launcher, allocate), []
+        for turn in range(3):
+            for count, size, scale in ((2, 4, 0.5), (3, 4, 0.5), (2, 5, 0.5), (2, 4, 2.0)):
+                xs = list(torch.randn(count, size))
+                same, other = operator(xs, scale)
+                assert (other.shape, other.stride(), other.dtype) == ((3, 5), (1, 3), torch.float64)
+                pairs.append((same, scale * xs[0]))
+            assert (asked, operator.asked) == ([2, 3, 2, 2], 4 * turn + 4)
+        assert all(torch.equal(same, expected) for same, expected in pairs)
+
     def test_signatures_are_forgotten(self, monkeypatch):
         monkeypatch.setattr(replay, "KEPT", 8)
         operator = Operator(scaled)

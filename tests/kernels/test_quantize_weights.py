@@ -111,7 +111,7 @@ def weight(*shape):
     blocks = torch.exp2(torch.randint(-9, 9, (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))).float())
     return w * blocks.repeat_interleave(128, -2)[..., : shape[-2], :].repeat_interleave(128, -1)[..., : shape[-1]]
 
-for stacks in ([[(128, 32), (80, 32)], [(144, 16)]], [[(2, 130, 140)]]):
+for stacks in ([[(384, 144), (80, 144)], [(144, 16)]], [[(2, 130, 140)]]):
     weights, counts = [weight(*shape) for stack in stacks for shape in stack], list(map(len, stacks))
     expected = torch.ops.dsv3c.quantize_weights(weights, counts, 2.0**-40, True, True)
     found = [torch.empty_like(e).fill_(torch.nan) for e in expected]
