@@ -27,7 +27,7 @@ def shared_layout(columns: int, bits: int) -> gl.SharedLinearLayout:
     half = 64 // bits
     across = [1 << i for i in range((columns - 1).bit_length())]
     inside = [[0, c] for c in across if c < half] + [[64, 0]]
-    chunks = [[0, c + half * (c == 8 * half)] for c in across if c >= half]
+    chunks = [[0, c + half * {8: 1, 16: 2}.get(c // half, 0)] for c in across if c >= half]
     return gl.SharedLinearLayout(
         inside + chunks + [[r, {1: 5, 16: 1, 32: 2}.get(r, 0) * half] for r in (1, 2, 4, 8, 16, 32)]
     )
