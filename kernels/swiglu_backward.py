@@ -26,6 +26,7 @@ from dsv3c.numerics import TILE, ceil_div
 PROGRAM = {"num_warps": 32, "maxnreg": 64}  # one a multiprocessor
 BAND = 2  # tiles along the rows that are walked together
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+_wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
 
 @triton.jit
@@ -201,7 +202,7 @@ def _swiglu_backward_kernel(
     start_2, rows_2 = _rows(tile_2, tiles_ptr, of_groups, R, bound, GROUPED)
     scales = _load_scales(h_scale_inv_ptr, weight_ptr, start, rows, column, columns, row, R, WEIGHTED)
     count = gl.to_tensor(0)
-    gl.thread_barrier()  # or Triton would have one at the beginning of each turn
+    _wait_for_all()  # or Triton would have one at the beginning of each turn
     while tile < tiles:
         stage = count & 1
         mbarrier.wait(full.index(stage), count // 2 & 1)
@@ -228,7 +229,7 @@ def _swiglu_backward_kernel(
         up_scale_inv = scale_inv(gl.abs(high(amax)), gradient_amax_floor, POW2)
         gate_first, gate_second = reciprocal(gate_scale_inv)
         up_first, up_second = reciprocal(up_scale_inv)
-        gl.thread_barrier()
+        _wait_for_all()
         # All that is to be loaded, in front of the copies, behind which it would wait.
         tile_3, column_3 = _next(tile_2, column_2, columns, down, right, BAND)
         start_3, rows_3 = _rows(tile_3, tiles_ptr, of_groups, R, bound, GROUPED)
@@ -246,7 +247,7 @@ def _swiglu_backward_kernel(
         g0, g1 = _load_columns(dgates)
         u0, u1 = _load_columns(dups)
         a0, a1 = _load_columns(activations)
-        gl.thread_barrier()  # so early that no warp waits for another one's stores
+        _wait_for_all()  # so early that no warp waits for another one's stores
         dht_scale_inv = dht_scale_inv_ptr + (tile * 2 * width + column * 128)
         q_at = column.to(gl.int64) * 32 * P + tile * 32
         _store_tiles_t(g0, g1, dht_ptr + q_at, dht_scale_inv, P, gradient_amax_floor, POW2)
