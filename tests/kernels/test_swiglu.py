@@ -148,6 +148,22 @@ def test_a_bad_gradient_makes_its_tiles_nan(bad, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_the_next_group_stay_out(device):
+    """Even NaN: a tile is copied whole, and what is not its group's becomes zeros."""
+    h = torch.ones(130, 512, dtype=torch.bfloat16, device=device)
+    h[5:] = torch.nan
+    da, offs = torch.ones(130, 256, dtype=torch.bfloat16, device=device), torch.tensor([5, 130], device=device).int()
+    da[5:] = -torch.inf
+    saved = ops.quantize_tile(h, FLOOR, False)
+    results = ops.swiglu_quantize_backward(*saved, da, None, offs, FLOOR, GRADIENT_FLOOR, False)
+    for pair in (results[2:4], results[4:6]):
+        x = dequantize_tile(*pair)
+        assert bool((x[:, :5] > 0).all())
+        assert not pair[0].view(torch.uint8)[:, 5:128].any()
+        assert bool(x[:, 128:253].isnan().all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_gradient_where_it_lies(check, device):
     """In wider rows, and off the copy engine's 16 bytes."""
     h, weight = inputs(check, 150, 256, device, True)
