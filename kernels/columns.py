@@ -23,7 +23,8 @@ from dsv3c.kernels.tiles import divide, high, larger, low, magnitude
 @gluon.constexpr_function
 def shared_layout(columns: int, bits: int) -> gl.SharedLinearLayout:
     """128 rows in chunks of 16 bytes, half of a row and half of the row 64 below. Chunks are exchanged so that neither
-    the eight of a matrix (rows 0 or 1, plus 0, 16, 32 or 48) nor those that eight threads write meet in a bank."""
+    the eight of a matrix (rows 0 or 1, plus 0, 16, 32 or 48) nor those that eight threads write, 8 or 16 columns each,
+    meet in a bank."""
     half = 64 // bits
     across = [1 << i for i in range((columns - 1).bit_length())]
     inside = [[0, c] for c in across if c < half] + [[64, 0]]
