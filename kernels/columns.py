@@ -23,11 +23,12 @@ from dsv3c.kernels.tiles import divide, high, larger, low, magnitude
 @gluon.constexpr_function
 def shared_layout(columns: int, bits: int) -> gl.SharedLinearLayout:
     """128 rows in chunks of 16 bytes, half of a row and half of the row 64 below. Chunks are exchanged so that neither
-    the eight of a matrix (rows 0 or 1, plus 0, 16, 32 or 48) nor those that eight threads write meet in a bank."""
+    the eight of a matrix (rows 0 or 1, plus 0, 16, 32 or 48) nor those that eight threads write, 8 or 16 columns each,
+    meet in a bank."""
     half = 64 // bits
     across = [1 << i for i in range((columns - 1).bit_length())]
     inside = [[0, c] for c in across if c < half] + [[64, 0]]
-    chunks = [[0, c + half * (c == 8 * half)] for c in across if c >= half]
+    chunks = [[0, c + half * {8: 1, 16: 2}.get(c // half, 0)] for c in across if c >= half]
     return gl.SharedLinearLayout(
         inside + chunks + [[r, {1: 5, 16: 1, 32: 2}.get(r, 0) * half] for r in (1, 2, 4, 8, 16, 32)]
     )

@@ -78,8 +78,7 @@ def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
     """
     E = len(offs)
     bound = ceil_div(rows, block) + min(E, rows)
-    tiles = torch.empty(3 * bound + E, dtype=torch.int32, device=offs.device)  # `swiglu.py` reads on, and drops it
-    tiles = tiles[: 3 * bound].view(3, bound)
+    tiles = torch.empty(3, bound, dtype=torch.int32, device=offs.device)
     first = torch.empty(E + 1, dtype=torch.int32, device=offs.device)
     _tile_map_kernel[(E + 1,)](offs, tiles, first, E, bound, block, triton.next_power_of_2(E), num_warps=1)
     return tiles, first

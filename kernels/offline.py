@@ -30,6 +30,7 @@ FAMILIES = (
     "router",
     "permute",
     "swiglu",
+    "swiglu_backward",
     "norm",
     "rotary",
     "cross_entropy",

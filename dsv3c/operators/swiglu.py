@@ -74,5 +74,5 @@ define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _swiglu_quantize_backward,
     swiglu.swiglu_quantize_backward_ref,
-    "swiglu",
+    "swiglu_backward",
 )

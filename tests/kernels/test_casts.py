@@ -240,6 +240,8 @@ def test_columns_are_read_without_bank_conflicts(columns, bits):
     assert sorted(row for row, _ in lanes + layout.reg_bases if row) == [1, 2, 4, 8, 16, 32, 64]
     writers = [(0, 8 * i) for i in range(8)] if columns > 32 else [(r, 8 * i) for r in (0, 1) for i in range(4)]
     assert len({places[writer] % 128 // 16 for writer in writers}) == 8
+    if columns == 128:  # and where a thread has 16 of a row
+        assert len({places[0, 16 * i] % 128 // 16 for i in range(8)}) == 8
     matrix = [(a * lanes[0][0] ^ b * lanes[1][0]) + c for a in (0, 1) for b in (0, 1) for c in (0, 1)]
     for first_row in (0, 2, 12):
         for chunk in range(0, columns, 4):

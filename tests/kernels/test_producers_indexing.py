@@ -54,7 +54,7 @@ def to_fp8(word, first, second):
     return (low & 0xFF | (high & 0xFF) << 8).to(tl.int16)
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 @triton.jit
@@ -62,7 +62,7 @@ def gdc_wait():
     pass
 
 for module in (tiles, norm, rotary, swiglu):
-    for function in (pack, larger, plus, times, reciprocal, to_fp8, _sigmoid, gdc_wait):
+    for function in (pack, larger, plus, times, reciprocal, to_fp8, sigmoid, gdc_wait):
         if hasattr(module, function.__name__):
             setattr(module, function.__name__, function)
 

@@ -130,19 +130,75 @@ def test_definition_is_autograd_s():
     assert torch.equal(reference.swiglu(h, weight), a)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_gradient_makes_its_tiles_nan(bad, device):
+    """Those of its row and those of its column; not the activation's."""
+    saved = ops.quantize_tile(torch.ones(130, 512, dtype=torch.bfloat16, device=device), FLOOR, False)
+    da = torch.ones(130, 256, dtype=torch.bfloat16, device=device)
+    da[1, 130] = bad
+    *pairs, dweight = ops.swiglu_quantize_backward(*saved, da, None, None, FLOOR, GRADIENT_FLOOR, False)
+    dh, dht, at = (dequantize_tile(*pairs[i : i + 2]) for i in (0, 2, 4))
+    assert int(dh.isnan().sum()) == 256
+    assert bool(dh[1].view(2, 256)[:, 128:].isnan().all())
+    assert int(dht.isnan().sum()) == 256
+    assert bool(dht.view(2, 256, -1)[:, 130, :128].isnan().all())
+    assert not at.isnan().any()
+    assert dweight.numel() == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_the_next_group_stay_out(device):
+    """Even NaN: a tile is copied whole, and what is not its group's becomes zeros."""
+    h = torch.ones(130, 512, dtype=torch.bfloat16, device=device)
+    h[5:] = torch.nan
+    da, offs = torch.ones(130, 256, dtype=torch.bfloat16, device=device), torch.tensor([5, 130], device=device).int()
+    da[5:] = -torch.inf
+    saved = ops.quantize_tile(h, FLOOR, False)
+    results = ops.swiglu_quantize_backward(*saved, da, None, offs, FLOOR, GRADIENT_FLOOR, False)
+    for pair in (results[2:4], results[4:6]):
+        x = dequantize_tile(*pair)
+        assert bool((x[:, :5] > 0).all())
+        assert not pair[0].view(torch.uint8)[:, 5:128].any()
+        assert bool(x[:, 128:253].isnan().all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_where_it_lies(check, device):
+    """In wider rows, and off the copy engine's 16 bytes."""
+    h, weight = inputs(check, 150, 256, device, True)
+    saved = ops.quantize_tile(h, FLOOR, False)
+    da = check.varied(150, 256, torch.bfloat16, device)
+    off = torch.cat((da.new_zeros(1), da.flatten()))[1:].view(150, 256)
+    results = [
+        ops.swiglu_quantize_backward(*saved, x, weight, None, FLOOR, GRADIENT_FLOOR, False)
+        for x in (da, torch.cat((da, da), 1)[:, 256:], off)
+    ]
+    for other in results[1:]:
+        assert all(map(same_bits, other, results[0]))
+
+
 @pytest.mark.gpu
 def test_every_configuration(check, monkeypatch):
-    """The size of a program changes the speed, never a bit."""
+    """The size of a program changes the speed, never a bit; nor does how many tiles each takes."""
     kernels = pytest.importorskip("dsv3c.kernels.swiglu", reason="needs Triton")
-    h, weight = inputs(check, 300, 256, "cuda", True)
-    da, offs = check.varied(300, 256, torch.bfloat16, "cuda"), check.ends([100, 0, 199], "cuda")
+    backward = pytest.importorskip("dsv3c.kernels.swiglu_backward", reason="needs Triton")
+    h, weight = inputs(check, 300, 768, "cuda", True)
+    da, offs = check.varied(300, 768, torch.bfloat16, "cuda"), check.ends([100, 0, 199], "cuda")
     results = []
-    for rows, warps, backward in ((16, 4, 16), (32, 8, 8), (8, 1, 8)):
+    for rows, warps, program, band, programs in (
+        (16, 4, backward.PROGRAM, backward.BAND, 132),
+        (32, 8, backward.PROGRAM, backward.BAND, 2),
+        (16, 4, backward.PROGRAM, 1, 7),
+        (8, 1, {"num_warps": 16}, 4, 5),
+    ):
         monkeypatch.setattr(kernels, "ROWS", rows)
         monkeypatch.setattr(kernels, "WARPS", warps)
-        monkeypatch.setattr(kernels, "BACKWARD", {"num_warps": backward})
+        monkeypatch.setattr(backward, "PROGRAM", program)
+        monkeypatch.setattr(backward, "BAND", band)
+        monkeypatch.setattr(backward, "multiprocessors", lambda programs=programs: programs)
         *a, h_fp8, h_scale_inv = ops.swiglu_quantize_save(h, weight, FLOOR, False)
-        dh, dh_scale_inv, *rest, _ = ops.swiglu_quantize_backward(
+        dh, dh_scale_inv, *rest = ops.swiglu_quantize_backward(
             h_fp8, h_scale_inv, da, weight, offs, FLOOR, GRADIENT_FLOOR, False
         )
         results.append((*a, h_fp8, h_scale_inv, dh[:299], dh_scale_inv[:299], *rest))
