@@ -8,12 +8,14 @@ so while somebody watches or changes what torch does: modes, torch.func, a stanc
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo import eval_frame
+from torch.nn.parallel import DistributedDataParallel
 
 KEPT = 4096  # signatures of a kind of module; more, and they are forgotten
 PLAIN = (Tensor, nn.Parameter)  # what a subclass does, no signature says
@@ -55,6 +57,13 @@ def signature(tensors: list[Tensor | None]) -> tuple:
     )
 
 
+def _whole() -> AbstractContextManager[object]:
+    """Within DistributedDataParallel Dynamo would cut the unit's graph at the edges of gradient buckets."""
+    if DistributedDataParallel._get_active_ddp_module() is None:
+        return nullcontext()  # torch 2.11's settings are a process's: other threads would see the change
+    return torch._dynamo.config.patch(optimize_ddp=False)
+
+
 class Compiled:
     """A unit, `function(parameters, *tensors)`, compiled whole for tensors of any sizes."""
 
@@ -77,8 +86,7 @@ class Compiled:
         """The unit's outputs, and the way of calls with this signature: None if it is not clear what goes where."""
         state, every = GlobalStateGuard(), [*parameters.values(), *tensors]
         try:
-            # Within DistributedDataParallel Dynamo would cut the unit's graph at the edges of gradient buckets.
-            with torch._dynamo.config.patch(optimize_ddp=False):
+            with _whole():
                 outputs = self.function(parameters, *tensors)
             calls = self.calls.copy()  # those of other threads too
         finally:

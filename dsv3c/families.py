@@ -146,8 +146,9 @@ def _body_forward(body: nn.Module) -> Callable:
             kwargs["attention_mask"] = _CAUSAL
             args = args[:1]
         elif compiled and (mask := kwargs.get("attention_mask")) is not None and kwargs.get("past_key_values") is None:
-            tokens = next(x for x in (*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None)
-            if written_out(mask, tokens.shape[1]):
+            inputs = (*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds")))
+            tokens = next((x for x in inputs if x is not None), None)
+            if tokens is not None and written_out(mask, *tokens.shape[:2]):
                 kwargs["attention_mask"] = _CAUSAL
         return eager(body, *args, **kwargs)
 
@@ -155,22 +156,27 @@ def _body_forward(body: nn.Module) -> Callable:
 
 
 class _WrittenOut:
-    """Whether a mask is bool [.., T, T], of four dimensions, and causal. To ask is to wait for the GPU, so that each
-    tensor is asked once."""
+    """Whether a mask is bool [1 or B, 1, T, T] and causal. To ask is to wait for the GPU, so that each tensor is asked
+    once, and none after one that is not. A change that torch does not count (through `.data`, or memory shared with
+    numpy) goes unnoticed."""
 
     def __init__(self) -> None:
         self.asked = WeakTensorKeyDictionary()  # version and answer
+        self.asks = True
 
     @torch._dynamo.disable
-    def __call__(self, mask: Tensor, tokens: int) -> bool:
-        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[2:] != (tokens, tokens):
+    def __call__(self, mask: Tensor, batch: int, tokens: int) -> bool:
+        if mask.dtype != torch.bool or mask.shape not in ((1, 1, tokens, tokens), (batch, 1, tokens, tokens)):
             return False
-        if mask.is_inference() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return False  # it has no version; nobody can wait
+        if type(mask) is not Tensor or mask.device.type not in ("cpu", "cuda") or mask.is_inference():
+            return False  # nothing to read; no version
         version, answer = self.asked.get(mask, (None, False))
-        if version != mask._version:
-            answer = bool((mask == torch.ones_like(mask[0, 0]).tril()).all())
-            self.asked[mask] = mask._version, answer
+        if version == mask._version:
+            return answer
+        if not self.asks or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        self.asks = answer = bool((mask == mask.new_ones(tokens, tokens).tril()).all())
+        self.asked[mask] = mask._version, answer
         return answer
 
 

@@ -89,8 +89,8 @@ class Implementation:
 
 Choice = tuple[Implementation, Config]
 
-# What a library has to be faster by: its first call costs the host 200 µs where ours costs 60, others 8 µs more, since
-# they cannot be replayed (H200; one MoE whose first product is ours: 1.2 % less time).
+# What a library has to be faster by: its first call costs the host 200 µs where ours costs 60 (H200; one MoE whose
+# first product is ours: 1.2 % less time).
 LIBRARY = 1.03
 
 # Operator -> its kernel files. The first also has `default(problem) -> (name, config)`, the rule without a table.

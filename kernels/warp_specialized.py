@@ -363,8 +363,9 @@ def _launch(
     M, K, N = len(out), x_fp8.shape[1], w_fp8.shape[-2]
     x_fp8, w_fp8 = gemm.aligned(x_fp8), gemm.aligned(w_fp8.contiguous()).reshape(-1, K)
     num_m = ceil_div(M, ROWS) if tiles is None else tiles.shape[1]
-    num_n = ceil_div(N, COLUMNS.value if tiles is not None or config.band == 0 else PART.value)
-    grid = (min(num_m * num_n, max(gemm.multiprocessors() // config.cluster, 1)),)
+    parts = 3 if tiles is None and config.band else 1
+    programs = num_m * ceil_div(N, COLUMNS.value) * parts
+    grid = (min(programs, max(gemm.multiprocessors() // config.cluster, 1)),)
     _warp_specialized_gemm_kernel[grid](
         Descriptor(x_fp8, (ROWS, TILE), FP8_TILES),
         Descriptor(w_fp8, (PART.value // config.cluster, TILE), FP8_TILES),

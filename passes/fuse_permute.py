@@ -155,8 +155,10 @@ def _unpermute(total: fx.Node, y: fx.Node, sort: fx.Node, weights: fx.Node | Non
 
 
 def _like(term, other: fx.Node) -> bool:
-    same = isinstance(term, fx.Node) and value(term).shape == value(other).shape
-    return same and value(term).dtype == value(other).dtype
+    """Whether it can be added as it lies."""
+    if not isinstance(term, fx.Node) or value(term).shape != value(other).shape:
+        return False
+    return value(term).dtype == value(other).dtype and value(term).stride() == value(other).stride()
 
 
 def _fuse_unpermute_backward(scatter: fx.Node) -> int:

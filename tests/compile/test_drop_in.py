@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from dsv3c import embedding
+from dsv3c import embedding, families
 from dsv3c.capture import Units
 from dsv3c.compiler import compilation_of, compile
 from dsv3c.errors import CompileError, Dsv3cError
@@ -152,6 +152,27 @@ def test_a_causal_mask_written_out_is_no_mask(make_their_model, compiled, logits
     masked(causal)  # right, which without a mask it would not be
     with pytest.raises(RuntimeError), torch.no_grad():
         logits(result, tokens, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool).tril(), use_cache=False)
+
+
+def test_who_is_asked_whether_a_mask_is_causal():
+    """Each tensor once, and none after one that is not: to ask is to wait for the GPU."""
+    causal, known = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril(), families._WrittenOut()
+    assert known(causal, 2, 8)
+    known.asks = False
+    assert known(causal, 2, 8)
+    assert not known(causal.clone(), 2, 8)
+    once = families._WrittenOut()
+    assert not once(causal.triu(-3), 2, 8)
+    assert not once(causal, 2, 8)
+    others = (
+        causal[:0],
+        causal.float(),
+        causal.expand(2, 4, 8, 8),
+        causal.expand(2, 1, 8, 8)[:1, 0],
+        causal.to("meta"),
+    )
+    assert not any(families._WrittenOut()(mask, 2, 8) for mask in others)
+    assert not families._WrittenOut()(causal, 3, 8)
 
 
 def test_within_a_caller_s_torch_compile(model, compiled, logits):
