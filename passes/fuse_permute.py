@@ -150,6 +150,9 @@ def _unpermute(total: fx.Node, y: fx.Node, sort: fx.Node, weights: fx.Node | Non
     flat = [insert(last, aten.view.default, term, [-1, value(y).shape[1]]) for term in terms]
     added, residual = (*flat, None, None)[:2]
     out = insert(last, ops.unpermute.default, y, result_node(sort, 3), weights, added, residual)
+    for key in ("nn_module_stack", "fwd_nn_module_stack"):  # what autograd adds up belongs to no module
+        if key in total.meta:
+            out.meta.setdefault(key, total.meta[key])
     replace(last, out if shape is None else insert(last, aten.view.default, out, shape))
     return 1
 
