@@ -17,7 +17,7 @@ busy, from TFLOPS and clock, of a form that copies 128 scales at once):
 - The L2 cache. Two programs of a cluster, one below the other, each copy half of w's block for both: 79 to 81 %, 8 %
   less time in all; nothing while the scales came late. What is left over of pairs of tiles in each group is computed in
   vain, so groups of few rows stay with single programs. So do dense products, since the loop has become shorter: there
-  clusters are 1 % faster to 3 % slower.
+  clusters were 1 % faster to 6 % slower.
 
 DeepGEMM 2.6.1 had 84 % there and took 5 % less time. The copy engine faults unless it begins at 16 bytes, so here it
 copies 256 scales from a multiple of four rows on.

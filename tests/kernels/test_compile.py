@@ -30,8 +30,8 @@ def test_compiles_for_sm_90(name):
 def barriers(ptx: str) -> set[int]:
     """Where in shared memory barriers are set up.
 
-    Nothing else may ever lie there: a GPU that interrupts a program for another process's puts back the barriers that
-    it knows of. Triton reuses the memory of a barrier that is not used again.
+    Nothing else may ever lie there: a GPU that interrupts a program for another process's apparently puts back the
+    barriers that it knows of. Triton reuses the memory of a barrier that is not used again.
     """
     registers = set(re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx))
     return {at + i for register, at in added(ptx) if register in registers for i in range(8)}
