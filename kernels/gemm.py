@@ -259,14 +259,6 @@ def gemm_dgrad(
     gemm(dy_fp8, dy_scale_inv, transpose(w_fp8), w_scale_inv.mT, dtype, out)
 
 
-def wide_mm(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype, out: Tensor) -> None:
-    """Launcher of `dsv3c::wide_mm`: cuBLAS."""
-    if dtype == torch.float32:
-        torch.ops.aten.mm.dtype_out(a_MK, b_KN, dtype, out=out)
-    else:
-        torch.mm(a_MK, b_KN, out=out)
-
-
 def launch(x_fp8: Tensor, x_scale_inv: Tensor, w_fp8: Tensor, w_scale_inv: Tensor, out: Tensor, **knobs: int) -> None:
     """Our kernel."""
     config = Config(**knobs)

@@ -24,6 +24,7 @@ FAMILIES = (
     "e5m6",
     "gemm",
     "small_gemm",
+    "wide_mm",
     "grouped_gemm",
     "wgrad",
     "wgrad_specialized",

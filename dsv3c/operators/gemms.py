@@ -132,7 +132,13 @@ define(
     "wgrad",
     _grouped_gemm_wgrad_flops,
 )
-define("wide_mm(Tensor a, Tensor b, ScalarType dtype) -> Tensor", _wide_mm, gemms.wide_mm_ref, "gemm", _wide_mm_flops)
+define(
+    "wide_mm(Tensor a, Tensor b, ScalarType dtype) -> Tensor",
+    _wide_mm,
+    gemms.wide_mm_ref,
+    "wide_mm",
+    _wide_mm_flops,
+)
 _INTO = "Tensor(a!) dw) -> ()"
 define(
     f"gemm_wgrad_accumulate({_WGRAD}, {_INTO}",
