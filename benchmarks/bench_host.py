@@ -48,7 +48,7 @@ class Switch:
 
         signature = capture.signature
         classes[0].__call__, classes[1].__call__ = call, run
-        capture.signature = lambda tensors: signature(tensors) if self.now == "direct" else (object(),)  # new each time
+        capture.signature = lambda *call: signature(*call) if self.now == "direct" else (object(),)  # new each time
 
     def contenders(self, call: Callable) -> dict[str, Callable]:
         def as_one(name: str) -> Callable:

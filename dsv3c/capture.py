@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.func import functional_call
 
-from dsv3c.direct import KEPT, Compiled, Way, allowed, signature
+from dsv3c.direct import KEPT, Compiled, Way, signature
 from dsv3c.errors import Dsv3cError
 from dsv3c.families import LAYERS, OTHERS, Outputs, call_of
 from dsv3c.out_of_memory import watch_backward
@@ -165,14 +165,14 @@ class Units:
 
         # Runs once a module and call, ahead of the GPU: plain lists, and no name that is not needed.
         def run(*tensors: Tensor | None) -> Outputs:
-            every = [*[table[name] for _, table, name in slots], *tensors]
-            key = signature(every)
+            parameters = [table[name] for _, table, name in slots]
+            key = signature(parameters, tensors)
             way = ways.get(key)
             try:
-                if way is not None and way.state.check() and allowed():
-                    return way(every)
-                parameters = {path: table[name] for path, table, name in slots}
-                outputs, way = self._call(module, functions, parameters, tensors)
+                if way is not None and way.conditions.hold(parameters):
+                    return way([*parameters, *tensors])
+                named = {path: table[name] for path, table, name in slots}
+                outputs, way = self._call(module, functions, named, tensors)
             except torch.OutOfMemoryError as error:
                 self.out_of_memory(kind, error, getattr(tensors[0], "grad_fn", None))
                 raise

@@ -7,13 +7,13 @@ which inputs the graph was given and which of its outputs came back, the calls a
 so while somebody watches or changes what torch does: modes, torch.func, a stance of the compiler.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._C._dynamo.guards import GlobalStateGuard
+from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 from torch._dynamo import eval_frame
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,10 +21,24 @@ KEPT = 4096  # signatures of a kind of module; more, and they are forgotten
 PLAIN = (Tensor, nn.Parameter)  # what a subclass does, no signature says
 
 
+class Conditions(NamedTuple):
+    """What decides about a unit besides a call's signature."""
+
+    state: GlobalStateGuard
+    parameters: TensorGuards  # they do not change from call to call, and torch compares faster than Python's tuples do
+
+    @classmethod
+    def now(cls, parameters: Iterable[Tensor]) -> "Conditions":
+        return cls(GlobalStateGuard(), TensorGuards(*parameters, dynamic_dims_sizes=None, dynamic_dims_strides=None))
+
+    def hold(self, parameters: Iterable[Tensor]) -> bool:
+        return self.parameters.check(*parameters) and self.state.check() and allowed()
+
+
 class Way(NamedTuple):
     """What a call does behind Dynamo."""
 
-    state: GlobalStateGuard
+    conditions: Conditions
     made: Callable[..., Sequence]  # the compiled graph
     inputs: list[Any]  # its sizes; None in place of tensors
     sources: list[tuple[int, int]]  # a position among its inputs, and one among the call's tensors
@@ -48,11 +62,12 @@ def allowed() -> bool:
     )
 
 
-def signature(tensors: list[Tensor | None]) -> tuple:
-    """Of a unit's parameters and arguments; what else counts is in a `Way`'s state."""
+def signature(parameters: list[Tensor], tensors: tuple[Tensor | None, ...]) -> tuple:
+    """Of a unit's call; what else counts is in a `Way`'s conditions."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
+        *[p.requires_grad for p in parameters],
         *[x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors],
     )
 
@@ -84,7 +99,7 @@ class Compiled:
 
     def __call__(self, parameters: dict[str, Tensor], *tensors: Tensor | None) -> tuple[Any, Way | None]:
         """The unit's outputs, and the way of calls with this signature: None if it is not clear what goes where."""
-        state, every = GlobalStateGuard(), [*parameters.values(), *tensors]
+        conditions, every = Conditions.now(parameters.values()), [*parameters.values(), *tensors]
         try:
             with _whole():
                 outputs = self.function(parameters, *tensors)
@@ -92,10 +107,10 @@ class Compiled:
         finally:
             self.calls.clear()
         plain = allowed() and all(x is None or type(x) in PLAIN for x in every)
-        return outputs, _way(state, *calls[0], every, outputs) if plain and len(calls) == 1 else None
+        return outputs, _way(conditions, *calls[0], every, outputs) if plain and len(calls) == 1 else None
 
 
-def _way(state: GlobalStateGuard, made, given: tuple, found: Sequence, tensors: list, outputs: Any) -> Way | None:
+def _way(conditions: Conditions, made, given: tuple, found: Sequence, tensors: list, outputs: Any) -> Way | None:
     single = isinstance(outputs, Tensor)
     there, results = [x for x in tensors if x is not None], [outputs] if single else list(outputs)
     passed = [(position, x) for position, x in enumerate(given) if isinstance(x, Tensor)]
@@ -106,4 +121,4 @@ def _way(state: GlobalStateGuard, made, given: tuple, found: Sequence, tensors: 
         return None
     inputs = [None if isinstance(x, Tensor) else x for x in given]
     sources = [(position, places[id(x)]) for position, x in passed]
-    return Way(state, made, inputs, sources, [positions[id(x)] for x in results], single)
+    return Way(conditions, made, inputs, sources, [positions[id(x)] for x in results], single)

@@ -55,17 +55,19 @@ class QuantizedWeights:
 
         Runs in each call of each layer, ahead of the GPU.
         """
-        keys, size = [tuple(map(id, stack)) for stack in stacks], 4 if training else 2
-        found = [self.copies.get(key) for key in keys]
-        stale = [
-            (key, stack)
-            for key, stack, copy in zip(keys, stacks, found, strict=True)
-            if copy is None or len(copy.tensors) < size or not copy.is_fresh(stack)
-        ]
-        if stale:
-            del found  # their memory first
-            self._make(stale, training)
-        return [tensor for key in keys for tensor in self.copies[key].tensors[:size]]
+        size, stale, found = 4 if training else 2, [], []
+        for stack in stacks:
+            key = tuple(map(id, stack))
+            copy = self.copies.get(key)
+            if copy is None or len(copy.tensors) < size or not copy.is_fresh(stack):
+                stale.append((key, stack))
+            else:
+                found += copy.tensors[:size]
+        if not stale:
+            return found
+        del found, copy  # their memory first
+        self._make(stale, training)
+        return self.copies_of(stacks, training=training)
 
     def _make(self, stale: list[tuple[tuple[int, ...], Sequence[Tensor]]], training: bool) -> None:
         copies = self.copies

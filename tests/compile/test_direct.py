@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3c import capture
 from dsv3c.compiler import compilation_of
-from dsv3c.direct import Compiled, allowed, signature
+from dsv3c.direct import Compiled, Conditions, allowed, signature
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
 
@@ -156,7 +156,7 @@ def test_what_looks_like_a_remembered_call(other):
     compiled = Compiled(lambda parameters, x: x * 2, lambda gm, inputs: gm.forward)
     x = torch.ones(3)
     _, way = compiled({}, x)
-    key = signature([x])
+    key = signature([], (x,))
     assert way is not None
     assert allowed()
     if other == "subclass":
@@ -164,10 +164,10 @@ def test_what_looks_like_a_remembered_call(other):
         class Own(torch.Tensor):
             __torch_function__ = torch._C._disabled_torch_function_impl
 
-        assert signature([x.as_subclass(Own)]) != key
+        assert signature([], (x.as_subclass(Own),)) != key
     elif other == "dtype":
-        assert signature([x.to(torch.float16)]) != key
-        assert signature([x.int()]) != key
+        assert signature([], (x.to(torch.float16),)) != key
+        assert signature([], (x.int(),)) != key
     elif other == "modes":
         for mode in (torch.device("cpu"), FlopCounterMode(display=False)):
             with mode:
@@ -178,6 +178,30 @@ def test_what_looks_like_a_remembered_call(other):
     else:
         with torch.compiler.set_stance("force_eager"):
             assert not allowed()
+
+
+def test_what_looks_like_remembered_parameters():
+    class Own(nn.Parameter):
+        pass
+
+    weight, bias = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))
+    conditions = Conditions.now([weight, bias])
+    assert conditions.hold([weight, bias])
+    assert conditions.hold([nn.Parameter(torch.zeros(3, 3)), bias])
+    others = [
+        Own(torch.ones(3, 3)),
+        nn.Parameter(torch.ones(3, 3).double()),
+        nn.Parameter(torch.ones(3, 4)),
+        nn.Parameter(torch.ones(3, 3).t()),
+        nn.Parameter(torch.ones(3, 3, device="meta")),
+        nn.Parameter(torch.ones(3, 3), requires_grad=False),
+        torch.ones(3, 3, requires_grad=True),
+    ]
+    others[3].data = torch.ones(3, 6)[:, ::2]
+    for other in others:
+        assert not conditions.hold([other, bias])
+    weight.data = weight.data.half()  # the same object
+    assert not conditions.hold([weight, bias])
 
 
 def test_one_tensor_in_two_places_is_not_remembered(dense, through_dynamo):

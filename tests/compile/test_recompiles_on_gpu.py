@@ -2,6 +2,7 @@
 not in Inductor, not in Triton."""
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -34,12 +35,25 @@ class Compilations:
         }
 
 
+def forget_kernels() -> None:
+    """As in a new process, whatever tests ran in this one."""
+    from dsv3c.kernels import implementations, launch, offline
+
+    implementations._prepared.clear()
+    for family in offline.FAMILIES:
+        for kernel in vars(import_module(f"dsv3c.kernels.{family}")).values():
+            if isinstance(getattr(kernel, "run", None), launch._Launcher):
+                kernel.device_caches.clear()
+                kernel.run.loaded.clear()
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     from triton import knobs
 
     torch._dynamo.reset()
     counters.clear()
+    forget_kernels()
     found = Compilations()
     monkeypatch.setattr(knobs.compilation, "listener", found.kernel)
     return found
