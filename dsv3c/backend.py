@@ -17,6 +17,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.source import LocalSource
 from torch._functorch import config as functorch_config
 from torch._guards import detect_fake_mode
@@ -100,7 +101,7 @@ class Backend:
         self.calls += 1
         gm = _own_copy(gm)
         stacks, example_inputs = self.prepare(gm, example_inputs)
-        compiled = self.lower(gm, example_inputs)
+        compiled = innermost_fn(self.lower(gm, example_inputs))  # Dynamo will wrap ours; once is enough
         if not stacks:
             return compiled
 

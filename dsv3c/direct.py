@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 from torch._dynamo import eval_frame
 from torch.nn.parallel import DistributedDataParallel
@@ -59,6 +60,7 @@ def allowed() -> bool:
         torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and eval_frame._stance.stance == "default"
+        and not get_eval_frame_callback()  # a caller's torch.compile, which would trace what the backend made
     )
 
 
