@@ -29,7 +29,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dsv3c import passes
+from dsv3c import ahead, passes
 from dsv3c.capture import Unit, quantizable, tensors_of, varying
 from dsv3c.families import call_of
 from dsv3c.kernels.attention import deterministic_algorithms
@@ -102,11 +102,12 @@ class Backend:
         gm = _own_copy(gm)
         stacks, example_inputs = self.prepare(gm, example_inputs)
         compiled = innermost_fn(self.lower(gm, example_inputs))  # Dynamo will wrap ours; once is enough
-        if not stacks:
-            return compiled
 
         def with_weights(*inputs):
-            return compiled(*inputs, *self.copies_of([[inputs[i] for i in stack] for stack in stacks]))
+            if stacks:
+                inputs += tuple(self.copies_of([[inputs[i] for i in stack] for stack in stacks]))
+            with ahead.begin(inputs):
+                return compiled(*inputs)
 
         return with_weights
 

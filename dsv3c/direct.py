@@ -18,6 +18,8 @@ from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 from torch._dynamo import eval_frame
 from torch.nn.parallel import DistributedDataParallel
 
+from dsv3c.ahead import Front
+
 KEPT = 4096  # signatures of a kind of module; more, and they are forgotten
 PLAIN = (Tensor, nn.Parameter)  # what a subclass does, no signature says
 
@@ -45,12 +47,14 @@ class Way(NamedTuple):
     sources: list[tuple[int, int]]  # a position among its inputs, and one among the call's tensors
     results: list[int]  # positions among its outputs
     single: bool
+    front: Front
 
     def __call__(self, tensors: list[Tensor | None]) -> Tensor | tuple[Tensor, ...]:
         inputs = self.inputs.copy()
         for position, source in self.sources:
             inputs[position] = tensors[source]
-        outputs = self.made(*inputs)
+        with self.front:
+            outputs = self.made(*inputs)
         return outputs[self.results[0]] if self.single else tuple([outputs[position] for position in self.results])
 
 
@@ -123,4 +127,4 @@ def _way(conditions: Conditions, made, given: tuple, found: Sequence, tensors: l
         return None
     inputs = [None if isinstance(x, Tensor) else x for x in given]
     sources = [(position, places[id(x)]) for position, x in passed]
-    return Way(conditions, made, inputs, sources, [positions[id(x)] for x in results], single)
+    return Way(conditions, made, inputs, sources, [positions[id(x)] for x in results], single, Front())

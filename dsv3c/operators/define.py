@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dsv3c import ahead
 from dsv3c.errors import Dsv3cError
 from dsv3c.numerics import E4M3, MIN_AMAX_FLOOR, TILE, ceil_div
 
@@ -78,6 +79,9 @@ def define(schema: str, allocate: Callable, definition: Callable, kernels: str, 
     name = schema.partition("(")[0]
 
     def cpu(*args):
+        started = ahead.result(name, args)
+        if started is not None:
+            return started
         allocate(*args)
         return definition(*args)
 
@@ -88,7 +92,8 @@ def define(schema: str, allocate: Callable, definition: Callable, kernels: str, 
         return Replay(allocate, getattr(import_module(f"dsv3c.kernels.{kernels}"), name))
 
     def cuda(*args):
-        return launcher()(*args)
+        started = ahead.result(name, args)
+        return launcher()(*args) if started is None else started
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, cpu, "CPU")

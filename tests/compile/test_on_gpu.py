@@ -87,3 +87,20 @@ def test_attention_and_its_gradients(masked, deterministic):
     ):
         assert ours.stride() == torch.empty_like(ours.transpose(1, 2).contiguous()).transpose(1, 2).stride()
         assert distance(ours, truth)[0] <= MODEL_DISTANCE_BF16 * distance(reference, truth)[0]
+
+
+def test_what_a_moe_layer_begins_with_is_started_first(gpu_model):
+    """Up to its first long product, through Inductor's code; the same bits as in the call that went through Dynamo."""
+    alone, x = dsv3c.compile(gpu_model.model.layers[-1].mlp, precision="fp8"), torch.randn(1, 640, 1024, device="cuda")
+    x, results = x.bfloat16(), []
+    for _ in range(4):
+        alone.zero_grad()
+        out = alone(x)
+        out.backward(x)
+        results.append([out.detach(), *(p.grad for p in alone.parameters() if p.grad is not None)])
+    ((way,),) = (ways.values() for ways in compilation_of(alone).units.ways.values())
+    names = [step.operator._schema.name.removeprefix("dsv3c::") for step in way.front.steps]
+    assert names == ["quantize_tile", "gemm", "swiglu_quantize_save", "gemm", "wide_mm", "gate", "sort_by_expert",
+                     "permute", "grouped_gemm"]  # fmt: skip
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))

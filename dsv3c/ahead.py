@@ -1,0 +1,167 @@
+"""The operators that a unit begins with are started before torch comes to call them.
+
+When a call begins and the GPU is idle, the host is what takes the time: torch's wrappers around a unit's graph (200 µs
+on an H200's host), and then what lies between its operators. The operators at the front need nothing of that: their
+operands are the unit's inputs, or what those before them returned. A unit's call is watched once. From then on its
+front is started first, and each operator is handed its result when the graph calls it with just those operands. Since
+a front ends where anything else runs, nothing can have written to an operand in between.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+LONGEST = 10  # operators; those in front of a MoE layer's first long product are eight
+DEVICES = ("cuda",)  # on a CPU there is nothing to be ahead of, and what Inductor made for it is not seen
+
+_here = threading.local()  # .front: of the unit that this thread calls; .started: operators without their results
+_watching = threading.Lock()
+_reinterpret = torch._C._dynamo.guards._reinterpret_tensor
+
+
+class _View(NamedTuple):
+    """All of an input, or of what an operator returned."""
+
+    source: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+class _Step(NamedTuple):
+    operator: Callable
+    args: list  # with views in place of tensors
+
+
+class _Started(NamedTuple):
+    name: str
+    args: list
+    result: Any
+
+
+class Front:
+    """Of a unit, in calls with one signature: the operators that it begins with, None before a call was watched."""
+
+    steps: list[_Step] | None = None
+
+    def __enter__(self) -> None:
+        _here.front = self
+
+    def __exit__(self, *_) -> None:
+        _here.front = None
+
+
+def begin(inputs: Sequence) -> AbstractContextManager:
+    """Around the graph of the unit that is called, with all of its inputs."""
+    front = getattr(_here, "front", None)
+    if front is not None and front.steps is None:
+        if not all(x.device.type in DEVICES for x in _tensors(inputs)):
+            front.steps = []
+        elif _watching.acquire(blocking=False):  # else by another thread, and this one in a later call
+            return _Watch(front, inputs)
+    return _Start(front.steps, inputs) if front is not None and front.steps else nullcontext()
+
+
+def result(name: str, args: tuple) -> Any:
+    """What operator `name` returns for `args`, if it was started; else None. What was started and is not called next
+    is forgotten."""
+    started = getattr(_here, "started", None)
+    if not started:
+        return None
+    first = started.popleft()
+    if first.name == name and len(first.args) == len(args) and all(map(_same, first.args, args)):
+        return first.result
+    started.clear()
+    return None
+
+
+class _Start:
+    def __init__(self, steps: list[_Step], inputs: Sequence) -> None:
+        self.steps, self.inputs = steps, inputs
+
+    def __enter__(self) -> None:
+        tensors, started = _tensors(self.inputs), deque()
+        for operator, views in self.steps:
+            args = [
+                _reinterpret(tensors[arg.source], arg.shape, arg.strides, 0) if type(arg) is _View else arg
+                for arg in views
+            ]
+            out = operator(*args)
+            tensors += _tensors(out)
+            started.append(_Started(operator._schema.name.removeprefix("dsv3c::"), args, out))
+        _here.started = started
+
+    def __exit__(self, *_) -> None:
+        _here.started = None
+
+
+class _Watch(TorchDispatchMode):
+    """Finds a front. Kernels of Inductor's are no operators: they are seen where they are launched."""
+
+    def __init__(self, front: Front, inputs: Sequence) -> None:
+        super().__init__()
+        self.front, self.tensors, self.steps, self.open = front, _tensors(inputs), [], True
+
+    def __enter__(self) -> "_Watch":
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        self.kernels, self.run = CachingAutotuner, CachingAutotuner.run
+
+        def launched(kernel, *args, **kwargs):
+            self.open = False
+            return self.run(kernel, *args, **kwargs)
+
+        CachingAutotuner.run = launched
+        return super().__enter__()
+
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
+        self.kernels.run = self.run
+        self.front.steps = self.steps
+        _watching.release()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        step = self._step(func, args, kwargs) if self.open else None
+        self.open = self.open and (step is not None or func.is_view)
+        out = func(*args, **(kwargs or {}))
+        if step is not None:
+            self.steps.append(step)
+            self.tensors += _tensors(out)
+        return out
+
+    def _step(self, func, args: tuple, kwargs: dict | None) -> _Step | None:
+        if func.namespace != "dsv3c" or func._schema.is_mutable or kwargs or len(self.steps) == LONGEST:
+            return None
+        views = [self._view(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        tensors = sum(isinstance(arg, (Tensor, list)) for arg in args)
+        return _Step(func, views) if sum(type(view) is _View for view in views) == tensors else None
+
+    def _view(self, x: Tensor) -> _View | None:
+        """Of the same memory, all of it, as the same type."""
+        for source, of in enumerate(self.tensors):
+            if (of.data_ptr(), of.numel(), of.dtype) == (x.data_ptr(), x.numel(), x.dtype) and _dense(of) and _dense(x):
+                return _View(source, x.shape, x.stride())
+        return None
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in ([values] if isinstance(values, Tensor) else values) if isinstance(x, Tensor)]
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether its numbers lie in consecutive memory, in some order."""
+    return (
+        x.numel() > 0 and 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) == x.numel()
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Operands: the same values, or the same memory seen the same way."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and a == b
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
