@@ -11,14 +11,20 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LONGEST = 10  # operators; those in front of a MoE layer's first long product are eight
+ALIGNMENT = 16  # bytes: how a call is done depends on whether addresses are multiples of it
 DEVICES = ("cuda",)  # on a CPU there is nothing to be ahead of, and what Inductor made for it is not seen
+
+# Operator -> what finds out for arguments on a GPU how a call like it is done, if that is known (kernels/replay.py).
+known: dict[str, Callable[[tuple], Callable[[tuple], Any] | None]] = {}
 
 _here = threading.local()  # .front: of the unit that this thread calls; .started: operators without their results
 _watching = threading.Lock()
@@ -26,21 +32,28 @@ _reinterpret = torch._C._dynamo.guards._reinterpret_tensor
 
 
 class _View(NamedTuple):
-    """All of an input, or of what an operator returned."""
+    """All of an input, or of what an operator returned, in this shape or as it is."""
 
     source: int
-    shape: torch.Size
-    strides: tuple[int, ...]
+    shape: torch.Size | None = None
+    strides: tuple[int, ...] = ()
+
+    def of(self, tensors: list[Tensor]) -> Tensor:
+        x = tensors[self.source]
+        return x if self.shape is None else _reinterpret(x, self.shape, self.strides, 0)
 
 
-class _Step(NamedTuple):
-    operator: Callable
+@dataclass
+class _Step:
+    name: str
+    operator: OpOverload
     args: list  # with views in place of tensors
+    run: Callable[[tuple], Any] | None = None  # of such arguments, without a look at them
 
 
 class _Started(NamedTuple):
     name: str
-    args: list
+    args: tuple
     result: Any
 
 
@@ -86,14 +99,19 @@ class _Start:
 
     def __enter__(self) -> None:
         tensors, started = _tensors(self.inputs), deque()
-        for operator, views in self.steps:
-            args = [
-                _reinterpret(tensors[arg.source], arg.shape, arg.strides, 0) if type(arg) is _View else arg
-                for arg in views
-            ]
-            out = operator(*args)
+        cuda = tensors[0].is_cuda
+        if cuda and tensors[0].get_device() != torch.cuda.current_device():
+            return  # the graph would make it the current one
+        aligned = not any(x.data_ptr() % ALIGNMENT for x in tensors)
+        for step in self.steps:
+            args = tuple([arg.of(tensors) if type(arg) is _View else arg for arg in step.args])
+            if step.run is not None and aligned:
+                out = step.run(args)
+            else:
+                out = step.operator(*args)
+                step.run = known[step.name](args) if cuda and aligned else None
             tensors += _tensors(out)
-            started.append(_Started(operator._schema.name.removeprefix("dsv3c::"), args, out))
+            started.append(_Started(step.name, args, out))
         _here.started = started
 
     def __exit__(self, *_) -> None:
@@ -139,13 +157,15 @@ class _Watch(TorchDispatchMode):
             return None
         views = [self._view(arg) if isinstance(arg, Tensor) else arg for arg in args]
         tensors = sum(isinstance(arg, (Tensor, list)) for arg in args)
-        return _Step(func, views) if sum(type(view) is _View for view in views) == tensors else None
+        name = func._schema.name.removeprefix("dsv3c::")
+        return _Step(name, func, views) if sum(type(view) is _View for view in views) == tensors else None
 
     def _view(self, x: Tensor) -> _View | None:
         """Of the same memory, all of it, as the same type."""
         for source, of in enumerate(self.tensors):
             if (of.data_ptr(), of.numel(), of.dtype) == (x.data_ptr(), x.numel(), x.dtype) and _dense(of) and _dense(x):
-                return _View(source, x.shape, x.stride())
+                alike = (of.shape, of.stride(), of.requires_grad) == (x.shape, x.stride(), False)
+                return _View(source) if alike else _View(source, x.shape, x.stride())
         return None
 
 

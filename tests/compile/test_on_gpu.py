@@ -99,8 +99,9 @@ def test_what_a_moe_layer_begins_with_is_started_first(gpu_model):
         out.backward(x)
         results.append([out.detach(), *(p.grad for p in alone.parameters() if p.grad is not None)])
     ((way,),) = (ways.values() for ways in compilation_of(alone).units.ways.values())
-    names = [step.operator._schema.name.removeprefix("dsv3c::") for step in way.front.steps]
-    assert names == ["quantize_tile", "gemm", "swiglu_quantize_save", "gemm", "wide_mm", "gate", "sort_by_expert",
-                     "permute", "grouped_gemm"]  # fmt: skip
+    assert all(step.run for step in way.front.steps)  # without a look at their arguments, from the fourth call on
+    names = [step.name for step in way.front.steps]
+    assert names[:5] == ["quantize_tile", "gemm", "swiglu_quantize_save", "gemm", "wide_mm"]
+    assert names[5:] == ["gate", "sort_by_expert", "permute", "grouped_gemm"]
     for found in results[1:]:
         assert all(map(torch.equal, found, results[0]))

@@ -252,6 +252,20 @@ class TestReplay:
             assert torch.equal(operator(x, 0.5), 0.5 * x)
             assert operator.asked == min(turn + 1, 2)
 
+    def test_a_known_call_is_done_without_a_look(self, monkeypatch):
+        operator, x = Operator(scaled), torch.randn(3, 5)
+        for _ in range(2):
+            assert operator.known((x, 0.5)) is None
+            operator(x, 0.5)
+        call = operator.known((x, 0.5))
+        x = torch.randn(3, 5)
+        assert torch.equal(call((x, 0.5)), 0.5 * x)
+        assert operator.asked == 2
+        assert operator.known((torch.ones(16)[1:].view(3, 5), 0.5)) is None
+        monkeypatch.setattr(replay, "hooked", lambda: True)
+        assert torch.equal(call((x, 0.5)), 0.5 * x)
+        assert operator.asked == 3
+
     @pytest.mark.parametrize(
         "other",
         [
