@@ -441,7 +441,7 @@ class DeepseekV3(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """All layers but the MTP one, and the final norm; and their routing."""
         routing = []
-        for index, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
+        for index, layer in zip(range(self.config.num_hidden_layers), self.model.layers, strict=False):
             x_BTD, latent_BTL, *routed = layer(x_BTD, *where, cache.past(index) if cache is not None else None)
             routing += [tuple(routed)] if routed else []
             if cache is not None:
