@@ -123,9 +123,8 @@ def loss_parity(
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     draw(curves, output / "curves.png")
     print(tabulate(found, headers="keys", floatfmt=".5f"))
-    print(
-        f"{summary['linear_flops_in_fp8']:.1%} of the linear layers' FLOPs in FP8; curves in {output}; text {digest or 'unknown'}"
-    )
+    share = f"{summary['linear_flops_in_fp8']:.1%} of the linear layers' FLOPs in FP8"
+    print(f"{share}; curves in {output}; text {digest or 'unknown'}")
     if not summary["passed"]:
         raise typer.Exit(1)
 
