@@ -33,7 +33,8 @@ import dsv3c
 from dsv3c.benchmarks.training import VOCABULARY, Trainer, batches, text
 from dsv3c.config import ModelConfig
 from dsv3c.errors import Dsv3cError
-from dsv3c.model import DeepseekV3, Experts
+from dsv3c.layers import Experts
+from dsv3c.model import DeepseekV3
 from dsv3c.numerics import Recipe
 from dsv3c.passes.contract import Level, Tier
 from dsv3c.passes.pipeline import default

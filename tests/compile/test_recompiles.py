@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from dsv3c.cache import LatentCache
 from dsv3c.compiler import compilation_of
-from dsv3c.model import LatentCache
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
 
