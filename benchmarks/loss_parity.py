@@ -11,7 +11,8 @@ forward's rounding alone, of which activations and weights, attention and MLPs a
 
 It passes if, for every seed, FP8's mean loss over the last tenth of the steps is within 0.25 % of eager's (the report's
 bound, section 3.3), without a spike that eager does not have, and the shifted run does not pass. Each run writes a CSV
-at its end, and is not run again while that is there.
+at its end, and is not run again while that is there; the text's hash is kept beside them, so that the verdict can be
+had anywhere (`-o benchmarks/results/loss_parity`), and runs on another text are refused.
 """
 
 import csv
@@ -32,7 +33,8 @@ import dsv3c
 from dsv3c.benchmarks.training import VOCABULARY, Trainer, batches, text
 from dsv3c.config import ModelConfig
 from dsv3c.errors import Dsv3cError
-from dsv3c.model import DeepseekV3, Experts
+from dsv3c.layers import Experts
+from dsv3c.model import DeepseekV3
 from dsv3c.numerics import Recipe
 from dsv3c.passes.contract import Level, Tier
 from dsv3c.passes.pipeline import default
@@ -98,18 +100,20 @@ def loss_parity(
         raise Dsv3cError(f"--only: expected one of {', '.join(runs)}, found {only!r}")
     output.mkdir(parents=True, exist_ok=True)
     files = {run: output / f"{size}-{steps}-{run}.csv" for run in runs}  # what another setting left is not taken for it
-    for run in [only] if only else runs:
-        if not files[run].exists():
-            train(SIZES[size], run, steps, files[run])
+    of_text, tokens = output / f"{size}-{steps}.sha256", steps * SIZES[size].batch * SIZES[size].tokens
+    if missing := [run for run in ([only] if only else runs) if not files[run].exists()]:
+        keep_hash(of_text, text(tokens)[1])
+    for run in missing:
+        train(SIZES[size], run, steps, files[run])
     if only:
         return
     curves = {run: read(file) for run, file in files.items()}
-    _, digest = text(steps * SIZES[size].batch * SIZES[size].tokens)
+    digest = of_text.read_text().strip() if of_text.exists() else None
     found = verdict(curves)
     config = SIZES[size].config
     summary = {
         "steps": steps,
-        "tokens": steps * SIZES[size].batch * SIZES[size].tokens,
+        "tokens": tokens,
         "text_sha256": digest,
         "parameters": _parameters(config),
         "linear_flops_in_fp8": flops_in_fp8(config),
@@ -120,9 +124,17 @@ def loss_parity(
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     draw(curves, output / "curves.png")
     print(tabulate(found, headers="keys", floatfmt=".5f"))
-    print(f"{summary['linear_flops_in_fp8']:.1%} of the linear layers' FLOPs in FP8; curves in {output}; text {digest}")
+    share = f"{summary['linear_flops_in_fp8']:.1%} of the linear layers' FLOPs in FP8"
+    print(f"{share}; curves in {output}; text {digest or 'unknown'}")
     if not summary["passed"]:
         raise typer.Exit(1)
+
+
+def keep_hash(path: Path, digest: str) -> None:
+    """Raises Dsv3cError if the curves beside `path` are of another text."""
+    if path.exists() and (found := path.read_text().strip()) != digest:
+        raise Dsv3cError(f"{path}: expected {digest}, this machine's text, found {found}; try another -o")
+    path.write_text(f"{digest}\n")
 
 
 def train(size: Size, run: str, steps: int, path: Path) -> None:

@@ -20,9 +20,9 @@ from dsv3c.benchmarks.gate import Check, median_row_distance
 from dsv3c.benchmarks.workloads import Model, Workload, check_memory
 from dsv3c.compiler import compilation_of, compile
 from dsv3c.kernels.reference.casts import quantize_weights_ref
+from dsv3c.layers import at_least_float32
 from dsv3c.losses import cross_entropy
 from dsv3c.main_grad import MainGradOptimizer
-from dsv3c.model import at_least_float32
 from dsv3c.numerics import (
     MODEL_DISTANCE,
     MODEL_DISTANCE_BF16,

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3c.errors import Dsv3cError
+from dsv3c.layers import Router
 from dsv3c.losses import mtp_loss, sequence_balance_loss, update_bias
 from dsv3c.main_grad import MainGradOptimizer
-from dsv3c.model import Router
 
 VOCABULARY = 256
 WARM_UP = 3  # steps in front of the capture: compilation, libraries' workspaces, the optimizer's state

@@ -34,7 +34,7 @@ from dsv3c.config import ModelConfig
 from dsv3c.errors import ArtifactError
 from dsv3c.families import call_of
 from dsv3c.fp8_weights import recipe_of
-from dsv3c.model import DecoderLayer, RMSNorm, Rotary
+from dsv3c.layers import DecoderLayer, RMSNorm, Rotary
 from dsv3c.passes import Pipeline, default
 from dsv3c.pricing import price
 from dsv3c.report import EAGER, Report, UnitReport

@@ -28,7 +28,8 @@ from dsv3c import shards
 from dsv3c.config import ModelConfig, preset
 from dsv3c.errors import CheckpointError
 from dsv3c.fp8_weights import FP8_CONFIG, Float8Experts, keep_in_fp8, quantized_modules, recipe_of
-from dsv3c.model import DeepseekV3, Experts, Router
+from dsv3c.layers import Experts, Router
+from dsv3c.model import DeepseekV3
 from dsv3c.numerics import E4M3, TILE, Recipe, ceil_div
 from dsv3c.shards import DTYPES, Entry
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dsv3c.cache import PagedCache
-from dsv3c.model import DeepseekV3, at_least_float32
+from dsv3c.layers import at_least_float32
+from dsv3c.model import DeepseekV3
 from dsv3c.numerics import ceil_div
 from dsv3c.operators.mla_decode import PAGE
 from dsv3c.weights import QuantizedWeights

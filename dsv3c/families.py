@@ -135,21 +135,28 @@ def adapt(model: nn.Module) -> None:
 
 def _body_forward(body: nn.Module) -> Callable:
     """Called with tokens alone, DeepseekV3Model waits for the GPU: are the positions that it has just counted up those
-    of several packed sequences? A mask of four dimensions it takes for a finished one, and hands it to the layers.
-    Which the caller's own may be, and causal; attention is faster if it knows."""
+    of several packed sequences? A mask of four dimensions it takes for a finished one, and hands it to the layers;
+    positions that it is given it does not count, which takes it longer. The caller's own mask may be a finished one,
+    and causal; attention is faster if it knows."""
     eager, written_out = type(body).forward, _WrittenOut()
 
     def forward(*args, **kwargs):
         given = [*args[1:], *map(kwargs.get, ("attention_mask", "position_ids", "past_key_values"))]
         compiled = body.config._attn_implementation == "sdpa" and all("forward" in vars(x) for x in body.layers)
-        if compiled and all(value is None for value in given):
-            kwargs["attention_mask"] = _CAUSAL
+        inputs = (*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds")))
+        tokens = next((x for x in inputs if x is not None), None) if compiled else None
+        if tokens is None:
+            return eager(body, *args, **kwargs)
+        if all(value is None for value in given):
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            kwargs |= {"attention_mask": _CAUSAL, "position_ids": positions}
             args = args[:1]
-        elif compiled and (mask := kwargs.get("attention_mask")) is not None and kwargs.get("past_key_values") is None:
-            inputs = (*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds")))
-            tokens = next((x for x in inputs if x is not None), None)
-            if tokens is not None and written_out(mask, *tokens.shape[:2]):
-                kwargs["attention_mask"] = _CAUSAL
+        elif (
+            (mask := kwargs.get("attention_mask")) is not None
+            and kwargs.get("past_key_values") is None
+            and written_out(mask, *tokens.shape[:2])
+        ):
+            kwargs["attention_mask"] = _CAUSAL
         return eager(body, *args, **kwargs)
 
     return forward
@@ -224,11 +231,13 @@ class Angles:
 
 
 def _no_view(x: Tensor) -> Tensor:
-    """x, or what it is all of, or a copy: of a view, such as the last tokens alone, Dynamo guards the sizes of what it
-    is a view of."""
+    """x, or all of what it is a view of in the same shape, or a copy: of a view, such as the last tokens alone, Dynamo
+    guards the sizes of what it is a view of."""
     base = x._base
     if base is None or (base.shape, base.stride()) == (x.shape, x.stride()):
         return x if base is None else base
+    if base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous():
+        return torch.ops.aten._unsafe_view.default(x, x.shape)  # the same memory, and no view to autograd
     return x.clone(memory_format=torch.contiguous_format)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import dsv3c.operators  # noqa: F401  (defines torch.ops.dsv3c)
 from dsv3c.config import ModelConfig
-from dsv3c.model import DeepseekV3, Experts
+from dsv3c.layers import Experts
+from dsv3c.model import DeepseekV3
 from dsv3c.numerics import E4M3, TILE, Recipe, ceil_div
 
 # What DeepSeek's checkpoints hold in FP8, and the config's word for it.

@@ -5,6 +5,10 @@ programs read from `groups.tile_map` which rows and which expert are theirs. Til
 engine loads whole tiles, with rows of the next group in them, and the store is masked. Weight gradients contract over
 rows instead; there each group starts at a multiple of 128 (layout of `quantize_tile_t`), with zeros between.
 
+So there is no masked layout for decode, with room for the most rows an expert could get: a captured launch serves
+whatever `offs` holds when it is replayed (`test_in_a_cuda_graph` in tests/kernels/test_on_gpu.py and
+test_warp_specialized.py; most experts without a row: `test_fewer_rows_than_groups`).
+
 Two regimes. All experts of V3 on one GPU have about 128 rows each at 4096 tokens: the weights, read once, are the
 traffic, and tiles should not be much taller than a group. A GPU's share at EP32 is 8 experts with 4096 rows:
 compute-bound.

@@ -2,7 +2,7 @@
 
 H heads of D = nope + 2r features, the last 2r of them rotary; V features of a value; cos and sin [R, r]. A rotation
 turns interleaved pairs (x0, x1), (x2, x3), … by their angles; its result holds all first halves, then all second ones,
-as dsv3c.model's and transformers' (`rope_interleave`) do. It is computed in float32 and rounded once. The inverse takes
+as dsv3c.layers' and transformers' (`rope_interleave`) do. It is computed in float32 and rounded once. The inverse takes
 halves to interleaved pairs: the gradient.
 """
 

@@ -116,6 +116,7 @@ def test_a_whole_run(without_codegen, tmp_path, capsys):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [row["run"] for row in summary["runs"]] == ["eager-0", "exact-0", "fp8-0", "shifted-0"]
     assert summary["tokens"] == 3 * TINY.batch * TINY.tokens
+    assert summary["text_sha256"] == training.text(summary["tokens"])[1]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     losses = {}
     for run in ("eager", "exact", "fp8", "shifted"):
@@ -138,6 +139,31 @@ def test_a_run_is_not_run_again(tmp_path, monkeypatch):
         loss_parity.loss_parity(steps=steps, seeds=1, size="tiny", only="fp8-0", output=tmp_path)
     assert trained == ["tiny-2-fp8-0.csv"]
     assert loss_parity.read(tmp_path / "tiny-1-fp8-0.csv").tolist() == [1.5]
+
+
+def test_runs_on_another_text_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_parity, "train", lambda size, run, steps, path: path.touch())
+    (tmp_path / "tiny-1.sha256").write_text("0" * 64)
+    with pytest.raises(
+        Dsv3cError, match=r"tiny-1.sha256: expected [0-9a-f]{64}, this machine's text, found 0{64}; try"
+    ):
+        loss_parity.loss_parity(steps=1, seeds=1, size="tiny", only="fp8-0", output=tmp_path)
+    assert not (tmp_path / "tiny-1-fp8-0.csv").exists()
+
+
+def test_the_recorded_verdict(tmp_path, monkeypatch):
+    """From the curves in the repository, on any machine."""
+    results = loss_parity.Path(loss_parity.__file__).parent / "results" / "loss_parity"
+    for file in (*results.glob("full-2000-*.csv"), results / "full-2000.sha256"):
+        (tmp_path / file.name).symlink_to(file.resolve())
+    monkeypatch.setattr(loss_parity, "draw", lambda curves, path: None)
+    loss_parity.loss_parity(steps=2000, seeds=3, size="full", only="", output=tmp_path)
+    found, recorded = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path, results))
+    for summary in (found, recorded):
+        for row in summary["runs"]:
+            row |= {what: round(row[what], 9) for what in ("mean_loss", "relative_difference", "spike")}
+    assert found == recorded
+    assert recorded["passed"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dsv3c.artifact import MODES, compile_artifact, kinds, unit_of
 from dsv3c.artifact_check import check_artifact, fp8_linears, fp8_products, merged_linears, parse
 from dsv3c.config import PRESETS, preset
 from dsv3c.errors import ArtifactError, CompileError, ConfigError
-from dsv3c.model import DecoderLayer, Experts
+from dsv3c.layers import DecoderLayer, Experts
 from dsv3c.tuning import cross_compile
 
 V3 = preset("v3-671b")

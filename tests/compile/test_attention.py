@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from dsv3c.cache import LatentCache
 from dsv3c.compiler import compilation_of
-from dsv3c.model import LatentCache
 from dsv3c.numerics import MODEL_DISTANCE_BF16, distance
 from dsv3c.passes import FoldLinear, JoinKeys, RaiseAttention, RaiseGroupedLinear, RaiseRotary, RotateInPlace
 

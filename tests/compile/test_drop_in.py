@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from dsv3c import embedding, families
+from dsv3c.cache import LatentCache
 from dsv3c.capture import Units
 from dsv3c.compiler import compilation_of, compile
 from dsv3c.errors import CompileError, Dsv3cError
 from dsv3c.generation import generate
-from dsv3c.model import DeepseekV3, LatentCache
+from dsv3c.model import DeepseekV3
 from dsv3c.numerics import MODEL_DISTANCE, distance
 from dsv3c.passes import PassError, Tier
 from dsv3c.passes.contract import Level

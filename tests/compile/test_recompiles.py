@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from dsv3c import families
+from dsv3c.cache import LatentCache
 from dsv3c.compiler import compilation_of
-from dsv3c.model import LatentCache
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
 
@@ -85,3 +86,18 @@ def test_depth_costs_no_compilation(make_model, compiled):
             model(torch.randint(0, 256, (1, 6)))
         sizes.append(len(compilation_of(model).backends))
     assert sizes == [5, 5]
+
+
+def test_a_view_of_all_of_a_tensor_is_not_copied():
+    """As positions are; Dynamo would guard the sizes of what any other view is one of."""
+    x = torch.arange(6.0, requires_grad=True) * 1
+    for view, copied in (
+        (x, False), (x[:], False), (x[None], False), (x.expand(1, -1), False), (x.view(2, 3), False),
+        (x.expand(2, -1), True), (x[1:], True), (x.view(2, 3).t(), True),
+    ):  # fmt: skip
+        found = families._no_view(view)
+        assert found._base is None
+        assert (found.data_ptr() != view.data_ptr()) is copied
+        assert torch.equal(found, view)
+        assert found.is_contiguous()
+        assert found.requires_grad

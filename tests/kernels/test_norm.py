@@ -79,7 +79,7 @@ def test_backward(check, shape, added, device):
 
 
 def test_definition_is_torch_s(check):
-    """Forward: dsv3c.model's, bit for bit. Backward: autograd's, in float64."""
+    """Forward: dsv3c.layers', bit for bit. Backward: autograd's, in float64."""
     x, weight = check.varied(9, 256, torch.bfloat16), check.varied(1, 256, torch.bfloat16)[0]
     assert torch.equal(reference.rms_norm(x, weight, EPS)[0], weight * rms_norm(x, (256,), eps=EPS))
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()

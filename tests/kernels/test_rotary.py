@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dsv3c.operators  # noqa: F401
-from dsv3c import model, numerics
+from dsv3c import layers, numerics
 from dsv3c.kernels.reference import rotary as reference
 from dsv3c.kernels.reference.norm import rms_norm
 from dsv3c.numerics import Recipe, rounded_between
@@ -52,9 +52,9 @@ def test_rotate_heads(check, rows, heads, nope, pairs, device):
 
 
 def test_rotation_is_the_model_s():
-    """Forward dsv3c.model's, bit for bit; and the inverse undoes it."""
+    """Forward dsv3c.layers', bit for bit; and the inverse undoes it."""
     x, (cos, sin) = torch.randn(7, 64).bfloat16(), angles(7, 32, "cpu")
-    assert torch.equal(reference.rotate(x, cos, sin).bfloat16(), model.rotate(x, cos, sin))
+    assert torch.equal(reference.rotate(x, cos, sin).bfloat16(), layers.rotate(x, cos, sin))
     x, cos, sin = x.double(), *angles(7, 32, "cpu")
     angle = torch.rand(7, 32, dtype=torch.float64)
     cos, sin = angle.cos(), angle.sin()
@@ -110,7 +110,7 @@ def test_definitions_are_the_model_s_autograd():
     weight = torch.randn(K, dtype=torch.float64, requires_grad=True)
     cos, sin = (t.double() for t in angles(R, pairs, "cpu"))
     normed, rstd = rms_norm(x[:, :K], weight, EPS)
-    rope = model.rotate(x[:, K:], cos, sin)
+    rope = layers.rotate(x[:, K:], cos, sin)
     dnormed, drope = torch.randn(R, K, dtype=torch.float64), torch.randn(R, 2 * pairs, dtype=torch.float64)
     expected = torch.autograd.grad((normed, rope), (x, weight), (dnormed, drope))
     found = reference.latent_backward_ref(dnormed, drope, x.detach(), weight.detach(), cos, sin, rstd.detach())

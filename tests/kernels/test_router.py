@@ -10,7 +10,7 @@ import torch
 import dsv3c
 import dsv3c.operators
 from dsv3c.kernels.reference import router as reference
-from dsv3c.model import Router
+from dsv3c.layers import Router
 from dsv3c.numerics import positive_sum_bound, routing_weight_bound
 
 ops = torch.ops.dsv3c

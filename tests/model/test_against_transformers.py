@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from dsv3c.cache import LatentCache
 from dsv3c.config import ModelConfig, Yarn
 from dsv3c.generation import generate
-from dsv3c.model import DeepseekV3, LatentCache
+from dsv3c.model import DeepseekV3
 from dsv3c.numerics import (
     MODEL_DISTANCE,
     MODEL_DISTANCE_BF16,

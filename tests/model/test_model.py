@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsv3c.cache import LatentCache
 from dsv3c.config import ModelConfig, preset
 from dsv3c.errors import ConfigError, Dsv3cError
-from dsv3c.model import Attention, DecoderLayer, DeepseekV3, Experts, LatentCache, Router, attend, rotary
+from dsv3c.layers import Attention, DecoderLayer, Experts, Router, rotary
+from dsv3c.model import DeepseekV3, attend
 from dsv3c.numerics import distance, experts_rms, reordered_bound, routing_weight_bound
 
 TINY = preset("tiny").with_layers(2)

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dsv3c
 import dsv3c.operators
-from dsv3c.model import MoE
+from dsv3c.layers import MoE
 from dsv3c.numerics import distance, reordered_bound
 from dsv3c.passes.contract import run
 from dsv3c.passes.fuse_permute import FusePermute

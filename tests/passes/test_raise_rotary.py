@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv3c.kernels.reference.rotary import rotate
-from dsv3c.model import rotate as our_rotate
+from dsv3c.layers import rotate as our_rotate
 from dsv3c.numerics import rounded_between, unit_roundoff
 from dsv3c.passes import RaiseRotary
 from dsv3c.passes.contract import run, text
