@@ -163,7 +163,7 @@ class _Watch(TorchDispatchMode):
     def _view(self, x: Tensor) -> _View | None:
         """Of the same memory, all of it, as the same type."""
         for source, of in enumerate(self.tensors):
-            if (of.data_ptr(), of.numel(), of.dtype) == (x.data_ptr(), x.numel(), x.dtype) and _dense(of) and _dense(x):
+            if (of.data_ptr(), of.numel(), of.dtype) == (x.data_ptr(), x.numel(), x.dtype):
                 alike = (of.shape, of.stride(), of.requires_grad) == (x.shape, x.stride(), False)
                 return _View(source) if alike else _View(source, x.shape, x.stride())
         return None
@@ -171,13 +171,6 @@ class _Watch(TorchDispatchMode):
 
 def _tensors(values: Any) -> list[Tensor]:
     return [x for x in ([values] if isinstance(values, Tensor) else values) if isinstance(x, Tensor)]
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether its numbers lie in consecutive memory, in some order."""
-    return (
-        x.numel() > 0 and 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) == x.numel()
-    )
 
 
 def _same(a: Any, b: Any) -> bool:
