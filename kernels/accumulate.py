@@ -1,7 +1,7 @@
 """A gradient in bfloat16, added to its sum in float32: 10 bytes a value.
 
 torch's own addition of two types moves 2.8 TB/s on an H200, this one 4.2, as a copy does, with the same bits (129,280 x
-7168 values: 3284 and 2192 µs).
+7168 values: 3285, 2178 and 2169 µs).
 """
 
 from collections.abc import Iterator
