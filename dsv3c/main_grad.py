@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import dsv3c.operators  # noqa: F401
+
 
 class MainGradOptimizer:
     """An optimizer of `model` whose gradients and weights are float32.
@@ -54,5 +56,10 @@ class MainGradOptimizer:
 
 
 def _add(parameter: Tensor) -> None:
-    parameter.main_grad.add_(parameter.grad)
+    total, gradient = parameter.main_grad, parameter.grad
+    plain = type(gradient) is Tensor and gradient.layout is torch.strided and gradient.dtype == torch.bfloat16
+    if plain and total.is_contiguous() and gradient.is_contiguous() and gradient.device.type in ("cpu", "cuda"):
+        torch.ops.dsv3c.accumulate_(total, gradient)
+    else:
+        total.add_(gradient)
     parameter.grad = None

@@ -36,6 +36,7 @@ FAMILIES = (
     "rotary",
     "cross_entropy",
     "embedding",
+    "accumulate",
     "heads",
     "mla_decode",
     "warp_specialized",

@@ -63,6 +63,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "scale": ("scale_kernel", {}),
     "fill": ("fill_kernel", {}),
     "embedding_backward": ("embedding_backward_kernel", {}),
+    "accumulate": ("accumulate_kernel", {}),
     "cast_queries": ("cast_heads_kernel", {"ROTATE": True}),
     "cast_keys": ("cast_heads_kernel", {"ROTATE": False}),
     "warp_specialized_gemm": ("warp_specialized_gemm_kernel", {"GROUPED": False}),
@@ -127,6 +128,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "dsv3c.linear_cross_entropy.default": ("cross_entropy",),
     "dsv3c.scale_.default": ("scale",),
     "dsv3c.embedding_backward.default": ("fill", "embedding_backward"),
+    "dsv3c.accumulate_.default": ("accumulate",),
 }
 
 

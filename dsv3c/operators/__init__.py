@@ -8,6 +8,7 @@ that were traced.
 """
 
 from dsv3c.operators import (  # noqa: F401
+    accumulate,
     casts,
     cross_entropy,
     embedding,

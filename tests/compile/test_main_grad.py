@@ -45,6 +45,25 @@ def test_small_steps_add_up_in_the_float32_weights(linear):
     assert linear.weight.unique().item() == 1 - 8 * 2.0**-9
 
 
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        torch.ones(4, 4, dtype=torch.bfloat16),
+        torch.arange(16.0).view(4, 4).t().bfloat16(),
+        torch.eye(4).bfloat16().to_sparse(),
+    ],
+    ids=["contiguous", "transposed", "sparse"],
+)
+def test_gradients_of_all_layouts(linear, gradient):
+    MainGradOptimizer(linear, sgd)
+    for _ in range(2):
+        linear.weight.grad = gradient.clone()
+        for hook in linear.weight._post_accumulate_grad_hooks.values():
+            hook(linear.weight)
+    assert torch.equal(linear.weight.main_grad, 2 * gradient.to_dense().float())
+    assert linear.weight.grad is None
+
+
 def test_state_survives(linear):
     first = MainGradOptimizer(linear, lambda weights: torch.optim.AdamW(weights, lr=0.1))
     small_gradient_steps(linear, 1)

@@ -21,7 +21,7 @@ import sys
 import torch, triton
 import triton.language as tl
 import dsv3c.operators
-from dsv3c.kernels import embedding, norm, rotary, swiglu, tiles
+from dsv3c.kernels import accumulate, embedding, norm, rotary, swiglu, tiles
 from dsv3c.kernels.reference.embedding import embedding_backward_ref
 from dsv3c.numerics import Recipe, unit_roundoff
 
@@ -158,6 +158,13 @@ for R, V, H in [(1, 1, 16), (37, 100, 200), (300, 33, 1040), (16, 17, 32), (17, 
         embedding.embedding_backward(dy, ids, V, out)
         assert torch.equal(out, embedding_backward_ref(dy, ids, V))
         assert memory[:3].isnan().all() and memory[-3:].isnan().all()
+
+for N in (1, 2047, 2048, 2049, 5000):
+    memory, x = torch.full((N + 6,), torch.nan), torch.randn(N).bfloat16()
+    total = memory[3:-3].normal_()
+    expected = total + x.float()
+    accumulate.accumulate_(total, x)
+    assert torch.equal(total, expected) and memory[:3].isnan().all() and memory[-3:].isnan().all()
 """
 
 

@@ -14,7 +14,7 @@ import dsv3c
 import dsv3c.operators
 from dsv3c.layers import MoE
 from dsv3c.numerics import distance, reordered_bound
-from dsv3c.passes.contract import run
+from dsv3c.passes.contract import run, text
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_routing import FuseRouting
 from dsv3c.passes.quantize_before_gather import QuantizeBeforeGather
@@ -105,23 +105,44 @@ def test_in_bfloat16(name, rewritten, step):
         assert distance(result, reference)[1] <= reordered_bound(1, 64, torch.bfloat16)
 
 
-def permuted(x, idx):
+def permuted(x, idx, rows=lambda order: order, experts=None):
     """What QuantizeBeforeGather finds, in a graph that has a sort by expert."""
     expert = idx.flatten()
     order = expert.argsort(stable=True)
     counts = idx.new_zeros(16).scatter_add(0, expert, torch.ones_like(expert))
-    fp8, scale_inv = torch.ops.dsv3c.quantize_tile(x[order // idx.shape[1]], 1e-4, False)
+    fp8, scale_inv = torch.ops.dsv3c.quantize_tile(x[rows(order) // (experts or idx.shape[1])], 1e-4, False)
     return fp8, scale_inv, counts.cumsum(0, dtype=torch.int32)
 
 
 def test_permute_moves_the_same_bits():
     x, idx = torch.randn(30, 200), torch.stack([torch.randperm(16)[:4] for _ in range(30)])
-    gm = traced(permuted, x, idx)
+    gm = traced(lambda x, idx: permuted(x, idx), x, idx)
     run(gm, [QuantizeBeforeGather(), *PASSES])
     assert names(gm) == Counter(quantize_tile=1, sort_by_expert=1, permute=1)
     for found, expected in zip(gm(x, idx), permuted(x, idx), strict=True):
         assert found.stride() == expected.stride()
         assert torch.equal(found.float(), expected.float())
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "permutes"),
+    [
+        (lambda order: order, 4, 1),
+        (lambda order: order, 5, 0),
+        (lambda order: order.flip(0), 4, 0),
+        (lambda order: order.argsort(), 4, 0),
+    ],
+    ids=["by expert", "of other tokens", "last expert first", "as they were"],
+)
+def test_leaves_rows_in_another_order_alone(rows, experts, permutes):
+    x, idx = torch.randn(30, 200), torch.stack([torch.randperm(16)[:4] for _ in range(30)])
+    gm = traced(lambda x, idx: permuted(x, idx, rows, experts), x, idx)
+    run(gm, [QuantizeBeforeGather(), FuseRouting()])
+    before = text(gm)
+    (record,) = run(gm, [FusePermute()])
+    assert record.sites == permutes
+    assert (text(gm) != before) is bool(permutes)
+    assert names(gm)["sort_by_expert"] == 1
 
 
 def gate(x, change):
