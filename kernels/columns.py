@@ -30,7 +30,7 @@ def shared_layout(columns: int, bits: int) -> gl.SharedLinearLayout:
     inside = [[0, c] for c in across if c < half] + [[64, 0]]
     chunks = [[0, c + half * {8: 1, 16: 2}.get(c // half, 0)] for c in across if c >= half]
     return gl.SharedLinearLayout(
-        inside + chunks + [[r, {1: 5, 16: 1, 32: 2}.get(r, 0) * half] for r in (1, 2, 4, 8, 16, 32)]
+        inside + chunks + [[r, {1: 5, 16: 1, 32: 2}.get(r, 0) * half % columns] for r in (1, 2, 4, 8, 16, 32)]
     )
 
 
@@ -137,10 +137,12 @@ def divide_words(words, others, first, second):
 
 
 @gluon.jit
-def store_columns(words, scale_inv, t_ptr, scale_inv_ptr, columns, P_words, STEP: gl.constexpr):
-    """words [R/4, C], four rows of a column each, and scales, to every STEP-th row of t as far as columns go."""
+def store_columns(words, scale_inv, t_ptr, scale_inv_ptr, columns, P_words, STEP: gl.constexpr, GAP: gl.constexpr = 0):
+    """words [R/4, C], four rows of a column each, and scales, to every STEP-th row of t as far as columns go; with a
+    GAP behind every fourth."""
     LAYOUT: gl.constexpr = words.type.layout
     word = gl.arange(0, words.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]
-    column = STEP * gl.arange(0, words.shape[1], gl.SliceLayout(0, LAYOUT))
+    column = gl.arange(0, words.shape[1], gl.SliceLayout(0, LAYOUT))
+    column = STEP * column + GAP * (column // 4)
     gl.store(t_ptr + (column[None, :] * P_words + word), words, mask=column[None, :] < columns)
     gl.store(scale_inv_ptr + column, scale_inv, mask=column < columns)

@@ -20,6 +20,7 @@ I16 = "*i16"
 FAMILIES = (
     "groups",
     "quantize",
+    "requantize",
     "quantize_weights",
     "e5m6",
     "gemm",

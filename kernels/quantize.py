@@ -10,14 +10,11 @@ not by every thread that has a value of it. Neighbouring programs take neighbour
 pages of memory.
 
 The transposing casts (`_retile_kernel`) read a tile's columns from shared memory as `columns.py` says: 16 rows of a
-column a thread. What limits them is bytes under way: a program of `requantize_t` lives for about 5 µs. With tiles of
-128 × 64 that was 0.67 of a copy's speed; two tiles a program, loaded together, made it 0.80, a layout with fewer
-registers 0.83. More programs at a time, a loop of a third of the code, or another order of tiles are no faster. In
-`quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of which many experts make many, are
-only filled. `permute_requantize_t` reads tokens' rows, an eighth as many, where `permute` would have put their copies.
+column a thread. In `quantize_tile_both` 64 registers make room for four programs. Tiles without rows, of which many
+experts make many, are only filled. FP8 is cast again in `requantize.py`.
 
 H200, 4096 and 32768 rows of 2048 to 18432, in the time of a copy of as many bytes: `quantize_tile` 0.92 to 1.00,
-`quantize_tile_t` 0.93 to 0.95, `requantize_t` 0.83 to 0.86, `quantize_tile_both` 0.89 to 0.93.
+`quantize_tile_t` 0.93 to 0.95, `quantize_tile_both` 0.89 to 0.93.
 """
 
 from collections.abc import Iterator
@@ -40,7 +37,6 @@ from dsv3c.kernels.columns import (
     quarters,
     shared_layout,
     store_columns,
-    unpack,
 )
 from dsv3c.kernels.groups import find_tile, groups_of
 from dsv3c.kernels.launch import launched
@@ -101,6 +97,34 @@ def _divide(x, scale_inv, reciprocal):
     )
 
 
+@triton.jit
+def _reciprocal_and_rest(x):
+    """1/x rounded down, and what is missing: `tiles.divide` by them gives the E4M3 number that `_divide` gives.
+
+    Equal for every float32 dividend: its error, 2^-44, matters where a quotient comes that close to where rounding to
+    float32 leaves a tie of E4M3. That takes an x within 64 units of a multiple of 2^20 of them, and each has been
+    compared. What is missing is never negative, so that -0 stays -0. Beyond x = 2^100 it is subnormal, and less exact.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 near, minus, rest;
+        neg.f32 minus, $2;
+        rcp.approx.ftz.f32 near, $2;
+        fma.rn.f32 rest, minus, near, 0f3F800000;
+        fma.rm.f32 near, near, rest, near;
+        fma.rn.f32 rest, minus, near, 0f3F800000;
+        fma.rp.f32 rest, rest, rest, rest;
+        mul.rz.f32 $1, rest, near;
+        mov.f32 $0, near;
+        }""",
+        "=f,=f,f",
+        [x],
+        dtype=(tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
 @launched
 @triton.jit(do_not_specialize=["R"])  # numbers of tokens: each would otherwise be compiled anew
 def _quantize_tile_kernel(
@@ -119,53 +143,36 @@ def _quantize_tile_kernel(
 
 
 @gluon.jit
-def _scaled(x, scales):
-    return x * gl.convert_layout(scales, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
-
-
-@gluon.jit
-def _store_quarters(
-    x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr, STEP: gl.constexpr
-):
-    """Float32 numbers, to every STEP-th row of t; zero if the tile is no group's."""
+def store_quarters(
+    x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr,
+    STEP: gl.constexpr = 1, GAP: gl.constexpr = 0,
+):  # fmt: skip
+    """Float32 numbers, to rows of t as `store_columns` takes them; zero if the tile is no group's."""
     amax = _maximum(_maximum(gl.abs(x0), gl.abs(x1)), _maximum(gl.abs(x2), gl.abs(x3)))
     amax = of_columns(gl.reduce(gl.reduce(halves(amax), 1, _maximum), 0, _maximum), x0)
     scale_inv = _scale_inv(gl.where(mine, amax, 0.0), amax_floor, POW2)
-    divisor, factor = scale_inv[None, :], _reciprocal(scale_inv)[None, :]
+    first, second = _reciprocal_and_rest(scale_inv)
+    first, second = first[None, :], second[None, :]
     words = pack_rows(
-        _divide(x0, divisor, factor), _divide(x1, divisor, factor),
-        _divide(x2, divisor, factor), _divide(x3, divisor, factor),
-    )  # fmt: skip
-    store_columns(gl.where(mine, words, 0), scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, STEP)
+        divide(x0, first, second), divide(x1, first, second), divide(x2, first, second), divide(x3, first, second)
+    )
+    store_columns(gl.where(mine, words, 0), scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, STEP, GAP)
 
 
 @gluon.jit
-def _store_transposed(
-    shared, row_scales, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr
-):
+def store_nothing(COLUMNS: gl.constexpr, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr):
+    """A tile of rows that no group has."""
+    WORDS: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, gl.num_warps()], [0, 1])
+    words = gl.full([32, COLUMNS], 0, gl.int32, WORDS)
+    scale_inv = _scale_inv(gl.full([COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, WORDS)), amax_floor, POW2)
+    store_columns(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
+
+
+@gluon.jit
+def _store_transposed(shared, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr):
     """A tile in shared memory, cast along its rows, transposed."""
     C: gl.constexpr = shared.shape[1]
-    if shared.dtype.primitive_bitwidth == 8:  # two columns at a time
-        LAYOUT: gl.constexpr = column_layout(C // 2, gl.num_warps())
-        pairs = shared._reinterpret(gl.int16, (128, C // 2), shared_layout(C // 2, 16)).load(LAYOUT)
-        pairs0, pairs1, pairs2, pairs3 = quarters(pairs)
-        scales = gl.reshape(row_scales.load(gl.SliceLayout(1, LAYOUT)), (32, 2, 2))
-        scales02, scales13 = gl.split(scales)
-        scales0, scales2 = gl.split(scales02)
-        scales1, scales3 = gl.split(scales13)
-        x0, y0 = unpack(pairs0)
-        x1, y1 = unpack(pairs1)
-        x2, y2 = unpack(pairs2)
-        x3, y3 = unpack(pairs3)
-        _store_quarters(
-            _scaled(x0, scales0), _scaled(x1, scales1), _scaled(x2, scales2), _scaled(x3, scales3), mine, t_ptr,
-            t_scale_inv_ptr, columns, P_words, amax_floor, POW2, 2,
-        )  # fmt: skip
-        _store_quarters(
-            _scaled(y0, scales0), _scaled(y1, scales1), _scaled(y2, scales2), _scaled(y3, scales3), mine,
-            t_ptr + P_words, t_scale_inv_ptr + 1, columns - 1, P_words, amax_floor, POW2, 2,
-        )  # fmt: skip
-    elif shared.dtype == gl.bfloat16:
+    if shared.dtype == gl.bfloat16:
         words, others = load_words(shared)
         scale_inv = _scale_inv(gl.where(mine, largest(words, others), 0.0), amax_floor, POW2)
         first, second = reciprocal(scale_inv)
@@ -173,27 +180,25 @@ def _store_transposed(
         store_columns(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
     else:
         x0, x1, x2, x3 = quarters(shared.load(column_layout(C, gl.num_warps())).to(gl.float32))
-        _store_quarters(x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2, 1)
+        store_quarters(x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
 
 
 @launched
-@gluon.jit(do_not_specialize=["R", "scale_stride", "E"])
+@gluon.jit(do_not_specialize=["R", "E"])
 def _retile_kernel(
-    x_ptr, x_scale_inv_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, permutation_ptr, offs_ptr, R, K, x_stride,
-    scale_stride, P_words, E, amax_floor, POW2: gl.constexpr, DEQUANTIZE: gl.constexpr, ROWWISE: gl.constexpr,
-    GROUPS: gl.constexpr, TOP_K: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
+    x_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, R, K, x_stride, P_words, E, amax_floor,
+    POW2: gl.constexpr, ROWWISE: gl.constexpr, GROUPS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """One program: 128 rows of a group × PARTS · COLUMNS columns, cast along the rows, transposed (t), and as is (q).
+    """One program: 128 rows of a group × COLUMNS columns, cast along the rows, transposed (t), and as is (q).
 
-    Tiles that no group has are zero in t; those of them that are needed have the rows of no group for q. With TOP_K,
-    x has one row for each TOP_K of the permutation.
+    Tiles that no group has are zero in t; those of them that are needed have the rows of no group for q.
     """
     WARPS: gl.constexpr = gl.num_warps()
     BITS: gl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
     VECTOR: gl.constexpr = 128 // BITS  # columns a thread loads
     LANES: gl.constexpr = COLUMNS // VECTOR if COLUMNS // VECTOR < 8 else 8
     LOAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    tile, first_column = gl.program_id(1), gl.program_id(0) * PARTS * COLUMNS
+    tile, first_column = gl.program_id(1), gl.program_id(0) * COLUMNS
     start = tile * 128
     rows = R - start
     mine = True
@@ -207,56 +212,28 @@ def _retile_kernel(
     t_ptr += first_column.to(gl.int64) * P_words + tile * 32
     t_scale_inv_ptr += tile.to(gl.int64) * K + first_column
     if rows <= 0:
-        WORDS: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, WARPS], [0, 1])
-        nothing = gl.full([PARTS * COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, WORDS))
-        words = gl.full([32, PARTS * COLUMNS], 0, gl.int32, WORDS)
-        nothing = _scale_inv(nothing, amax_floor, POW2)
-        store_columns(words, nothing, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
+        store_nothing(COLUMNS, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
         return
     if not ROWWISE:
         mine = True  # or it would have no rows
     row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))
-    if TOP_K:
-        token = gl.load(permutation_ptr + start + row, mask=row < rows, other=0) // TOP_K
-        x_ptr += token.to(gl.int64)[:, None] * x_stride + first_column
-    else:
-        x_ptr += start.to(gl.int64) * x_stride + first_column + row[:, None] * x_stride
-    parts = ()
-    for part in gl.static_range(PARTS):  # all loads first: what is under way is what hides their latency
-        inside = (row[:, None] < rows) & (column[None, :] < columns - part * COLUMNS)
-        parts += (gl.load(x_ptr + (part * COLUMNS + column[None, :]), mask=inside, other=0.0),)
-    row_scales = None
-    if DEQUANTIZE:
-        scaled = gl.arange(0, 128, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        x_scale_inv_ptr += first_column // 128 * scale_stride
-        if TOP_K:
-            scaled_token = gl.load(permutation_ptr + start + scaled, mask=scaled < rows, other=0) // TOP_K
-            x_scale_inv = gl.load(x_scale_inv_ptr + scaled_token, mask=scaled < rows, other=0.0)
-        else:
-            x_scale_inv = gl.load(x_scale_inv_ptr + start + scaled, mask=scaled < rows, other=0.0)
-        row_scales = gl.allocate_shared_memory(gl.float32, (128,), gl.SwizzledSharedLayout(1, 1, 1, [0]), x_scale_inv)
-    SHARED: gl.constexpr = shared_layout(COLUMNS, BITS)
-    tiles = ()
-    for part in gl.static_range(PARTS):
-        tiles += (gl.allocate_shared_memory(x_ptr.dtype.element_ty, (128, COLUMNS), SHARED, parts[part]),)
+    x_ptr += start.to(gl.int64) * x_stride + first_column
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    x = gl.load(x_ptr + (row[:, None] * x_stride + column[None, :]), mask=inside, other=0.0)
+    shared = gl.allocate_shared_memory(x.dtype, (128, COLUMNS), shared_layout(COLUMNS, BITS), x)
     if ROWWISE:
-        wide = tiles[0].load(LOAD).to(gl.float32)  # again: kept until here, registers would spill
+        wide = shared.load(LOAD).to(gl.float32)  # again: kept until here, registers would spill
         scale_inv = _scale_inv(gl.reduce(gl.abs(wide), 1, _maximum), amax_floor, POW2)
         if x_ptr.dtype.element_ty == gl.bfloat16:
             first, second = reciprocal(scale_inv)
             q = divide(wide, first[:, None], second[:, None]).to(gl.float8e4nv)
         else:
             q = _divide(wide, scale_inv[:, None], _reciprocal(scale_inv)[:, None]).to(gl.float8e4nv)
-        inside = (row[:, None] < rows) & (column[None, :] < columns)
         gl.store(q_ptr + start.to(gl.int64) * K + first_column + (row[:, None] * K + column[None, :]), q, mask=inside)
         scale_inv_ptr += gl.program_id(0).to(gl.int64) * R + start
         gl.store(scale_inv_ptr + row, scale_inv, mask=row < rows)
-    for part in gl.static_range(PARTS):
-        _store_transposed(
-            tiles[part], row_scales, mine, t_ptr + part * COLUMNS * P_words, t_scale_inv_ptr + part * COLUMNS,
-            columns - part * COLUMNS, P_words, amax_floor, POW2,
-        )  # fmt: skip
+    _store_transposed(shared, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
 
 
 @launched
@@ -310,65 +287,33 @@ def quantize_tile_t(
     x_RK: Tensor, offs: Tensor | None, amax_floor: float, pow2: bool, out: tuple[Tensor, Tensor]
 ) -> None:
     """Launcher of `dsv3c::quantize_tile_t`."""
-    _retile(_readable(x_RK), None, offs, amax_floor, pow2, None, out)
+    _retile(_readable(x_RK), offs, amax_floor, pow2, None, out)
 
 
 def quantize_tile_both(
     x_RK: Tensor, offs: Tensor | None, amax_floor: float, pow2: bool, out: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
     """Launcher of `dsv3c::quantize_tile_both`."""
-    _retile(_readable(x_RK), None, offs, amax_floor, pow2, out[:2], out[2:])
+    _retile(_readable(x_RK), offs, amax_floor, pow2, out[:2], out[2:])
 
 
-def requantize_t(
-    x_fp8_RK: Tensor,
-    x_scale_inv: Tensor,
-    offs: Tensor | None,
-    amax_floor: float,
-    pow2: bool,
-    out: tuple[Tensor, Tensor],
-) -> None:
-    """Launcher of `dsv3c::requantize_t`."""
-    _retile(_readable(x_fp8_RK), column_major(x_scale_inv), offs, amax_floor, pow2, None, out)
-
-
-def permute_requantize_t(
-    x_fp8_TH: Tensor,
-    x_scale_inv: Tensor,
-    permutation_R: Tensor,
-    inverse_TK: Tensor,
-    offs: Tensor,
-    amax_floor: float,
-    pow2: bool,
-    out: tuple[Tensor, Tensor],
-) -> None:
-    """Launcher of `dsv3c::permute_requantize_t`."""
-    x, scale_inv, top_k = _readable(x_fp8_TH), column_major(x_scale_inv), inverse_TK.shape[1]
-    _retile(x, scale_inv, offs, amax_floor, pow2, None, out, permutation_R.contiguous(), top_k)
-
-
-def _retile(x_RK, x_scale_inv, offs, amax_floor, pow2, rowwise, transposed, permutation_R=None, top_k=0) -> None:
+def _retile(x_RK, offs, amax_floor, pow2, rowwise, transposed) -> None:
     R, K = x_RK.shape
-    R = R if permutation_R is None else len(permutation_R)
     t_KP, t_scale_inv = transposed
     P = t_KP.shape[1]
     if t_KP.numel() == 0:
         return
     E = 0 if offs is None else len(offs)
-    scale_stride = 0 if x_scale_inv is None else x_scale_inv.stride(1)
-    columns, parts, options = _program(x_scale_inv is not None, rowwise is not None)
-    _retile_kernel[(ceil_div(K, parts * columns), P // TILE)](
-        x_RK, x_scale_inv, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, permutation_R,
-        offs, R, K, x_RK.stride(0), scale_stride, P // 4, E, amax_floor, pow2, x_scale_inv is not None,
-        rowwise is not None, groups_of(offs), top_k, columns, parts, **options,
+    columns, options = _program(rowwise is not None)
+    _retile_kernel[(ceil_div(K, columns), P // TILE)](
+        x_RK, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, R, K, x_RK.stride(0), P // 4, E,
+        amax_floor, pow2, rowwise is not None, groups_of(offs), columns, **options,
     )  # fmt: skip
 
 
-def _program(dequantize: bool, rowwise: bool) -> tuple[int, int, dict[str, int]]:
-    """Columns, so many times, and warps of a program of `_retile_kernel`; a tile along the rows takes 128 columns."""
-    if dequantize:
-        return 64, 2, {"num_warps": 4}
-    return (128, 1, {"num_warps": 8, "maxnreg": 64}) if rowwise else (64, 1, {"num_warps": 8})
+def _program(rowwise: bool) -> tuple[int, dict[str, int]]:
+    """Columns and warps of a program of `_retile_kernel`; a tile along the rows takes 128 columns."""
+    return (128, {"num_warps": 8, "maxnreg": 64}) if rowwise else (64, {"num_warps": 8})
 
 
 def quantize_block(w_NK: Tensor, amax_floor: float, pow2: bool, out: tuple[Tensor, Tensor]) -> None:
@@ -402,19 +347,12 @@ def variants() -> Iterator[Variant]:
         yield Variant(_quantize_block_kernel, {"w_ptr": x} | quantized, {"POW2": False})
         block = {"q_ptr": FP8, "scale_inv_ptr": F32, "w_ptr": x}
         yield Variant(_dequantize_block_kernel, block, {}, num_warps=8)
-    for x, dequantize, rowwise in ((BF16, False, False), (F32, False, False), (FP8, True, False), (BF16, False, True)):
-        for groups, top_k in ((0, 0), (32, 0), (32, 8))[: 3 if dequantize else 2]:
+    for x, rowwise in ((BF16, False), (F32, False), (BF16, True)):
+        for groups in (0, 32):
             pointers = {"x_ptr": x, "t_ptr": I32, "t_scale_inv_ptr": F32}
-            pointers |= {"x_scale_inv_ptr": F32} if dequantize else {}
             pointers |= {"q_ptr": FP8, "scale_inv_ptr": F32} if rowwise else {}
             pointers |= {"offs_ptr": I32} if groups else {}
-            pointers |= {"permutation_ptr": I32} if top_k else {}
-            columns, parts, options = _program(dequantize, rowwise)
-            flags = {"POW2": False, "DEQUANTIZE": dequantize, "ROWWISE": rowwise, "GROUPS": groups, "TOP_K": top_k}
+            columns, options = _program(rowwise)
+            flags = {"POW2": False, "ROWWISE": rowwise, "GROUPS": groups, "COLUMNS": columns}
             absent = {n: None for n in _retile_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
-            yield Variant(
-                _retile_kernel,
-                pointers | {"amax_floor": "fp32"},
-                flags | absent | {"COLUMNS": columns, "PARTS": parts},
-                **options,
-            )
+            yield Variant(_retile_kernel, pointers | {"amax_floor": "fp32"}, flags | absent, **options)

@@ -103,7 +103,7 @@ define(
     f"requantize_t(Tensor x_fp8, Tensor x_scale_inv, Tensor? offs, {_CAST}",
     _requantize_t,
     casts.requantize_t_ref,
-    "quantize",
+    "requantize",
 )
 define(f"quantize_block(Tensor w, {_CAST}", _quantize_block, casts.quantize_block_ref, "quantize")
 define(

@@ -80,7 +80,7 @@ define(
     "float amax_floor, bool pow2) -> (Tensor, Tensor)",
     _permute_requantize_t,
     permute.permute_requantize_t_ref,
-    "quantize",
+    "requantize",
 )
 define(
     "unpermute(Tensor y, Tensor inverse, Tensor? topk_weights, Tensor? added, Tensor? residual) -> Tensor",

@@ -126,6 +126,28 @@ def assert_tiles_between(
     assert float((least == largest).float().mean()) >= certain
 
 
+def near_ties() -> list[tuple[float, float, float]]:
+    """Dividend, divisor from 1 to 2, tie of E4M3 from 1 to 2: all float32 quotients that come within 2^-43 of where
+    rounding to float32 begins to give the tie.
+
+    With 24 bits of divisor and dividend, and a tie t of T/16, t·(1 ± 2^-24)·divisor is a multiple of 2^20 units plus or
+    minus the divisor's bits: as close to a number of 24 bits as the divisor is to a multiple of 2^20 units, at best.
+    """
+    found = []
+    for bits in range(1 << 23, (1 << 24) + 1, 1 << 20):
+        for divisor in range(max(bits - 64, 1 << 23), min(bits + 65, 1 << 24)):
+            for odd in range(1, 32, 2):
+                for below in (0, 1):
+                    shift = 24 + (below and odd == 1)  # the spacing below a power of two is half as wide
+                    edge = ((odd << shift - odd.bit_length() + 1) + (-1 if below else 1)) * divisor
+                    unit = 1 << edge.bit_length() - 24
+                    if min(edge % unit, -edge % unit) << 24 <= unit << 7:
+                        tie = odd / (1 << odd.bit_length() - 1)
+                        dividends = (edge // unit * unit, edge // unit * unit + unit)
+                        found += [(x * 2.0 ** -(shift + 23), divisor * 2.0**-23, tie) for x in dividends]
+    return found
+
+
 def e5m6_ties(device="cpu") -> Tensor:
     """Every number of E5M6, every tie of two, and what is next to it; both signs; in tiles whose scale_inv is 1."""
     numbers = (torch.arange(0x7C0, dtype=torch.int16) << 4).view(torch.float16).float()
@@ -159,5 +181,6 @@ def check():
         assert_tiles_between = staticmethod(assert_tiles_between)
         transposed = staticmethod(transposed)
         e5m6_ties = staticmethod(e5m6_ties)
+        near_ties = staticmethod(near_ties)
 
     return Check

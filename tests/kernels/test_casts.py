@@ -1,5 +1,7 @@
 """Casts, bit for bit, against E4M3 written down in numpy from its definition."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -221,7 +223,7 @@ def test_quantized_values_are_a_fixed_point(check):
     )
 
 
-@pytest.mark.parametrize(("columns", "bits"), [(32, 16), (64, 16), (128, 16)])
+@pytest.mark.parametrize(("columns", "bits"), [(16, 16), (32, 16), (64, 16), (128, 16)])
 def test_columns_are_read_without_bank_conflicts(columns, bits):
     """Nor written with any: the eight chunks of a matrix lie in different banks, and those that eight threads write; a
     shared tile has each element once, and eight threads have a column of 128 rows, which is a line."""
@@ -238,8 +240,12 @@ def test_columns_are_read_without_bank_conflicts(columns, bits):
     layout = layouts.column_layout.fn(columns, 4)
     lanes = layout.lane_bases
     assert sorted(row for row, _ in lanes + layout.reg_bases if row) == [1, 2, 4, 8, 16, 32, 64]
-    writers = [(0, 8 * i) for i in range(8)] if columns > 32 else [(r, 8 * i) for r in (0, 1) for i in range(4)]
-    assert len({places[writer] % 128 // 16 for writer in writers}) == 8
+    if columns == 16:  # sixteen threads write 8 bytes each
+        writers = [(r, 4 * i) for r in (0, 1, 64, 65) for i in range(4)]
+        assert len({places[writer] % 128 // 8 for writer in writers}) == 16
+    else:
+        writers = [(0, 8 * i) for i in range(8)] if columns > 32 else [(r, 8 * i) for r in (0, 1) for i in range(4)]
+        assert len({places[writer] % 128 // 16 for writer in writers}) == 8
     if columns == 128:  # and where a thread has 16 of a row
         assert len({places[0, 16 * i] % 128 // 16 for i in range(8)}) == 8
     matrix = [(a * lanes[0][0] ^ b * lanes[1][0]) + c for a in (0, 1) for b in (0, 1) for c in (0, 1)]
@@ -253,3 +259,50 @@ def test_columns_are_read_without_bank_conflicts(columns, bits):
                 assert [places[first_row + row + r, chunk + c] - start for r in (0, 64) for c in range(4)] == [
                     *range(0, 16, 2)
                 ]
+
+
+@pytest.mark.parametrize("place", ["whole", "odd address", "odd rows", "columns first", "half a tile", "no rows"])
+def test_words_of_rows_wherever_they_are(place):
+    """What `requantize.py` reads begins at 16 bytes and has whole tiles; it is x itself if that is so already."""
+    requantize = pytest.importorskip("dsv3c.kernels.requantize", reason="needs Triton")
+    x = torch.randint(256, (6, 256), dtype=torch.uint8)
+    x = {
+        "whole": x,
+        "odd address": torch.cat([x.flatten(), x[0]])[1:1537].view(6, 256),
+        "odd rows": torch.cat([x, x[:, :7]], 1)[:, :256],
+        "columns first": x.T.contiguous().T,
+        "half a tile": x[:, :192],
+        "no rows": x[:0, :200],
+    }[place].view(torch.float8_e4m3fn)
+    words = requantize._words(x)
+    assert (words.data_ptr() == x.data_ptr()) == (place in ("whole", "no rows"))
+    assert words.data_ptr() % 16 == words.stride(0) % 8 == words.shape[1] % 64 == 0
+    assert torch.equal(words.view(torch.uint8)[:, : x.shape[1]], x.view(torch.uint8))
+
+
+def float32(x: Fraction, up: bool | None = None) -> Fraction:
+    """The nearest of 24 bits, ties to even; or the next one that is not smaller, or not larger. x is not negative."""
+    if x == 0:
+        return x
+    exponent = x.numerator.bit_length() - x.denominator.bit_length()
+    spacing = Fraction(2) ** (exponent - 23 - (Fraction(2) ** exponent > x))
+    whole = x / spacing
+    return spacing * (round(whole) if up is None else -(-whole // 1) if up else whole // 1)
+
+
+def test_two_products_divide_as_division_does(check):
+    """`quantize._reciprocal_and_rest`, in exact arithmetic. What they give is within 2^-44 of the quotient, so only one
+    that comes that close to where rounding to float32 begins to give a tie could fall on its other side."""
+    sides = set()
+    for x, divisor, tie in check.near_ties():
+        x, divisor, tie = map(Fraction, (x, divisor, tie))
+        first = float32(1 / divisor, up=False)
+        rest = 1 - divisor * first
+        assert rest >= 0  # or -0 would become 0
+        assert rest == float32(rest)
+        second = float32(float32(rest * rest + rest, up=True) * first, up=False)
+        assert abs((first + second) * divisor - 1) <= Fraction(1, 1 << 45)
+        found, expected = float32(x * first + float32(x * second)), float32(x / divisor)
+        assert ((found > tie) - (found < tie)) == ((expected > tie) - (expected < tie))
+        sides.add((expected > tie) - (expected < tie))
+    assert sides == {-1, 0, 1}

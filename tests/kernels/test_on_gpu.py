@@ -61,8 +61,12 @@ def test_transposing_casts(check, sizes, columns):
         expected = reference.quantize_tile_t_ref(x, offs, FLOOR, pow2)
         assert_same_bits(ops.quantize_tile_t(x, offs, FLOOR, pow2), expected)
         q, scale_inv = ops.quantize_tile(x, FLOOR, pow2)
+        q.view(torch.uint8)[::9, ::3] = 0x80  # -0
         expected = reference.requantize_t_ref(q, scale_inv, offs, FLOOR, pow2)
-        assert_same_bits(ops.requantize_t(q, scale_inv, offs, FLOOR, pow2), expected)
+        beside = torch.cat([q, q[:, :1]], 1)
+        odd = beside.clone().flatten()[1 : 1 + q.numel()].view(q.shape).copy_(q)
+        for each in (q, beside[:, :-1], odd):
+            assert_same_bits(ops.requantize_t(each, scale_inv, offs, FLOOR, pow2), expected)
 
 
 @pytest.mark.parametrize("sizes", [None, *GROUPS])
@@ -105,6 +109,23 @@ def test_every_scale_near_every_tie():
         for j in range(3):
             x[:, 1 + 3 * i + j] = (bits + j - 1).view(torch.float32)
     assert_same_bits(ops.quantize_tile(x, FLOOR, False), reference.quantize_tile_ref(x, FLOOR, False))
+
+
+def test_every_quotient_near_a_tie(check):
+    """Where two products for a division could go wrong: a tile for each, its values the scales of rows of ones."""
+    x, divisor, _ = torch.tensor(check.near_ties(), dtype=torch.float64, device="cuda").unbind(-1)
+    near = (448 * divisor).float()[:, None].view(torch.int32) + torch.arange(-2, 3, device="cuda", dtype=torch.int32)
+    near = near.view(torch.float32)
+    right = (near / near.new_full((), 448.0)).double() == divisor[:, None]
+    amax = torch.where(right, near, 0).amax(-1).double()
+    assert float((amax > 0).double().mean()) > 0.9
+    rows = torch.cat([amax[:, None], x[:, None] * torch.exp2(torch.arange(-10.0, 9.0, device="cuda"))], 1)
+    rows = torch.nn.functional.pad(rows * (rows <= amax[:, None]), (0, 128 - rows.shape[1])).float()
+    q = torch.tensor([1.0, -1.0, 0.0, -0.0], device="cuda").repeat(rows.numel(), 4).to(torch.float8_e4m3fn)
+    expected = reference.requantize_t_ref(q, rows.view(-1, 1), None, FLOOR, False)
+    assert_same_bits(ops.requantize_t(q, rows.view(-1, 1), None, FLOOR, False), expected)
+    wide = (q.float() * rows.view(-1, 1)).contiguous()
+    assert_same_bits(ops.quantize_tile_t(wide, None, FLOOR, False), expected)
 
 
 def test_nan_makes_its_tile_nan():
