@@ -28,9 +28,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv3c.kernels.columns import divide_words, largest, load_words, shared_layout, store_columns
+from dsv3c.kernels.cluster import arrive, start_of_shared, wait
+from dsv3c.kernels.columns import divide_words, largest, load_words, shared_layout
 from dsv3c.kernels.gemm import aligned, multiprocessors
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.launch import Descriptor, launched
@@ -44,6 +46,48 @@ PROGRAM = {"num_warps": 32, "maxnreg": 64}  # all registers of a multiprocessor,
 BAND = 2  # tiles along the rows that are walked together
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 _wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
+
+# Bytes from the beginning of shared memory: of each of two tiles gate, up and both halves of da, 64 KiB; BF16 results,
+# gate's, up's and the activation, 96; barriers.
+RESULTS_AT = gl.constexpr(128 * 1024)
+BARRIERS_AT = gl.constexpr(224 * 1024)
+
+_BOX = """@one cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes
+    [at], [desc, {column, $3}], [$2];
+add.u32 at, at, 16384;
+"""
+_COPY = gl.constexpr(f"""{{
+    .reg .pred one; .reg .b32 at, warp, column; .reg .b64 desc;
+    mov.u32 warp, %tid.x;
+    shfl.sync.idx.b32 warp, warp, 0, 31, -1;
+    setp.eq.u32 one, warp, 0;
+    setp.ne.and.b32 one, $6, 0, one;
+    @!one bra skip;
+    elect.sync _|one, -1;
+    @one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], 65536;
+    mov.b64 desc, _swiglu_backward_kernel_param_0;
+    cvta.param.u64 desc, desc;
+    mov.u32 at, $1;
+    mov.u32 column, $4;
+    {_BOX}
+    mov.u32 column, $5;
+    {_BOX}
+    mov.b64 desc, _swiglu_backward_kernel_param_5;
+    cvta.param.u64 desc, desc;
+    add.u32 column, $4, $4;
+    {_BOX}
+    add.u32 column, column, 32;
+    {_BOX}
+    skip:
+    mov.u32 $0, 0;
+}}""")
+_STORE = gl.constexpr("st.shared.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0;")
+_SAME = gl.constexpr("mov.b32 $0, $1;")
+_UNIFORM = gl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 31, -1;")
+_NOUGHT = gl.constexpr(
+    "{ .reg .b32 thread; mov.u32 thread, %tid.x; add.u32 thread, thread, $1; min.s32 $0, thread, 0; }"
+)
+_BRANCH = gl.constexpr("bar.warp.sync -1; mov.u32 $0, 0;")
 
 
 @triton.jit
@@ -97,9 +141,28 @@ def _pairs(x, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _share(buffer, even, odd):
-    """Stores even and odd columns."""
-    buffer.store(gl.reshape(gl.join(even, odd), (even.shape[0], 2 * even.shape[1])))
+def _place(row, pair):
+    """Where in bytes two neighbouring words of a row lie in `shared_layout`."""
+    chunk = pair ^ (row & 1) * 5 ^ row >> 4 & 1 ^ (row >> 5 & 1) * 2
+    return (row & 63) * 512 + (chunk ^ chunk >> 3 & 3) * 16 + (row >> 6) * 8
+
+
+@gluon.jit
+def _store_words(at, even, odd):
+    """Two neighbouring words each, to an address in shared memory that is a multiple of 8."""
+    gl.inline_asm_elementwise(_STORE, "=r,r,r,r", [at, even, odd], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _same(x):
+    """x; what depends on it is computed here, not kept in registers from before a loop."""
+    return gl.inline_asm_elementwise(_SAME, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _uniform(x):
+    """x, which is the same for all threads."""
+    return gl.inline_asm_elementwise(_UNIFORM, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -112,25 +175,22 @@ def _next(tile, column, columns, down, right, BAND: gl.constexpr):
 
 @gluon.jit
 def _rows(tile, tiles_ptr, tiles, R, bound, GROUPED: gl.constexpr):
-    """The first row of a tile, and how many rows follow in its group; none if `tiles`, those of groups, end before."""
+    """The first row of a tile and the end of its group; 0 and 0 if `tiles`, those of groups, end before."""
     start = tile * 128
     end = R
     if GROUPED:
-        start = gl.load(tiles_ptr + bound + tile, mask=tile < tiles, other=0)
-        end = gl.load(tiles_ptr + 2 * bound + tile, mask=tile < tiles, other=0)
-    return start, end - start
+        start = gl.load(tiles_ptr + (bound + tile), mask=tile < tiles, other=0)
+        end = gl.load(tiles_ptr + (2 * bound + tile), mask=tile < tiles, other=0)
+    return start, end
 
 
 @gluon.jit
-def _copy(descs, operands, stage, start, column, columns, mine):
-    """Has the operands of a tile copied, if there is one."""
-    h_desc, da_desc = descs
-    gates, ups, das, full = operands
-    ready = full.index(stage)
-    mbarrier.expect(ready, 4 * 128 * 128, pred=mine)
-    tma.async_copy_global_to_shared(h_desc, [start, column * 32], ready, gates.index(stage), pred=mine)
-    tma.async_copy_global_to_shared(h_desc, [start, (column + columns) * 32], ready, ups.index(stage), pred=mine)
-    tma.async_copy_global_to_shared(da_desc, [start, column * 64], ready, das.index(stage), pred=mine)
+def _copy(target, full, start, column, columns, mine):
+    """Has one thread start the copies of a tile's operands, if there is one."""
+    gl.inline_asm_elementwise(
+        _COPY, "=r,r,r,r,r,r,r", [target, full, start, column * 32, (column + columns) * 32, mine.to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -142,7 +202,7 @@ def _load_scales(h_scale_inv_ptr, weight_ptr, start, rows, column, columns, row,
     up = gl.load(at + columns * R, mask=inside, other=0.0)
     weight = gate
     if WEIGHTED:
-        weight = gl.load(weight_ptr + start + row, mask=inside, other=0.0)
+        weight = gl.load(weight_ptr + (start + row), mask=inside, other=0.0)
     return gate, up, weight
 
 
@@ -164,17 +224,29 @@ def _gradients(gate, up, da, dweight, scales, WEIGHTED: gl.constexpr):
 
 
 @gluon.jit
-def _load_columns(buffer):
-    return load_words(buffer._reinterpret(gl.bfloat16, [128, 128], shared_layout(128, 16)))
+def _load_columns(memory, KIB: gl.constexpr):
+    return load_words(memory.index(KIB)._reinterpret(gl.bfloat16, [128, 128], shared_layout(128, 16)))
 
 
 @gluon.jit
-def _store_tiles_t(words, others, q_ptr, scale_inv_ptr, P, amax_floor, POW2: gl.constexpr):
-    """Tiles along the rows, into 128 rows of q [.., P/4]."""
+def _store_tiles_t(words, others, q_ptr, scale_inv_ptr, scale_at, tiles, amax_floor, POW2: gl.constexpr):
+    """Tiles along the rows, into 128 rows of q [.., 32·tiles] and from scale_at on."""
     scale = scale_inv(largest(words, others), amax_floor, POW2)
     first, second = reciprocal(scale)
     q = divide_words(words, others, first[None, :], second[None, :])
-    store_columns(q, scale, q_ptr, scale_inv_ptr, 128, P // 4, 1)
+    word = gl.arange(0, 32, gl.SliceLayout(1, q.type.layout))
+    column = gl.arange(0, 128, gl.SliceLayout(0, q.type.layout))
+    gl.store(q_ptr + (column[None, :] * (tiles * 32) + word[:, None]), q)
+    gl.store(scale_inv_ptr + (scale_at + column), scale)
+
+
+@gluon.jit
+def _store_zeros_t(q_ptr, scale_inv_ptr, tiles, amax_floor, POW2: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same of rows that are not there."""
+    column = gl.arange(0, 128, gl.SliceLayout(1, LAYOUT))
+    word = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
+    gl.store(q_ptr + (column[:, None] * (tiles * 32) + word[None, :]), gl.full([128, 32], 0, gl.int32, LAYOUT))
+    gl.store(scale_inv_ptr + column, scale_inv(gl.full([128], 0.0, gl.float32, column.type.layout), amax_floor, POW2))
 
 
 @launched
@@ -188,44 +260,50 @@ def _swiglu_backward_kernel(
     transposed; no row is theirs. Words hold four columns in FP8, two in BF16, and of what is transposed, four rows."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    SHARED: gl.constexpr = shared_layout(64, 32)
-    dgates = gl.allocate_shared_memory(gl.int32, [128, 64], SHARED)
-    dups = gl.allocate_shared_memory(gl.int32, [128, 64], SHARED)
-    activations = gl.allocate_shared_memory(gl.int32, [128, 64], SHARED)
-    gates = gl.allocate_shared_memory(gl.int32, [2, 128, 32], h_desc.layout)
-    ups = gl.allocate_shared_memory(gl.int32, [2, 128, 32], h_desc.layout)
-    das = gl.allocate_shared_memory(gl.int32, [2, 128, 64], da_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, (2, 1), mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
+    memory = gl.allocate_shared_memory(gl.int32, [BARRIERS_AT // 1024 + 1, 8, 32], h_desc.layout)
+    barriers = memory.index(BARRIERS_AT // 1024)._reinterpret(gl.int64, (4, 1), mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(barriers.index(i), count=1 if i < 2 else gl.num_warps())
+    fence_async_shared()
+    _wait_for_all()
+    shared_at = start_of_shared()
+    full = shared_at + BARRIERS_AT  # of each tile; for all warps, results are there, and have been read
+    stored, taken = full + 16, full + 24
     row = gl.arange(0, 128, gl.SliceLayout(1, LAYOUT))
     row_wide = gl.convert_layout(row, gl.SliceLayout(1, WIDE), assert_trivial=True)
-    at = row[:, None] * (width // 2) + gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))[None, :]
+    word = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
+    results = shared_at + RESULTS_AT + _place(row[:, None], word[None, :])
     tiles, columns = P // 128, width // 128
     of_groups = tiles
+    gdc_launch_dependents()
     if GROUPED:
+        gdc_wait()
         of_groups = gl.load(first_ptr + E)
     step = gl.num_programs(0) // BAND
     down, right = step // columns * BAND, step % columns
     i = gl.program_id(0) // BAND
     tile, column = i // columns * BAND + gl.program_id(0) % BAND, i % columns
-    start, rows = _rows(tile, tiles_ptr, of_groups, R, bound, GROUPED)
-    descs, operands = (h_desc, da_desc), (gates, ups, das, full)
-    _copy(descs, operands, 0, start, column, columns, tile < tiles)
+    start, end = _rows(tile, tiles_ptr, of_groups, R, bound, GROUPED)
+    rows = end - start
+    _copy(shared_at, full, start, column, columns, tile < of_groups)
     tile_1, column_1 = _next(tile, column, columns, down, right, BAND)
-    start_1, rows_1 = _rows(tile_1, tiles_ptr, of_groups, R, bound, GROUPED)
-    _copy(descs, operands, 1, start_1, column_1, columns, tile_1 < tiles)
+    start_1, end_1 = _rows(tile_1, tiles_ptr, of_groups, R, bound, GROUPED)
+    rows_1 = end_1 - start_1
+    _copy(shared_at + 65536, full + 8, start_1, column_1, columns, tile_1 < of_groups)
     tile_2, column_2 = _next(tile_1, column_1, columns, down, right, BAND)
-    start_2, rows_2 = _rows(tile_2, tiles_ptr, of_groups, R, bound, GROUPED)
+    nought = gl.inline_asm_elementwise(_NOUGHT, "=r,r", [R], dtype=gl.int32, is_pure=False, pack=1)
+    start_2, end_2 = _rows(tile_2, tiles_ptr, of_groups, R, bound + nought, GROUPED)
     scales = _load_scales(h_scale_inv_ptr, weight_ptr, start, rows, column, columns, row, R, WEIGHTED)
     count = gl.to_tensor(0)
-    _wait_for_all()  # or Triton would have one at the beginning of each turn
-    while tile < tiles:
+    while tile < of_groups:
         stage = count & 1
-        mbarrier.wait(full.index(stage), count // 2 & 1)
-        gate = gates.index(stage).load(LAYOUT)
-        up = ups.index(stage).load(LAYOUT)
-        da = das.index(stage).load(WIDE)
+        wait(full + 8 * stage, count >> 1 & 1)
+        if GROUPED:
+            start_2, end_2 = _uniform(start_2), _uniform(end_2)
+        rows_2 = end_2 - start_2
+        gate = memory.index(stage * 64)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
+        up = memory.index(stage * 64 + 16)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
+        da = memory.index(stage * 64 + 32)._reinterpret(gl.int32, [128, 64], h_desc.layout).load(WIDE)
         if rows < 128:
             gate = gl.where(row[:, None] < rows, gate, 0)
             up = gl.where(row[:, None] < rows, up, 0)
@@ -238,22 +316,23 @@ def _swiglu_backward_kernel(
         g2, u2, a2, dweight = _gradients(gate_2, up_2, low(da_23), dweight, scales, WEIGHTED)
         g3, u3, a3, dweight = _gradients(gate_3, up_3, high(da_23), dweight, scales, WEIGHTED)
         g01, g23, u01, u23 = pack(g0, g1), pack(g2, g3), pack(u0, u1), pack(u2, u3)
-        _share(dgates, g01, g23)
-        _share(dups, u01, u23)
-        _share(activations, pack(a0, a1), pack(a2, a3))
+        wait(taken, count & 1 ^ 1)
+        _store_words(results, g01, g23)
+        _store_words(results + 32 * 1024, u01, u23)
+        _store_words(results + 64 * 1024, pack(a0, a1), pack(a2, a3))
+        arrive(stored)
         amax = gl.reduce(_both(larger(g01, g23), larger(u01, u23)), 1, larger)
         gate_scale_inv = scale_inv(gl.abs(low(amax)), gradient_amax_floor, POW2)
         up_scale_inv = scale_inv(gl.abs(high(amax)), gradient_amax_floor, POW2)
         gate_first, gate_second = reciprocal(gate_scale_inv)
         up_first, up_second = reciprocal(up_scale_inv)
-        _wait_for_all()
         # Loads in front of the copies, behind which they would wait.
         tile_3, column_3 = _next(tile_2, column_2, columns, down, right, BAND)
-        start_3, rows_3 = _rows(tile_3, tiles_ptr, of_groups, R, bound, GROUPED)
+        start_3, end_3 = _rows(tile_3, tiles_ptr, of_groups, R, bound + nought, GROUPED)
         scales = _load_scales(h_scale_inv_ptr, weight_ptr, start_1, rows_1, column_1, columns, row, R, WEIGHTED)
-        _copy(descs, operands, stage, start_2, column_2, columns, tile_2 < tiles)
         inside = row < rows
-        dh = dh_ptr + start.to(gl.int64) * (width // 2) + column * 32 + at
+        dh = dh_ptr + start.to(gl.int64) * (width // 2) + column * 32
+        dh += row[:, None] * (_same(columns) * 64) + word[None, :]
         gl.store(dh, divide_words(g01, g23, gate_first[:, None], gate_second[:, None]), mask=inside[:, None])
         gl.store(dh + width // 4, divide_words(u01, u23, up_first[:, None], up_second[:, None]), mask=inside[:, None])
         scale_at = column * R + start + row
@@ -261,23 +340,43 @@ def _swiglu_backward_kernel(
         gl.store(dh_scale_inv_ptr + scale_at + columns * R, up_scale_inv, mask=inside)
         if WEIGHTED:
             gl.store(dweight_ptr + scale_at, gl.sum(dweight, 1), mask=inside)
-        g0, g1 = _load_columns(dgates)
-        u0, u1 = _load_columns(dups)
-        a0, a1 = _load_columns(activations)
-        _wait_for_all()  # so early that no warp waits for another one's stores
-        dht_scale_inv = dht_scale_inv_ptr + (tile * 2 * width + column * 128)
-        q_at = column.to(gl.int64) * 32 * P + tile * 32
-        _store_tiles_t(g0, g1, dht_ptr + q_at, dht_scale_inv, P, gradient_amax_floor, POW2)
+        wait(stored, count & 1)
+        _copy(shared_at + stage * 65536, full + 8 * stage, start_2, column_2, columns, tile_2 < of_groups)
+        g0, g1 = _load_columns(memory, RESULTS_AT // 1024)
+        u0, u1 = _load_columns(memory, RESULTS_AT // 1024 + 32)
+        a0, a1 = _load_columns(memory, RESULTS_AT // 1024 + 64)
+        arrive(taken)
+        q_at, scale_at, tiles_too = column.to(gl.int64) * 32 * P + tile * 32, tile * width + column * 128, _same(tiles)
+        _store_tiles_t(
+            g0, g1, dht_ptr + q_at, dht_scale_inv_ptr, scale_at + tile * width, tiles_too, gradient_amax_floor, POW2
+        )
         q_up = q_at + columns.to(gl.int64) * 32 * P
-        _store_tiles_t(u0, u1, dht_ptr + q_up, dht_scale_inv + width, P, gradient_amax_floor, POW2)
-        at_scale_inv = at_scale_inv_ptr + (tile * width + column * 128)
-        _store_tiles_t(a0, a1, at_ptr + q_at, at_scale_inv, P, amax_floor, POW2)
+        _store_tiles_t(
+            u0,
+            u1,
+            dht_ptr + q_up,
+            dht_scale_inv_ptr,
+            scale_at + (tile + 1) * width,
+            tiles_too,
+            gradient_amax_floor,
+            POW2,
+        )
+        _store_tiles_t(a0, a1, at_ptr + q_at, at_scale_inv_ptr, scale_at, tiles_too, amax_floor, POW2)
         tile, column, start, rows = tile_1, column_1, start_1, rows_1
         tile_1, column_1, start_1, rows_1 = tile_2, column_2, start_2, rows_2
-        tile_2, column_2, start_2, rows_2 = tile_3, column_3, start_3, rows_3
+        tile_2, column_2, start_2, end_2 = tile_3, column_3, start_3, end_3
         count += 1
-    for i in gl.static_range(2):
-        mbarrier.invalidate(full.index(i))
+    if GROUPED:
+        for i in range(gl.program_id(0), (tiles - of_groups) * columns, gl.num_programs(0)):
+            tile, column = of_groups + i // columns, i % columns
+            q_at, scale_at = column.to(gl.int64) * 32 * P + tile * 32, tile * width + column * 128
+            dht_scale_inv = dht_scale_inv_ptr + (scale_at + tile * width)
+            _store_zeros_t(dht_ptr + q_at, dht_scale_inv, tiles, gradient_amax_floor, POW2, LAYOUT)
+            q_up = q_at + columns.to(gl.int64) * 32 * P
+            _store_zeros_t(dht_ptr + q_up, dht_scale_inv + width, tiles, gradient_amax_floor, POW2, LAYOUT)
+            _store_zeros_t(at_ptr + q_at, at_scale_inv_ptr + scale_at, tiles, amax_floor, POW2, LAYOUT)
+    for i in gl.static_range(4):
+        mbarrier.invalidate(barriers.index(i))
 
 
 @launched
@@ -286,6 +385,7 @@ def _sum_tiles_kernel(
     partial_ptr, out_ptr, last_ptr, R, G, GROUPED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
 ):
     """out[r] = Σ_g partial[g, r]; zero for rows of no group."""
+    gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     end = R
     if GROUPED:
@@ -321,14 +421,16 @@ def swiglu_quantize_backward(
     partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
     _swiglu_backward_kernel[(multiprocessors() // BAND * BAND,)](
         Descriptor(aligned(h_fp8_RN).view(torch.int32), (128, 32), WORDS),
-        Descriptor(aligned(da_RI).view(torch.int32), (128, 64), WORDS),
+        Descriptor(aligned(da_RI).view(torch.int32), (128, 32), WORDS),
         column_major(h_scale_inv), weight_R, dh_fp8.view(torch.int32), dh_scale_inv, dht_fp8.view(torch.int32),
         dht_scale_inv, at_fp8.view(torch.int32), at_scale_inv, partial, tiles, first, R, width, P, E, bound, amax_floor,
-        gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM,
+        gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM, launch_pdl=grouped,
     )  # fmt: skip
     if weighted and R:
         last = offs[-1:] if grouped else None
-        _sum_tiles_kernel[(ceil_div(R, 64),)](partial, dweight_R, last, R, width // TILE, grouped, 64, 16)
+        _sum_tiles_kernel[(ceil_div(R, 64),)](
+            partial, dweight_R, last, R, width // TILE, grouped, 64, 16, launch_pdl=True
+        )
 
 
 def variants() -> Iterator[Variant]:
@@ -340,7 +442,7 @@ def variants() -> Iterator[Variant]:
             weight, no_weight = ({"weight_ptr": F32}, {}) if weighted else ({}, {"weight_ptr": None})
             yield Variant(
                 _swiglu_backward_kernel,
-                {f"{name}_desc": f"tensordesc<i32[128, {n}],{WORDS!r}>" for name, n in (("h", 32), ("da", 64))}
+                {f"{name}_desc": f"tensordesc<i32[128, 32],{WORDS!r}>" for name in ("h", "da")}
                 | {"dh_ptr": I32, "dht_ptr": I32, "at_ptr": I32, "dweight_ptr": F32}
                 | {f"{name}_scale_inv_ptr": F32 for name in ("h", "dh", "dht", "at")}
                 | {"amax_floor": "fp32", "gradient_amax_floor": "fp32"}
