@@ -44,6 +44,7 @@ from dsv3c.numerics import TILE, ceil_div
 
 PROGRAM = {"num_warps": 32, "maxnreg": 64}  # all registers of a multiprocessor, and nearly all of its shared memory
 BAND = 2  # tiles along the rows that are walked together
+HALVES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 _wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
@@ -74,14 +75,30 @@ _COPY = gl.constexpr(f"""{{
     {_BOX}
     mov.b64 desc, _swiglu_backward_kernel_param_5;
     cvta.param.u64 desc, desc;
-    add.u32 column, $4, $4;
-    {_BOX}
-    add.u32 column, column, 32;
-    {_BOX}
+    shr.u32 column, $4, 4;
+    mov.u32 warp, 0;
+    @one cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes
+        [at], [desc, {{warp, column, $3}}], [$2];
     skip:
     mov.u32 $0, 0;
 }}""")
 _STORE = gl.constexpr("st.shared.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0;")
+_KEEP = gl.constexpr("st.shared.f32 [$1], $2; mov.u32 $0, 0;")
+_FLUSH = gl.constexpr("""{
+    .reg .pred mine; .reg .b32 thread, at; .reg .f32 scale; .reg .b64 to;
+    mov.u32 thread, %tid.x;
+    sub.u32 thread, thread, $3;
+    setp.lt.u32 mine, thread, $4;
+    @!mine bra skip;
+    shl.b32 at, thread, 2;
+    add.u32 at, at, $1;
+    ld.shared.f32 scale, [at];
+    mul.wide.u32 to, thread, 4;
+    add.s64 to, to, $2;
+    st.global.f32 [to], scale;
+    skip:
+    mov.u32 $0, 0;
+}""")
 _SAME = gl.constexpr("mov.b32 $0, $1;")
 _UNIFORM = gl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 31, -1;")
 _NOUGHT = gl.constexpr(
@@ -151,6 +168,20 @@ def _place(row, pair):
 def _store_words(at, even, odd):
     """Two neighbouring words each, to an address in shared memory that is a multiple of 8."""
     gl.inline_asm_elementwise(_STORE, "=r,r,r,r", [at, even, odd], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _keep(at, scale):
+    """Each to an address in shared memory."""
+    gl.inline_asm_elementwise(_KEEP, "=r,r,f", [at, scale], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _flush(at, ptr, FIRST: gl.constexpr, count):
+    """Threads from FIRST on, up to 128, store what was kept from `at` on: whole lines, where a warp has 16 bytes."""
+    gl.inline_asm_elementwise(
+        _FLUSH, "=r,r,l,r,r", [at, ptr.to(gl.int64, bitcast=True), FIRST, count], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -229,15 +260,20 @@ def _load_columns(memory, KIB: gl.constexpr):
 
 
 @gluon.jit
-def _store_tiles_t(words, others, q_ptr, scale_inv_ptr, scale_at, tiles, amax_floor, POW2: gl.constexpr):
-    """Tiles along the rows, into 128 rows of q [.., 32·tiles] and from scale_at on."""
+def _scale_columns(words, others, kept, amax_floor, POW2: gl.constexpr):
     scale = scale_inv(largest(words, others), amax_floor, POW2)
+    _keep(kept + 4 * gl.arange(0, 128, scale.type.layout), scale)
+    return scale
+
+
+@gluon.jit
+def _store_columns(words, others, scale, q_ptr, tiles):
+    """Tiles along the rows, into 128 rows of q [.., 32·tiles]."""
     first, second = reciprocal(scale)
     q = divide_words(words, others, first[None, :], second[None, :])
     word = gl.arange(0, 32, gl.SliceLayout(1, q.type.layout))
     column = gl.arange(0, 128, gl.SliceLayout(0, q.type.layout))
     gl.store(q_ptr + (column[None, :] * (tiles * 32) + word[:, None]), q)
-    gl.store(scale_inv_ptr + (scale_at + column), scale)
 
 
 @gluon.jit
@@ -260,7 +296,10 @@ def _swiglu_backward_kernel(
     transposed; no row is theirs. Words hold four columns in FP8, two in BF16, and of what is transposed, four rows."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    memory = gl.allocate_shared_memory(gl.int32, [BARRIERS_AT // 1024 + 1, 8, 32], h_desc.layout)
+    DA: gl.constexpr = gl.SharedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 36], [1, 8], [2, 16], [4, 0], [8, 0], [16, 0], [32, 0], [64, 0]]
+    )
+    memory = gl.allocate_shared_memory(gl.int32, [BARRIERS_AT // 1024 + 3, 8, 32], h_desc.layout)
     barriers = memory.index(BARRIERS_AT // 1024)._reinterpret(gl.int64, (4, 1), mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(barriers.index(i), count=1 if i < 2 else gl.num_warps())
@@ -269,6 +308,8 @@ def _swiglu_backward_kernel(
     shared_at = start_of_shared()
     full = shared_at + BARRIERS_AT  # of each tile; for all warps, results are there, and have been read
     stored, taken = full + 16, full + 24
+    kept = full + 512
+    kept_t = kept + 1024
     row = gl.arange(0, 128, gl.SliceLayout(1, LAYOUT))
     row_wide = gl.convert_layout(row, gl.SliceLayout(1, WIDE), assert_trivial=True)
     word = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
@@ -295,6 +336,7 @@ def _swiglu_backward_kernel(
     start_2, end_2 = _rows(tile_2, tiles_ptr, of_groups, R, bound + nought, GROUPED)
     scales = _load_scales(h_scale_inv_ptr, weight_ptr, start, rows, column, columns, row, R, WEIGHTED)
     count = gl.to_tensor(0)
+    scale_at, scale_at_t = gl.to_tensor(0), gl.to_tensor(0)
     while tile < of_groups:
         stage = count & 1
         wait(full + 8 * stage, count >> 1 & 1)
@@ -303,7 +345,7 @@ def _swiglu_backward_kernel(
         rows_2 = end_2 - start_2
         gate = memory.index(stage * 64)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
         up = memory.index(stage * 64 + 16)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
-        da = memory.index(stage * 64 + 32)._reinterpret(gl.int32, [128, 64], h_desc.layout).load(WIDE)
+        da = memory.index(stage * 64 + 32)._reinterpret(gl.int32, [128, 64], DA).load(WIDE)
         if rows < 128:
             gate = gl.where(row[:, None] < rows, gate, 0)
             up = gl.where(row[:, None] < rows, up, 0)
@@ -317,13 +359,18 @@ def _swiglu_backward_kernel(
         g3, u3, a3, dweight = _gradients(gate_3, up_3, high(da_23), dweight, scales, WEIGHTED)
         g01, g23, u01, u23 = pack(g0, g1), pack(g2, g3), pack(u0, u1), pack(u2, u3)
         wait(taken, count & 1 ^ 1)
+        _flush(kept_t, dht_scale_inv_ptr + scale_at_t, 384, gl.minimum(count, 1) * 128)
+        _flush(kept_t + 512, dht_scale_inv_ptr + (scale_at_t + width), 512, gl.minimum(count, 1) * 128)
+        _flush(kept_t + 1024, at_scale_inv_ptr + scale_at, 640, gl.minimum(count, 1) * 128)
         _store_words(results, g01, g23)
         _store_words(results + 32 * 1024, u01, u23)
         _store_words(results + 64 * 1024, pack(a0, a1), pack(a2, a3))
-        arrive(stored)
         amax = gl.reduce(_both(larger(g01, g23), larger(u01, u23)), 1, larger)
         gate_scale_inv = scale_inv(gl.abs(low(amax)), gradient_amax_floor, POW2)
         up_scale_inv = scale_inv(gl.abs(high(amax)), gradient_amax_floor, POW2)
+        _keep(kept + 4 * row, gate_scale_inv)
+        _keep(kept + 512 + 4 * row, up_scale_inv)
+        arrive(stored)
         gate_first, gate_second = reciprocal(gate_scale_inv)
         up_first, up_second = reciprocal(up_scale_inv)
         # Loads in front of the copies, behind which they would wait.
@@ -336,36 +383,34 @@ def _swiglu_backward_kernel(
         gl.store(dh, divide_words(g01, g23, gate_first[:, None], gate_second[:, None]), mask=inside[:, None])
         gl.store(dh + width // 4, divide_words(u01, u23, up_first[:, None], up_second[:, None]), mask=inside[:, None])
         scale_at = column * R + start + row
-        gl.store(dh_scale_inv_ptr + scale_at, gate_scale_inv, mask=inside)
-        gl.store(dh_scale_inv_ptr + scale_at + columns * R, up_scale_inv, mask=inside)
         if WEIGHTED:
             gl.store(dweight_ptr + scale_at, gl.sum(dweight, 1), mask=inside)
         wait(stored, count & 1)
+        scales_at = dh_scale_inv_ptr + (column * R + start)
+        _flush(kept, scales_at, 128, gl.minimum(rows, 128))
+        _flush(kept + 512, scales_at + columns * R, 256, gl.minimum(rows, 128))
         _copy(shared_at + stage * 65536, full + 8 * stage, start_2, column_2, columns, tile_2 < of_groups)
         g0, g1 = _load_columns(memory, RESULTS_AT // 1024)
         u0, u1 = _load_columns(memory, RESULTS_AT // 1024 + 32)
         a0, a1 = _load_columns(memory, RESULTS_AT // 1024 + 64)
+        g_scale = _scale_columns(g0, g1, kept_t, gradient_amax_floor, POW2)
+        u_scale = _scale_columns(u0, u1, kept_t + 512, gradient_amax_floor, POW2)
+        a_scale = _scale_columns(a0, a1, kept_t + 1024, amax_floor, POW2)
         arrive(taken)
-        q_at, scale_at, tiles_too = column.to(gl.int64) * 32 * P + tile * 32, tile * width + column * 128, _same(tiles)
-        _store_tiles_t(
-            g0, g1, dht_ptr + q_at, dht_scale_inv_ptr, scale_at + tile * width, tiles_too, gradient_amax_floor, POW2
-        )
-        q_up = q_at + columns.to(gl.int64) * 32 * P
-        _store_tiles_t(
-            u0,
-            u1,
-            dht_ptr + q_up,
-            dht_scale_inv_ptr,
-            scale_at + (tile + 1) * width,
-            tiles_too,
-            gradient_amax_floor,
-            POW2,
-        )
-        _store_tiles_t(a0, a1, at_ptr + q_at, at_scale_inv_ptr, scale_at, tiles_too, amax_floor, POW2)
+        q_at, tiles_too = column.to(gl.int64) * 32 * P + tile * 32, _same(tiles)
+        _store_columns(g0, g1, g_scale, dht_ptr + q_at, tiles_too)
+        _store_columns(u0, u1, u_scale, dht_ptr + (q_at + columns.to(gl.int64) * 32 * P), tiles_too)
+        _store_columns(a0, a1, a_scale, at_ptr + q_at, tiles_too)
+        scale_at, scale_at_t = tile * width + column * 128, tile * 2 * width + column * 128
         tile, column, start, rows = tile_1, column_1, start_1, rows_1
         tile_1, column_1, start_1, rows_1 = tile_2, column_2, start_2, rows_2
         tile_2, column_2, start_2, end_2 = tile_3, column_3, start_3, end_3
         count += 1
+    if count > 0:
+        wait(taken, count & 1 ^ 1)
+        _flush(kept_t, dht_scale_inv_ptr + scale_at_t, 384, 128)
+        _flush(kept_t + 512, dht_scale_inv_ptr + (scale_at_t + width), 512, 128)
+        _flush(kept_t + 1024, at_scale_inv_ptr + scale_at, 640, 128)
     if GROUPED:
         for i in range(gl.program_id(0), (tiles - of_groups) * columns, gl.num_programs(0)):
             tile, column = of_groups + i // columns, i % columns
@@ -421,7 +466,7 @@ def swiglu_quantize_backward(
     partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
     _swiglu_backward_kernel[(multiprocessors() // BAND * BAND,)](
         Descriptor(aligned(h_fp8_RN).view(torch.int32), (128, 32), WORDS),
-        Descriptor(aligned(da_RI).view(torch.int32), (128, 32), WORDS),
+        Descriptor(aligned(da_RI).view(torch.int32).view(R, width // 64, 32), (128, 2, 32), HALVES),
         column_major(h_scale_inv), weight_R, dh_fp8.view(torch.int32), dh_scale_inv, dht_fp8.view(torch.int32),
         dht_scale_inv, at_fp8.view(torch.int32), at_scale_inv, partial, tiles, first, R, width, P, E, bound, amax_floor,
         gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM, launch_pdl=grouped,
@@ -442,7 +487,7 @@ def variants() -> Iterator[Variant]:
             weight, no_weight = ({"weight_ptr": F32}, {}) if weighted else ({}, {"weight_ptr": None})
             yield Variant(
                 _swiglu_backward_kernel,
-                {f"{name}_desc": f"tensordesc<i32[128, 32],{WORDS!r}>" for name in ("h", "da")}
+                {"h_desc": f"tensordesc<i32[128, 32],{WORDS!r}>", "da_desc": f"tensordesc<i32[128, 2, 32],{HALVES!r}>"}
                 | {"dh_ptr": I32, "dht_ptr": I32, "at_ptr": I32, "dweight_ptr": F32}
                 | {f"{name}_scale_inv_ptr": F32 for name in ("h", "dh", "dht", "at")}
                 | {"amax_floor": "fp32", "gradient_amax_floor": "fp32"}

@@ -186,15 +186,14 @@ def test_every_configuration(check, monkeypatch):
     h, weight = inputs(check, 300, 768, "cuda", True)
     da, offs = check.varied(300, 768, torch.bfloat16, "cuda"), check.ends([100, 0, 199], "cuda")
     results = []
-    for rows, warps, program, band, programs in (
-        (16, 4, backward.PROGRAM, backward.BAND, 132),
-        (32, 8, backward.PROGRAM, backward.BAND, 2),
-        (16, 4, backward.PROGRAM, 1, 7),
-        (8, 1, {"num_warps": 16}, 4, 5),
+    for rows, warps, band, programs in (
+        (16, 4, backward.BAND, 132),
+        (32, 8, backward.BAND, 2),
+        (16, 4, 1, 7),
+        (8, 1, 4, 5),
     ):
         monkeypatch.setattr(kernels, "ROWS", rows)
         monkeypatch.setattr(kernels, "WARPS", warps)
-        monkeypatch.setattr(backward, "PROGRAM", program)
         monkeypatch.setattr(backward, "BAND", band)
         monkeypatch.setattr(backward, "multiprocessors", lambda programs=programs: programs)
         *a, h_fp8, h_scale_inv = ops.swiglu_quantize_save(h, weight, FLOOR, False)
