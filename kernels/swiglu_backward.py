@@ -5,19 +5,21 @@ the recomputed activation, along the rows, for the wgrad of the product behind: 
 instructions are nearly as scarce as the bytes: 62 a pair, where a copy's time has room for 71. So threads work on
 32-bit words of two BF16 values (`tiles.py`), and columns are read by `ldmatrix` (`columns.py`).
 
-One program a multiprocessor stays. The copy engine brings gate, up and da two tiles ahead. That fills the memory's
-queue, and every other load waits in it for about half a tile. So scales, weights and where a tile lies are loaded a
-tile ahead too, all at once and in front of the copies: behind them, or late, or spread over a turn, they cost 5 to
-30 % (a warp has few counters to wait by, and shares them between these loads and those from shared memory). The two
-barriers of a turn follow each other closely, with little but reads of columns between them: warps are free to be up to
-a turn apart.
+One program a multiprocessor stays. The copy engine brings gate, up and da two tiles ahead, and no barrier holds up all
+warps: they wait in shared memory for operands, for the others' results, and until those have been read, and have a third
+of a turn or more before they must. (Triton's own copies came with five barriers a turn.) Copies fill the memory's queue,
+in which every other load waits for about half a tile. So scales, weights and where a tile lies are loaded a tile ahead
+too, in front of the copies. What is the same for all threads the compiler moves to a register of all lanes at once, and
+waits for it: `swiglu_ptx.nought` and `uniform` put that off by a turn. What is known of addresses before the loop
+LLVM keeps in registers that are not there: hence `same`. Scales leave in lines of 128 bytes; a warp has 16 at a time.
 
-H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 196 and 205 µs, 0.74 and 0.80 of a copy of as many
-bytes; with two programs a multiprocessor that come and go, 220 and 223. The copy engine alone, which moves the same
-tiles and computes nothing, takes 171 and 191, and 161 and 180 where addresses follow each other. To that come the
-scales, 3 % of the bytes, and of the first, 9 µs of the map of tiles and the sum of weight gradients. No faster: 16
-warps, scales two tiles ahead or fetched into the L2 first, hints to the L2, other orders of tiles. Few tiles take 3 µs
-longer than with the former kernel: 4096 rows of 2048 34 µs instead of 31, 9000 in 256 groups 223 instead of 207.
+H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 192 and 205 µs, 0.77 and 0.81 of a copy of as many
+bytes (with barriers 196 and 205); 32768 and 9000 rows in 256 groups 247 and 170 (355, 223). From the L2 cache alone the
+first takes 165. The same loads and stores without arithmetic take 187 and 202, without scales' rows, the sum of weight
+gradients and the map of tiles 176 and 196; the copy engine alone, which moves the same tiles, 171 and 191. The link
+between the halves of the L2 is busy for 80 % of the time, in all of them. No faster: 16 warps, other orders of tiles,
+each program a row of tiles (202), 128 programs whose tiles divide evenly (+2), halves of tiles that arrive for
+themselves (+4), stores to shared memory without bank conflicts, which take a warp's scales apart (+2).
 """
 
 from collections.abc import Iterator
@@ -39,6 +41,7 @@ from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.kernels.swiglu import sigmoid
+from dsv3c.kernels.swiglu_ptx import both, copy, flush, keep, nought, place, same, store_words, uniform, unpack
 from dsv3c.kernels.tiles import high, larger, low, pack, reciprocal, scale_inv
 from dsv3c.numerics import TILE, ceil_div
 
@@ -48,106 +51,11 @@ HALVES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 _wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
-# Bytes from the beginning of shared memory: of each of two tiles gate, up and both halves of da, 64 KiB; BF16 results,
-# gate's, up's and the activation, 96; barriers.
+# Bytes from the beginning of shared memory: of each of two tiles gate, up and da, 64 KiB; BF16 results, those of gate,
+# of up and the activation, 96; barriers, and scales.
 RESULTS_AT = gl.constexpr(128 * 1024)
 BARRIERS_AT = gl.constexpr(224 * 1024)
-
-_BOX = """@one cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes
-    [at], [desc, {column, $3}], [$2];
-add.u32 at, at, 16384;
-"""
-_COPY = gl.constexpr(f"""{{
-    .reg .pred one; .reg .b32 at, warp, column; .reg .b64 desc;
-    mov.u32 warp, %tid.x;
-    shfl.sync.idx.b32 warp, warp, 0, 31, -1;
-    setp.eq.u32 one, warp, 0;
-    setp.ne.and.b32 one, $6, 0, one;
-    @!one bra skip;
-    elect.sync _|one, -1;
-    @one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], 65536;
-    mov.b64 desc, _swiglu_backward_kernel_param_0;
-    cvta.param.u64 desc, desc;
-    mov.u32 at, $1;
-    mov.u32 column, $4;
-    {_BOX}
-    mov.u32 column, $5;
-    {_BOX}
-    mov.b64 desc, _swiglu_backward_kernel_param_5;
-    cvta.param.u64 desc, desc;
-    shr.u32 column, $4, 4;
-    mov.u32 warp, 0;
-    @one cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes
-        [at], [desc, {{warp, column, $3}}], [$2];
-    skip:
-    mov.u32 $0, 0;
-}}""")
-_STORE = gl.constexpr("st.shared.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0;")
-_KEEP = gl.constexpr("st.shared.f32 [$1], $2; mov.u32 $0, 0;")
-_FLUSH = gl.constexpr("""{
-    .reg .pred mine; .reg .b32 thread, at; .reg .f32 scale; .reg .b64 to;
-    mov.u32 thread, %tid.x;
-    sub.u32 thread, thread, $3;
-    setp.lt.u32 mine, thread, $4;
-    @!mine bra skip;
-    shl.b32 at, thread, 2;
-    add.u32 at, at, $1;
-    ld.shared.f32 scale, [at];
-    mul.wide.u32 to, thread, 4;
-    add.s64 to, to, $2;
-    st.global.f32 [to], scale;
-    skip:
-    mov.u32 $0, 0;
-}""")
-_SAME = gl.constexpr("mov.b32 $0, $1;")
-_UNIFORM = gl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 31, -1;")
-_NOUGHT = gl.constexpr(
-    "{ .reg .b32 thread; mov.u32 thread, %tid.x; add.u32 thread, thread, $1; min.s32 $0, thread, 0; }"
-)
-_BRANCH = gl.constexpr("bar.warp.sync -1; mov.u32 $0, 0;")
-
-
-@triton.jit
-def _both(a, b):
-    """The larger magnitude of each word: of a in the low half, of b in the high."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 lows, highs;
-        prmt.b32 lows, $1, $2, 0x5410;
-        prmt.b32 highs, $1, $2, 0x7632;
-        max.NaN.xorsign.abs.bf16x2 $0, lows, highs;
-        }""",
-        "=r,r,r",
-        [a, b],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _unpack(word):
-    """The four E4M3 numbers of a word, in float32."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 a, b, c, d;
-        .reg .b32 ab, cd;
-        mov.b32 {a, b}, $4;
-        cvt.rn.f16x2.e4m3x2 ab, a;
-        cvt.rn.f16x2.e4m3x2 cd, b;
-        mov.b32 {a, b}, ab;
-        mov.b32 {c, d}, cd;
-        cvt.f32.f16 $0, a;
-        cvt.f32.f16 $1, b;
-        cvt.f32.f16 $2, c;
-        cvt.f32.f16 $3, d;
-        }""",
-        "=f,=f,=f,=f,r",
-        [word],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
-    )
+SHARED = gl.constexpr(227 * 1024)
 
 
 @gluon.jit
@@ -155,45 +63,6 @@ def _pairs(x, LAYOUT: gl.constexpr):
     """Even and odd columns of x [R, 2C], in LAYOUT; nothing moves."""
     even, odd = gl.split(gl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     return gl.convert_layout(even, LAYOUT, assert_trivial=True), gl.convert_layout(odd, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _place(row, pair):
-    """Where in bytes two neighbouring words of a row lie in `shared_layout`."""
-    chunk = pair ^ (row & 1) * 5 ^ row >> 4 & 1 ^ (row >> 5 & 1) * 2
-    return (row & 63) * 512 + (chunk ^ chunk >> 3 & 3) * 16 + (row >> 6) * 8
-
-
-@gluon.jit
-def _store_words(at, even, odd):
-    """Two neighbouring words each, to an address in shared memory that is a multiple of 8."""
-    gl.inline_asm_elementwise(_STORE, "=r,r,r,r", [at, even, odd], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _keep(at, scale):
-    """Each to an address in shared memory."""
-    gl.inline_asm_elementwise(_KEEP, "=r,r,f", [at, scale], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _flush(at, ptr, FIRST: gl.constexpr, count):
-    """Threads from FIRST on, up to 128, store what was kept from `at` on: whole lines, where a warp has 16 bytes."""
-    gl.inline_asm_elementwise(
-        _FLUSH, "=r,r,l,r,r", [at, ptr.to(gl.int64, bitcast=True), FIRST, count], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _same(x):
-    """x; what depends on it is computed here, not kept in registers from before a loop."""
-    return gl.inline_asm_elementwise(_SAME, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _uniform(x):
-    """x, which is the same for all threads."""
-    return gl.inline_asm_elementwise(_UNIFORM, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -213,15 +82,6 @@ def _rows(tile, tiles_ptr, tiles, R, bound, GROUPED: gl.constexpr):
         start = gl.load(tiles_ptr + (bound + tile), mask=tile < tiles, other=0)
         end = gl.load(tiles_ptr + (2 * bound + tile), mask=tile < tiles, other=0)
     return start, end
-
-
-@gluon.jit
-def _copy(target, full, start, column, columns, mine):
-    """Has one thread start the copies of a tile's operands, if there is one."""
-    gl.inline_asm_elementwise(
-        _COPY, "=r,r,r,r,r,r,r", [target, full, start, column * 32, (column + columns) * 32, mine.to(gl.int32)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -262,7 +122,7 @@ def _load_columns(memory, KIB: gl.constexpr):
 @gluon.jit
 def _scale_columns(words, others, kept, amax_floor, POW2: gl.constexpr):
     scale = scale_inv(largest(words, others), amax_floor, POW2)
-    _keep(kept + 4 * gl.arange(0, 128, scale.type.layout), scale)
+    keep(kept + 4 * gl.arange(0, 128, scale.type.layout), scale)
     return scale
 
 
@@ -299,21 +159,21 @@ def _swiglu_backward_kernel(
     DA: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 36], [1, 8], [2, 16], [4, 0], [8, 0], [16, 0], [32, 0], [64, 0]]
     )
-    memory = gl.allocate_shared_memory(gl.int32, [BARRIERS_AT // 1024 + 3, 8, 32], h_desc.layout)
+    memory = gl.allocate_shared_memory(gl.int32, [SHARED // 1024, 8, 32], h_desc.layout)
     barriers = memory.index(BARRIERS_AT // 1024)._reinterpret(gl.int64, (4, 1), mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(barriers.index(i), count=1 if i < 2 else gl.num_warps())
     fence_async_shared()
     _wait_for_all()
     shared_at = start_of_shared()
-    full = shared_at + BARRIERS_AT  # of each tile; for all warps, results are there, and have been read
-    stored, taken = full + 16, full + 24
-    kept = full + 512
-    kept_t = kept + 1024
+    full = shared_at + BARRIERS_AT  # of each of two tiles
+    stored, taken = full + 16, full + 24  # by all warps: results
+    kept = full + 512  # scales of rows, of gate and of up
+    kept_t = kept + 1024  # and of columns, those and the activation's
     row = gl.arange(0, 128, gl.SliceLayout(1, LAYOUT))
     row_wide = gl.convert_layout(row, gl.SliceLayout(1, WIDE), assert_trivial=True)
     word = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
-    results = shared_at + RESULTS_AT + _place(row[:, None], word[None, :])
+    results = shared_at + RESULTS_AT + place(row[:, None], word[None, :])
     tiles, columns = P // 128, width // 128
     of_groups = tiles
     gdc_launch_dependents()
@@ -326,22 +186,22 @@ def _swiglu_backward_kernel(
     tile, column = i // columns * BAND + gl.program_id(0) % BAND, i % columns
     start, end = _rows(tile, tiles_ptr, of_groups, R, bound, GROUPED)
     rows = end - start
-    _copy(shared_at, full, start, column, columns, tile < of_groups)
+    copy(shared_at, full, start, column, columns, tile < of_groups)
     tile_1, column_1 = _next(tile, column, columns, down, right, BAND)
     start_1, end_1 = _rows(tile_1, tiles_ptr, of_groups, R, bound, GROUPED)
     rows_1 = end_1 - start_1
-    _copy(shared_at + 65536, full + 8, start_1, column_1, columns, tile_1 < of_groups)
+    copy(shared_at + 65536, full + 8, start_1, column_1, columns, tile_1 < of_groups)
     tile_2, column_2 = _next(tile_1, column_1, columns, down, right, BAND)
-    nought = gl.inline_asm_elementwise(_NOUGHT, "=r,r", [R], dtype=gl.int32, is_pure=False, pack=1)
-    start_2, end_2 = _rows(tile_2, tiles_ptr, of_groups, R, bound + nought, GROUPED)
+    zero = nought(R)
+    start_2, end_2 = _rows(tile_2, tiles_ptr, of_groups, R, bound + zero, GROUPED)
     scales = _load_scales(h_scale_inv_ptr, weight_ptr, start, rows, column, columns, row, R, WEIGHTED)
     count = gl.to_tensor(0)
-    scale_at, scale_at_t = gl.to_tensor(0), gl.to_tensor(0)
+    at_scale_at, dht_scale_at = gl.to_tensor(0), gl.to_tensor(0)
     while tile < of_groups:
         stage = count & 1
         wait(full + 8 * stage, count >> 1 & 1)
         if GROUPED:
-            start_2, end_2 = _uniform(start_2), _uniform(end_2)
+            start_2, end_2 = uniform(start_2), uniform(end_2)
         rows_2 = end_2 - start_2
         gate = memory.index(stage * 64)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
         up = memory.index(stage * 64 + 16)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
@@ -351,45 +211,45 @@ def _swiglu_backward_kernel(
             up = gl.where(row[:, None] < rows, up, 0)
             da = gl.where(row_wide[:, None] < rows, da, 0)
         da_01, da_23 = _pairs(da, LAYOUT)
-        gate_0, gate_1, gate_2, gate_3 = _unpack(gate)
-        up_0, up_1, up_2, up_3 = _unpack(up)
+        gate_0, gate_1, gate_2, gate_3 = unpack(gate)
+        up_0, up_1, up_2, up_3 = unpack(up)
         g0, u0, a0, dweight = _gradients(gate_0, up_0, low(da_01), 0.0, scales, WEIGHTED)
         g1, u1, a1, dweight = _gradients(gate_1, up_1, high(da_01), dweight, scales, WEIGHTED)
         g2, u2, a2, dweight = _gradients(gate_2, up_2, low(da_23), dweight, scales, WEIGHTED)
         g3, u3, a3, dweight = _gradients(gate_3, up_3, high(da_23), dweight, scales, WEIGHTED)
         g01, g23, u01, u23 = pack(g0, g1), pack(g2, g3), pack(u0, u1), pack(u2, u3)
         wait(taken, count & 1 ^ 1)
-        _flush(kept_t, dht_scale_inv_ptr + scale_at_t, 384, gl.minimum(count, 1) * 128)
-        _flush(kept_t + 512, dht_scale_inv_ptr + (scale_at_t + width), 512, gl.minimum(count, 1) * 128)
-        _flush(kept_t + 1024, at_scale_inv_ptr + scale_at, 640, gl.minimum(count, 1) * 128)
-        _store_words(results, g01, g23)
-        _store_words(results + 32 * 1024, u01, u23)
-        _store_words(results + 64 * 1024, pack(a0, a1), pack(a2, a3))
-        amax = gl.reduce(_both(larger(g01, g23), larger(u01, u23)), 1, larger)
+        before = gl.minimum(count, 1) * 128  # a tile
+        flush(kept_t, dht_scale_inv_ptr + dht_scale_at, 384, before)
+        flush(kept_t + 512, dht_scale_inv_ptr + (dht_scale_at + width), 512, before)
+        flush(kept_t + 1024, at_scale_inv_ptr + at_scale_at, 640, before)
+        store_words(results, g01, g23)
+        store_words(results + 32 * 1024, u01, u23)
+        store_words(results + 64 * 1024, pack(a0, a1), pack(a2, a3))
+        amax = gl.reduce(both(larger(g01, g23), larger(u01, u23)), 1, larger)
         gate_scale_inv = scale_inv(gl.abs(low(amax)), gradient_amax_floor, POW2)
         up_scale_inv = scale_inv(gl.abs(high(amax)), gradient_amax_floor, POW2)
-        _keep(kept + 4 * row, gate_scale_inv)
-        _keep(kept + 512 + 4 * row, up_scale_inv)
+        keep(kept + 4 * row, gate_scale_inv)
+        keep(kept + 512 + 4 * row, up_scale_inv)
         arrive(stored)
         gate_first, gate_second = reciprocal(gate_scale_inv)
         up_first, up_second = reciprocal(up_scale_inv)
         # Loads in front of the copies, behind which they would wait.
         tile_3, column_3 = _next(tile_2, column_2, columns, down, right, BAND)
-        start_3, end_3 = _rows(tile_3, tiles_ptr, of_groups, R, bound + nought, GROUPED)
+        start_3, end_3 = _rows(tile_3, tiles_ptr, of_groups, R, bound + zero, GROUPED)
         scales = _load_scales(h_scale_inv_ptr, weight_ptr, start_1, rows_1, column_1, columns, row, R, WEIGHTED)
         inside = row < rows
         dh = dh_ptr + start.to(gl.int64) * (width // 2) + column * 32
-        dh += row[:, None] * (_same(columns) * 64) + word[None, :]
+        dh += row[:, None] * (same(columns) * 64) + word[None, :]
         gl.store(dh, divide_words(g01, g23, gate_first[:, None], gate_second[:, None]), mask=inside[:, None])
         gl.store(dh + width // 4, divide_words(u01, u23, up_first[:, None], up_second[:, None]), mask=inside[:, None])
-        scale_at = column * R + start + row
         if WEIGHTED:
-            gl.store(dweight_ptr + scale_at, gl.sum(dweight, 1), mask=inside)
+            gl.store(dweight_ptr + (column * R + start + row), gl.sum(dweight, 1), mask=inside)
         wait(stored, count & 1)
-        scales_at = dh_scale_inv_ptr + (column * R + start)
-        _flush(kept, scales_at, 128, gl.minimum(rows, 128))
-        _flush(kept + 512, scales_at + columns * R, 256, gl.minimum(rows, 128))
-        _copy(shared_at + stage * 65536, full + 8 * stage, start_2, column_2, columns, tile_2 < of_groups)
+        dh_scale_inv = dh_scale_inv_ptr + (column * R + start)
+        flush(kept, dh_scale_inv, 128, gl.minimum(rows, 128))
+        flush(kept + 512, dh_scale_inv + columns * R, 256, gl.minimum(rows, 128))
+        copy(shared_at + stage * 65536, full + 8 * stage, start_2, column_2, columns, tile_2 < of_groups)
         g0, g1 = _load_columns(memory, RESULTS_AT // 1024)
         u0, u1 = _load_columns(memory, RESULTS_AT // 1024 + 32)
         a0, a1 = _load_columns(memory, RESULTS_AT // 1024 + 64)
@@ -397,20 +257,20 @@ def _swiglu_backward_kernel(
         u_scale = _scale_columns(u0, u1, kept_t + 512, gradient_amax_floor, POW2)
         a_scale = _scale_columns(a0, a1, kept_t + 1024, amax_floor, POW2)
         arrive(taken)
-        q_at, tiles_too = column.to(gl.int64) * 32 * P + tile * 32, _same(tiles)
+        q_at, tiles_too = column.to(gl.int64) * 32 * P + tile * 32, same(tiles)
         _store_columns(g0, g1, g_scale, dht_ptr + q_at, tiles_too)
         _store_columns(u0, u1, u_scale, dht_ptr + (q_at + columns.to(gl.int64) * 32 * P), tiles_too)
         _store_columns(a0, a1, a_scale, at_ptr + q_at, tiles_too)
-        scale_at, scale_at_t = tile * width + column * 128, tile * 2 * width + column * 128
+        at_scale_at, dht_scale_at = tile * width + column * 128, tile * 2 * width + column * 128
         tile, column, start, rows = tile_1, column_1, start_1, rows_1
         tile_1, column_1, start_1, rows_1 = tile_2, column_2, start_2, rows_2
         tile_2, column_2, start_2, end_2 = tile_3, column_3, start_3, end_3
         count += 1
     if count > 0:
         wait(taken, count & 1 ^ 1)
-        _flush(kept_t, dht_scale_inv_ptr + scale_at_t, 384, 128)
-        _flush(kept_t + 512, dht_scale_inv_ptr + (scale_at_t + width), 512, 128)
-        _flush(kept_t + 1024, at_scale_inv_ptr + scale_at, 640, 128)
+        flush(kept_t, dht_scale_inv_ptr + dht_scale_at, 384, 128)
+        flush(kept_t + 512, dht_scale_inv_ptr + (dht_scale_at + width), 512, 128)
+        flush(kept_t + 1024, at_scale_inv_ptr + at_scale_at, 640, 128)
     if GROUPED:
         for i in range(gl.program_id(0), (tiles - of_groups) * columns, gl.num_programs(0)):
             tile, column = of_groups + i // columns, i % columns

@@ -205,6 +205,19 @@ def test_every_configuration(check, monkeypatch):
         assert all(map(same_bits, other, results[0]))
 
 
+def test_results_are_stored_where_columns_are_read():
+    """Two words at a time, each where `ldmatrix` looks for it."""
+    layouts = pytest.importorskip("dsv3c.kernels.columns", reason="needs Triton")
+    place = pytest.importorskip("dsv3c.kernels.swiglu_ptx", reason="needs Triton").place.fn
+    bases = layouts.shared_layout.fn(64, 32).offset_bases
+    for offset in range(128 * 64):
+        row = column = 0
+        for i, (r, c) in enumerate(bases):
+            if offset >> i & 1:
+                row, column = row ^ r, column ^ c
+        assert place(row, column // 2) + column % 2 * 4 == offset * 4
+
+
 @pytest.mark.gpu
 def test_in_a_cuda_graph(check):
     """No host synchronisation: groups that change after the capture are the ones that count."""
