@@ -6,20 +6,20 @@ instructions are nearly as scarce as the bytes: 62 a pair, where a copy's time h
 32-bit words of two BF16 values (`tiles.py`), and columns are read by `ldmatrix` (`columns.py`).
 
 One program a multiprocessor stays. The copy engine brings gate, up and da two tiles ahead, and no barrier holds up all
-warps: they wait in shared memory for operands, for the others' results, and until those have been read, and have a third
-of a turn or more before they must. (Triton's own copies came with five barriers a turn.) Copies fill the memory's queue,
+warps: they wait in shared memory for operands, for the others' results, and until those have been read, and have some
+of a turn before they must. (Copies that Triton starts come with five barriers a turn.) Copies fill the memory's queue,
 in which every other load waits for about half a tile. So scales, weights and where a tile lies are loaded a tile ahead
-too, in front of the copies. What is the same for all threads the compiler moves to a register of all lanes at once, and
-waits for it: `swiglu_ptx.nought` and `uniform` put that off by a turn. What is known of addresses before the loop
-LLVM keeps in registers that are not there: hence `same`. Scales leave in lines of 128 bytes; a warp has 16 at a time.
+too, in front of the copies. What is the same for all threads the compiler would move to a register of all lanes, and
+wait for, at once: `nought` and `uniform` put that off by a turn. What is known of addresses before the loop it would
+keep in registers that are not there: hence `same`. Scales leave in lines of 128 bytes; a warp has 16 at a time.
 
 H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 192 and 205 µs, 0.77 and 0.81 of a copy of as many
-bytes (with barriers 196 and 205); 32768 and 9000 rows in 256 groups 247 and 170 (355, 223). From the L2 cache alone the
-first takes 165. The same loads and stores without arithmetic take 187 and 202, without scales' rows, the sum of weight
-gradients and the map of tiles 176 and 196; the copy engine alone, which moves the same tiles, 171 and 191. The link
-between the halves of the L2 is busy for 80 % of the time, in all of them. No faster: 16 warps, other orders of tiles,
-each program a row of tiles (202), 128 programs whose tiles divide evenly (+2), halves of tiles that arrive for
-themselves (+4), stores to shared memory without bank conflicts, which take a warp's scales apart (+2).
+bytes (with barriers 196 and 205); 32768 and 9000 rows in 256 groups 247 and 170 (355 and 223). From the L2 cache alone
+the first takes 165. The same loads and stores without arithmetic take 187 and 202; then without the scales of rows, the
+sum of weight gradients and the map of tiles 176 and 196; the copy engine alone, which moves the same tiles, 171 and
+191. The link between the halves of the L2 is busy for 80 % of the time, with and without arithmetic. No faster: 16
+warps, other orders of tiles (a program's one behind the other: 230), 128 programs, which divides evenly (+6), halves of
+tiles that arrive for themselves (+4), stores to shared memory without bank conflicts, by rows 64 apart (+2).
 """
 
 from collections.abc import Iterator
