@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import I32, Variant
@@ -26,7 +27,8 @@ from dsv3c.numerics import ceil_div
 @launched
 @triton.jit(do_not_specialize=["E", "bound"])
 def _tile_map_kernel(offs_ptr, tiles_ptr, first_ptr, E, bound, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
-    """Program e numbers the tiles of group e; program E writes the total."""
+    """Program e numbers the tiles of group e; program E writes the total. What follows may begin, and wait."""
+    gdc_launch_dependents()
     e = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     end = tl.load(offs_ptr + group, mask=group < E, other=0)

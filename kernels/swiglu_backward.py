@@ -5,19 +5,21 @@ the recomputed activation, along the rows, for the wgrad of the product behind: 
 instructions are nearly as scarce as the bytes: 62 a pair, where a copy's time has room for 71. So threads work on
 32-bit words of two BF16 values (`tiles.py`), and columns are read by `ldmatrix` (`columns.py`).
 
-One program a multiprocessor stays. The copy engine brings gate, up and da two tiles ahead. That fills the memory's
-queue, and every other load waits in it for about half a tile. So scales, weights and where a tile lies are loaded a
-tile ahead too, all at once and in front of the copies: behind them, or late, or spread over a turn, they cost 5 to
-30 % (a warp has few counters to wait by, and shares them between these loads and those from shared memory). The two
-barriers of a turn follow each other closely, with little but reads of columns between them: warps are free to be up to
-a turn apart.
+One program a multiprocessor stays. The copy engine brings gate, up and da two tiles ahead, and no barrier holds up all
+warps: they wait in shared memory for operands, for the others' results, and until those have been read, and have some
+of a turn before they must. (Copies that Triton starts come with five barriers a turn.) Copies fill the memory's queue,
+in which every other load waits for about half a tile. So scales, weights and where a tile lies are loaded a tile ahead
+too, in front of the copies. What is the same for all threads the compiler would move to a register of all lanes, and
+wait for, at once: `nought` and `uniform` put that off by a turn. What is known of addresses before the loop it would
+keep in registers that are not there: hence `same`. Scales leave in lines of 128 bytes; a warp has 16 at a time.
 
-H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 196 and 205 µs, 0.74 and 0.80 of a copy of as many
-bytes; with two programs a multiprocessor that come and go, 220 and 223. The copy engine alone, which moves the same
-tiles and computes nothing, takes 171 and 191, and 161 and 180 where addresses follow each other. To that come the
-scales, 3 % of the bytes, and of the first, 9 µs of the map of tiles and the sum of weight gradients. No faster: 16
-warps, scales two tiles ahead or fetched into the L2 first, hints to the L2, other orders of tiles. Few tiles take 3 µs
-longer than with the former kernel: 4096 rows of 2048 34 µs instead of 31, 9000 in 256 groups 223 instead of 207.
+H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 192 and 205 µs, 0.77 and 0.81 of a copy of as many
+bytes (with barriers 196 and 205); 32768 and 9000 rows in 256 groups 247 and 170 (355 and 223). From the L2 cache alone
+the first takes 165. The same loads and stores without arithmetic take 187 and 202; then without the scales of rows, the
+sum of weight gradients and the map of tiles 176 and 196; the copy engine alone, which moves the same tiles, 171 and
+191. The link between the halves of the L2 is busy for 80 % of the time, with and without arithmetic. No faster: 16
+warps, other orders of tiles (a program's one behind the other: 230), 128 programs, which divides evenly (+6), halves of
+tiles that arrive for themselves (+4), stores to shared memory without bank conflicts, by rows 64 apart (+2).
 """
 
 from collections.abc import Iterator
@@ -28,65 +30,32 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv3c.kernels.columns import divide_words, largest, load_words, shared_layout, store_columns
+from dsv3c.kernels.cluster import arrive, start_of_shared, wait
+from dsv3c.kernels.columns import divide_words, largest, load_words, shared_layout
 from dsv3c.kernels.gemm import aligned, multiprocessors
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.kernels.swiglu import sigmoid
+from dsv3c.kernels.swiglu_ptx import both, copy, flush, keep, nought, place, same, store_words, uniform, unpack
 from dsv3c.kernels.tiles import high, larger, low, pack, reciprocal, scale_inv
 from dsv3c.numerics import TILE, ceil_div
 
 PROGRAM = {"num_warps": 32, "maxnreg": 64}  # all registers of a multiprocessor, and nearly all of its shared memory
 BAND = 2  # tiles along the rows that are walked together
+HALVES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 _wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
-
-@triton.jit
-def _both(a, b):
-    """The larger magnitude of each word: of a in the low half, of b in the high."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 lows, highs;
-        prmt.b32 lows, $1, $2, 0x5410;
-        prmt.b32 highs, $1, $2, 0x7632;
-        max.NaN.xorsign.abs.bf16x2 $0, lows, highs;
-        }""",
-        "=r,r,r",
-        [a, b],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _unpack(word):
-    """The four E4M3 numbers of a word, in float32."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 a, b, c, d;
-        .reg .b32 ab, cd;
-        mov.b32 {a, b}, $4;
-        cvt.rn.f16x2.e4m3x2 ab, a;
-        cvt.rn.f16x2.e4m3x2 cd, b;
-        mov.b32 {a, b}, ab;
-        mov.b32 {c, d}, cd;
-        cvt.f32.f16 $0, a;
-        cvt.f32.f16 $1, b;
-        cvt.f32.f16 $2, c;
-        cvt.f32.f16 $3, d;
-        }""",
-        "=f,=f,=f,=f,r",
-        [word],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
-    )
+# Bytes from the beginning of shared memory: of each of two tiles gate, up and da, 64 KiB; BF16 results, those of gate,
+# of up and the activation, 96; barriers, and scales.
+RESULTS_AT = gl.constexpr(128 * 1024)
+BARRIERS_AT = gl.constexpr(224 * 1024)
+SHARED = gl.constexpr(227 * 1024)
 
 
 @gluon.jit
@@ -94,12 +63,6 @@ def _pairs(x, LAYOUT: gl.constexpr):
     """Even and odd columns of x [R, 2C], in LAYOUT; nothing moves."""
     even, odd = gl.split(gl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     return gl.convert_layout(even, LAYOUT, assert_trivial=True), gl.convert_layout(odd, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _share(buffer, even, odd):
-    """Stores even and odd columns."""
-    buffer.store(gl.reshape(gl.join(even, odd), (even.shape[0], 2 * even.shape[1])))
 
 
 @gluon.jit
@@ -112,25 +75,13 @@ def _next(tile, column, columns, down, right, BAND: gl.constexpr):
 
 @gluon.jit
 def _rows(tile, tiles_ptr, tiles, R, bound, GROUPED: gl.constexpr):
-    """The first row of a tile, and how many rows follow in its group; none if `tiles`, those of groups, end before."""
+    """The first row of a tile and the end of its group; 0 and 0 if `tiles`, those of groups, end before."""
     start = tile * 128
     end = R
     if GROUPED:
-        start = gl.load(tiles_ptr + bound + tile, mask=tile < tiles, other=0)
-        end = gl.load(tiles_ptr + 2 * bound + tile, mask=tile < tiles, other=0)
-    return start, end - start
-
-
-@gluon.jit
-def _copy(descs, operands, stage, start, column, columns, mine):
-    """Has the operands of a tile copied, if there is one."""
-    h_desc, da_desc = descs
-    gates, ups, das, full = operands
-    ready = full.index(stage)
-    mbarrier.expect(ready, 4 * 128 * 128, pred=mine)
-    tma.async_copy_global_to_shared(h_desc, [start, column * 32], ready, gates.index(stage), pred=mine)
-    tma.async_copy_global_to_shared(h_desc, [start, (column + columns) * 32], ready, ups.index(stage), pred=mine)
-    tma.async_copy_global_to_shared(da_desc, [start, column * 64], ready, das.index(stage), pred=mine)
+        start = gl.load(tiles_ptr + (bound + tile), mask=tile < tiles, other=0)
+        end = gl.load(tiles_ptr + (2 * bound + tile), mask=tile < tiles, other=0)
+    return start, end
 
 
 @gluon.jit
@@ -142,7 +93,7 @@ def _load_scales(h_scale_inv_ptr, weight_ptr, start, rows, column, columns, row,
     up = gl.load(at + columns * R, mask=inside, other=0.0)
     weight = gate
     if WEIGHTED:
-        weight = gl.load(weight_ptr + start + row, mask=inside, other=0.0)
+        weight = gl.load(weight_ptr + (start + row), mask=inside, other=0.0)
     return gate, up, weight
 
 
@@ -164,17 +115,34 @@ def _gradients(gate, up, da, dweight, scales, WEIGHTED: gl.constexpr):
 
 
 @gluon.jit
-def _load_columns(buffer):
-    return load_words(buffer._reinterpret(gl.bfloat16, [128, 128], shared_layout(128, 16)))
+def _load_columns(memory, KIB: gl.constexpr):
+    return load_words(memory.index(KIB)._reinterpret(gl.bfloat16, [128, 128], shared_layout(128, 16)))
 
 
 @gluon.jit
-def _store_tiles_t(words, others, q_ptr, scale_inv_ptr, P, amax_floor, POW2: gl.constexpr):
-    """Tiles along the rows, into 128 rows of q [.., P/4]."""
+def _scale_columns(words, others, kept, amax_floor, POW2: gl.constexpr):
     scale = scale_inv(largest(words, others), amax_floor, POW2)
+    keep(kept + 4 * gl.arange(0, 128, scale.type.layout), scale)
+    return scale
+
+
+@gluon.jit
+def _store_columns(words, others, scale, q_ptr, tiles):
+    """Tiles along the rows, into 128 rows of q [.., 32·tiles]."""
     first, second = reciprocal(scale)
     q = divide_words(words, others, first[None, :], second[None, :])
-    store_columns(q, scale, q_ptr, scale_inv_ptr, 128, P // 4, 1)
+    word = gl.arange(0, 32, gl.SliceLayout(1, q.type.layout))
+    column = gl.arange(0, 128, gl.SliceLayout(0, q.type.layout))
+    gl.store(q_ptr + (column[None, :] * (tiles * 32) + word[:, None]), q)
+
+
+@gluon.jit
+def _store_zeros_t(q_ptr, scale_inv_ptr, tiles, amax_floor, POW2: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same of rows that are not there."""
+    column = gl.arange(0, 128, gl.SliceLayout(1, LAYOUT))
+    word = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
+    gl.store(q_ptr + (column[:, None] * (tiles * 32) + word[None, :]), gl.full([128, 32], 0, gl.int32, LAYOUT))
+    gl.store(scale_inv_ptr + column, scale_inv(gl.full([128], 0.0, gl.float32, column.type.layout), amax_floor, POW2))
 
 
 @launched
@@ -188,96 +156,132 @@ def _swiglu_backward_kernel(
     transposed; no row is theirs. Words hold four columns in FP8, two in BF16, and of what is transposed, four rows."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    SHARED: gl.constexpr = shared_layout(64, 32)
-    dgates = gl.allocate_shared_memory(gl.int32, [128, 64], SHARED)
-    dups = gl.allocate_shared_memory(gl.int32, [128, 64], SHARED)
-    activations = gl.allocate_shared_memory(gl.int32, [128, 64], SHARED)
-    gates = gl.allocate_shared_memory(gl.int32, [2, 128, 32], h_desc.layout)
-    ups = gl.allocate_shared_memory(gl.int32, [2, 128, 32], h_desc.layout)
-    das = gl.allocate_shared_memory(gl.int32, [2, 128, 64], da_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, (2, 1), mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
+    DA: gl.constexpr = gl.SharedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 36], [1, 8], [2, 16], [4, 0], [8, 0], [16, 0], [32, 0], [64, 0]]
+    )
+    memory = gl.allocate_shared_memory(gl.int32, [SHARED // 1024, 8, 32], h_desc.layout)
+    barriers = memory.index(BARRIERS_AT // 1024)._reinterpret(gl.int64, (4, 1), mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(barriers.index(i), count=1 if i < 2 else gl.num_warps())
+    fence_async_shared()
+    _wait_for_all()
+    shared_at = start_of_shared()
+    full = shared_at + BARRIERS_AT  # of each of two tiles
+    stored, taken = full + 16, full + 24  # by all warps: results
+    kept = full + 512  # scales of rows, of gate and of up
+    kept_t = kept + 1024  # and of columns, those and the activation's
     row = gl.arange(0, 128, gl.SliceLayout(1, LAYOUT))
     row_wide = gl.convert_layout(row, gl.SliceLayout(1, WIDE), assert_trivial=True)
-    at = row[:, None] * (width // 2) + gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))[None, :]
+    word = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
+    results = shared_at + RESULTS_AT + place(row[:, None], word[None, :])
     tiles, columns = P // 128, width // 128
     of_groups = tiles
+    gdc_launch_dependents()
     if GROUPED:
+        gdc_wait()
         of_groups = gl.load(first_ptr + E)
     step = gl.num_programs(0) // BAND
     down, right = step // columns * BAND, step % columns
     i = gl.program_id(0) // BAND
     tile, column = i // columns * BAND + gl.program_id(0) % BAND, i % columns
-    start, rows = _rows(tile, tiles_ptr, of_groups, R, bound, GROUPED)
-    descs, operands = (h_desc, da_desc), (gates, ups, das, full)
-    _copy(descs, operands, 0, start, column, columns, tile < tiles)
+    start, end = _rows(tile, tiles_ptr, of_groups, R, bound, GROUPED)
+    rows = end - start
+    copy(shared_at, full, start, column, columns, tile < of_groups)
     tile_1, column_1 = _next(tile, column, columns, down, right, BAND)
-    start_1, rows_1 = _rows(tile_1, tiles_ptr, of_groups, R, bound, GROUPED)
-    _copy(descs, operands, 1, start_1, column_1, columns, tile_1 < tiles)
+    start_1, end_1 = _rows(tile_1, tiles_ptr, of_groups, R, bound, GROUPED)
+    rows_1 = end_1 - start_1
+    copy(shared_at + 65536, full + 8, start_1, column_1, columns, tile_1 < of_groups)
     tile_2, column_2 = _next(tile_1, column_1, columns, down, right, BAND)
-    start_2, rows_2 = _rows(tile_2, tiles_ptr, of_groups, R, bound, GROUPED)
+    zero = nought(R)
+    start_2, end_2 = _rows(tile_2, tiles_ptr, of_groups, R, bound + zero, GROUPED)
     scales = _load_scales(h_scale_inv_ptr, weight_ptr, start, rows, column, columns, row, R, WEIGHTED)
     count = gl.to_tensor(0)
-    _wait_for_all()  # or Triton would have one at the beginning of each turn
-    while tile < tiles:
+    at_scale_at, dht_scale_at = gl.to_tensor(0), gl.to_tensor(0)
+    while tile < of_groups:
         stage = count & 1
-        mbarrier.wait(full.index(stage), count // 2 & 1)
-        gate = gates.index(stage).load(LAYOUT)
-        up = ups.index(stage).load(LAYOUT)
-        da = das.index(stage).load(WIDE)
+        wait(full + 8 * stage, count >> 1 & 1)
+        if GROUPED:
+            start_2, end_2 = uniform(start_2), uniform(end_2)
+        rows_2 = end_2 - start_2
+        gate = memory.index(stage * 64)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
+        up = memory.index(stage * 64 + 16)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
+        da = memory.index(stage * 64 + 32)._reinterpret(gl.int32, [128, 64], DA).load(WIDE)
         if rows < 128:
             gate = gl.where(row[:, None] < rows, gate, 0)
             up = gl.where(row[:, None] < rows, up, 0)
             da = gl.where(row_wide[:, None] < rows, da, 0)
         da_01, da_23 = _pairs(da, LAYOUT)
-        gate_0, gate_1, gate_2, gate_3 = _unpack(gate)
-        up_0, up_1, up_2, up_3 = _unpack(up)
+        gate_0, gate_1, gate_2, gate_3 = unpack(gate)
+        up_0, up_1, up_2, up_3 = unpack(up)
         g0, u0, a0, dweight = _gradients(gate_0, up_0, low(da_01), 0.0, scales, WEIGHTED)
         g1, u1, a1, dweight = _gradients(gate_1, up_1, high(da_01), dweight, scales, WEIGHTED)
         g2, u2, a2, dweight = _gradients(gate_2, up_2, low(da_23), dweight, scales, WEIGHTED)
         g3, u3, a3, dweight = _gradients(gate_3, up_3, high(da_23), dweight, scales, WEIGHTED)
         g01, g23, u01, u23 = pack(g0, g1), pack(g2, g3), pack(u0, u1), pack(u2, u3)
-        _share(dgates, g01, g23)
-        _share(dups, u01, u23)
-        _share(activations, pack(a0, a1), pack(a2, a3))
-        amax = gl.reduce(_both(larger(g01, g23), larger(u01, u23)), 1, larger)
+        wait(taken, count & 1 ^ 1)
+        before = gl.minimum(count, 1) * 128  # a tile
+        flush(kept_t, dht_scale_inv_ptr + dht_scale_at, 384, before)
+        flush(kept_t + 512, dht_scale_inv_ptr + (dht_scale_at + width), 512, before)
+        flush(kept_t + 1024, at_scale_inv_ptr + at_scale_at, 640, before)
+        store_words(results, g01, g23)
+        store_words(results + 32 * 1024, u01, u23)
+        store_words(results + 64 * 1024, pack(a0, a1), pack(a2, a3))
+        amax = gl.reduce(both(larger(g01, g23), larger(u01, u23)), 1, larger)
         gate_scale_inv = scale_inv(gl.abs(low(amax)), gradient_amax_floor, POW2)
         up_scale_inv = scale_inv(gl.abs(high(amax)), gradient_amax_floor, POW2)
+        keep(kept + 4 * row, gate_scale_inv)
+        keep(kept + 512 + 4 * row, up_scale_inv)
+        arrive(stored)
         gate_first, gate_second = reciprocal(gate_scale_inv)
         up_first, up_second = reciprocal(up_scale_inv)
-        _wait_for_all()
         # Loads in front of the copies, behind which they would wait.
         tile_3, column_3 = _next(tile_2, column_2, columns, down, right, BAND)
-        start_3, rows_3 = _rows(tile_3, tiles_ptr, of_groups, R, bound, GROUPED)
+        start_3, end_3 = _rows(tile_3, tiles_ptr, of_groups, R, bound + zero, GROUPED)
         scales = _load_scales(h_scale_inv_ptr, weight_ptr, start_1, rows_1, column_1, columns, row, R, WEIGHTED)
-        _copy(descs, operands, stage, start_2, column_2, columns, tile_2 < tiles)
         inside = row < rows
-        dh = dh_ptr + start.to(gl.int64) * (width // 2) + column * 32 + at
+        dh = dh_ptr + start.to(gl.int64) * (width // 2) + column * 32
+        dh += row[:, None] * (same(columns) * 64) + word[None, :]
         gl.store(dh, divide_words(g01, g23, gate_first[:, None], gate_second[:, None]), mask=inside[:, None])
         gl.store(dh + width // 4, divide_words(u01, u23, up_first[:, None], up_second[:, None]), mask=inside[:, None])
-        scale_at = column * R + start + row
-        gl.store(dh_scale_inv_ptr + scale_at, gate_scale_inv, mask=inside)
-        gl.store(dh_scale_inv_ptr + scale_at + columns * R, up_scale_inv, mask=inside)
         if WEIGHTED:
-            gl.store(dweight_ptr + scale_at, gl.sum(dweight, 1), mask=inside)
-        g0, g1 = _load_columns(dgates)
-        u0, u1 = _load_columns(dups)
-        a0, a1 = _load_columns(activations)
-        _wait_for_all()  # so early that no warp waits for another one's stores
-        dht_scale_inv = dht_scale_inv_ptr + (tile * 2 * width + column * 128)
-        q_at = column.to(gl.int64) * 32 * P + tile * 32
-        _store_tiles_t(g0, g1, dht_ptr + q_at, dht_scale_inv, P, gradient_amax_floor, POW2)
-        q_up = q_at + columns.to(gl.int64) * 32 * P
-        _store_tiles_t(u0, u1, dht_ptr + q_up, dht_scale_inv + width, P, gradient_amax_floor, POW2)
-        at_scale_inv = at_scale_inv_ptr + (tile * width + column * 128)
-        _store_tiles_t(a0, a1, at_ptr + q_at, at_scale_inv, P, amax_floor, POW2)
+            gl.store(dweight_ptr + (column * R + start + row), gl.sum(dweight, 1), mask=inside)
+        wait(stored, count & 1)
+        dh_scale_inv = dh_scale_inv_ptr + (column * R + start)
+        flush(kept, dh_scale_inv, 128, gl.minimum(rows, 128))
+        flush(kept + 512, dh_scale_inv + columns * R, 256, gl.minimum(rows, 128))
+        copy(shared_at + stage * 65536, full + 8 * stage, start_2, column_2, columns, tile_2 < of_groups)
+        g0, g1 = _load_columns(memory, RESULTS_AT // 1024)
+        u0, u1 = _load_columns(memory, RESULTS_AT // 1024 + 32)
+        a0, a1 = _load_columns(memory, RESULTS_AT // 1024 + 64)
+        g_scale = _scale_columns(g0, g1, kept_t, gradient_amax_floor, POW2)
+        u_scale = _scale_columns(u0, u1, kept_t + 512, gradient_amax_floor, POW2)
+        a_scale = _scale_columns(a0, a1, kept_t + 1024, amax_floor, POW2)
+        arrive(taken)
+        q_at, tiles_too = column.to(gl.int64) * 32 * P + tile * 32, same(tiles)
+        _store_columns(g0, g1, g_scale, dht_ptr + q_at, tiles_too)
+        _store_columns(u0, u1, u_scale, dht_ptr + (q_at + columns.to(gl.int64) * 32 * P), tiles_too)
+        _store_columns(a0, a1, a_scale, at_ptr + q_at, tiles_too)
+        at_scale_at, dht_scale_at = tile * width + column * 128, tile * 2 * width + column * 128
         tile, column, start, rows = tile_1, column_1, start_1, rows_1
         tile_1, column_1, start_1, rows_1 = tile_2, column_2, start_2, rows_2
-        tile_2, column_2, start_2, rows_2 = tile_3, column_3, start_3, rows_3
+        tile_2, column_2, start_2, end_2 = tile_3, column_3, start_3, end_3
         count += 1
-    for i in gl.static_range(2):
-        mbarrier.invalidate(full.index(i))
+    if count > 0:
+        wait(taken, count & 1 ^ 1)
+        flush(kept_t, dht_scale_inv_ptr + dht_scale_at, 384, 128)
+        flush(kept_t + 512, dht_scale_inv_ptr + (dht_scale_at + width), 512, 128)
+        flush(kept_t + 1024, at_scale_inv_ptr + at_scale_at, 640, 128)
+    if GROUPED:
+        for i in range(gl.program_id(0), (tiles - of_groups) * columns, gl.num_programs(0)):
+            tile, column = of_groups + i // columns, i % columns
+            q_at, scale_at = column.to(gl.int64) * 32 * P + tile * 32, tile * width + column * 128
+            dht_scale_inv = dht_scale_inv_ptr + (scale_at + tile * width)
+            _store_zeros_t(dht_ptr + q_at, dht_scale_inv, tiles, gradient_amax_floor, POW2, LAYOUT)
+            q_up = q_at + columns.to(gl.int64) * 32 * P
+            _store_zeros_t(dht_ptr + q_up, dht_scale_inv + width, tiles, gradient_amax_floor, POW2, LAYOUT)
+            _store_zeros_t(at_ptr + q_at, at_scale_inv_ptr + scale_at, tiles, amax_floor, POW2, LAYOUT)
+    for i in gl.static_range(4):
+        mbarrier.invalidate(barriers.index(i))
 
 
 @launched
@@ -286,6 +290,7 @@ def _sum_tiles_kernel(
     partial_ptr, out_ptr, last_ptr, R, G, GROUPED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
 ):
     """out[r] = Σ_g partial[g, r]; zero for rows of no group."""
+    gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     end = R
     if GROUPED:
@@ -321,14 +326,16 @@ def swiglu_quantize_backward(
     partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
     _swiglu_backward_kernel[(multiprocessors() // BAND * BAND,)](
         Descriptor(aligned(h_fp8_RN).view(torch.int32), (128, 32), WORDS),
-        Descriptor(aligned(da_RI).view(torch.int32), (128, 64), WORDS),
+        Descriptor(aligned(da_RI).view(torch.int32).view(R, width // 64, 32), (128, 2, 32), HALVES),
         column_major(h_scale_inv), weight_R, dh_fp8.view(torch.int32), dh_scale_inv, dht_fp8.view(torch.int32),
         dht_scale_inv, at_fp8.view(torch.int32), at_scale_inv, partial, tiles, first, R, width, P, E, bound, amax_floor,
-        gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM,
+        gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM, launch_pdl=grouped,
     )  # fmt: skip
     if weighted and R:
         last = offs[-1:] if grouped else None
-        _sum_tiles_kernel[(ceil_div(R, 64),)](partial, dweight_R, last, R, width // TILE, grouped, 64, 16)
+        _sum_tiles_kernel[(ceil_div(R, 64),)](
+            partial, dweight_R, last, R, width // TILE, grouped, 64, 16, launch_pdl=True
+        )
 
 
 def variants() -> Iterator[Variant]:
@@ -340,7 +347,7 @@ def variants() -> Iterator[Variant]:
             weight, no_weight = ({"weight_ptr": F32}, {}) if weighted else ({}, {"weight_ptr": None})
             yield Variant(
                 _swiglu_backward_kernel,
-                {f"{name}_desc": f"tensordesc<i32[128, {n}],{WORDS!r}>" for name, n in (("h", 32), ("da", 64))}
+                {"h_desc": f"tensordesc<i32[128, 32],{WORDS!r}>", "da_desc": f"tensordesc<i32[128, 2, 32],{HALVES!r}>"}
                 | {"dh_ptr": I32, "dht_ptr": I32, "at_ptr": I32, "dweight_ptr": F32}
                 | {f"{name}_scale_inv_ptr": F32 for name in ("h", "dh", "dht", "at")}
                 | {"amax_floor": "fp32", "gradient_amax_floor": "fp32"}
