@@ -26,7 +26,8 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from dsv3c.kernels.launch import launched
-from dsv3c.kernels.norm import scaled, squares, sum_programs
+from dsv3c.kernels.norm import scaled, squares
+from dsv3c.kernels.norm_backward import sum_programs
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
@@ -216,7 +217,7 @@ def latent_backward(
         dy, drope.contiguous(), x, as_words(weight_K), cos_Rr.contiguous(), sin_Rr.contiguous(), rstd_R,
         dx_RL.view(torch.int32), partial, R, x.stride(0), dy.stride(0), K, cos_Rr.shape[1], ROWS, num_warps=ROWS,
     )  # fmt: skip
-    sum_programs(partial, dweight_K, launch_pdl=True)
+    sum_programs(partial, dweight_K)
 
 
 def variants() -> Iterator[Variant]:
