@@ -12,9 +12,9 @@ first is computed. The weight is loaded once for both, and their scales, which a
 H200, rows of 7168, in the time of a copy of as many bytes: alone 0.87 to 0.88 (4096 rows) and 0.96 (16384), with the
 addition 0.89 and 0.95, and 0.92 and 0.94 with the BF16 result. Alone by a row a program, with the weight loaded for
 each, 0.84 and 0.94. Slower than two rows a program: four 0.86, eight 0.85, sixteen 0.83; three at once 0.86; scales
-stored row by row 0.86; 8 warps 0.83; results by the copy engine as well 0.87 and 0.96. x marked for the L2 cache as not
-needed again: no difference at 4096 rows, 0.89 at 16384. A copy reads half of its bytes, the norm two thirds, and what is
-written waits in the L2 cache: without the arithmetic 4096 rows would take 0.94.
+stored row by row 0.86; 8 warps 0.83; results by the copy engine as well 0.87 and 0.96. x marked for the L2 cache as
+not needed again: no difference at 4096 rows, 0.89 at 16384. A copy reads half of its bytes, the norm two thirds, and
+what is written waits in the L2 cache: without the arithmetic 4096 rows would take 0.94.
 
 Rows of up to 2048 columns, alone, have a warp each, which needs no barrier, and eight lanes a tile instead of sixteen:
 of 1536 columns a row takes 568 instructions instead of 784. 4096 rows 0.87 (two warps a row 0.82), 16384 0.88 (0.87),

@@ -13,7 +13,7 @@ from dsv3c.operators import OperatorError
 ops = torch.ops.dsv3c
 FLOOR, EPS = Recipe().amax_floor, 2.0**-20
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SHAPES = [(1, 128), (37, 512), (5, 1536), (4500, 256), (1100, 1152), (701, 7168), (3, 10240)]
+SHAPES = [(1, 128), (37, 512), (5, 1536), (8500, 256), (1100, 1152), (600, 2048), (701, 7168), (37, 2176), (3, 10240)]
 
 
 def normed_between(x, weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,6 +112,16 @@ def test_no_rows(device):
     dx, dweight = ops.rms_norm_backward(x, x, weight, rstd, None)
     assert dx.shape == (0, 256)
     assert not dweight.any()
+
+
+@pytest.mark.gpu
+def test_what_lay_in_shared_memory_before(check):
+    """Rows that do not fill their last chunk, after rows of NaN."""
+    x, weight = check.varied(37, 2176, torch.bfloat16, "cuda"), check.varied(1, 7168, torch.bfloat16, "cuda")[0]
+    first = ops.rms_norm_quantize(x, weight[:2176], EPS, FLOOR, False)
+    ops.rms_norm_quantize(torch.full((4096, 7168), torch.nan, dtype=x.dtype, device="cuda"), weight, EPS, FLOOR, False)
+    again = ops.rms_norm_quantize(x, weight[:2176], EPS, FLOOR, False)
+    assert all(torch.equal(f.float(), a.float()) for f, a in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu
