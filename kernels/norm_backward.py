@@ -1,15 +1,17 @@
 """The gradient of RMSNorm, memory-bound: 6 bytes a value, 8 with the gradient that reaches x beside the norm.
 
-The weight's gradient is a sum over rows. One program a multiprocessor adds up those of its rows in registers, and a
-second launch, which begins while the first one runs, adds up the programs'. No atomics: the order is always the same.
+The weight's gradient is a sum over rows. One program a multiprocessor (two of narrow rows) adds up those of its rows in
+registers, and a second launch, which begins while the first one runs, adds up the programs'. No atomics: the order is always the same.
 
 With so few programs most of a row's time would be spent waiting. So the copy engine brings rows up to three turns
 ahead, and the weight stays in registers.
 
-H200, 4096 rows of 7168, in the time of a copy of as many bytes: 0.90, 0.87 without the second gradient, 16384 rows
-0.97; of 1536 columns 0.82 and 0.80. By a program of 8 warps that loads a row, computes and stores it, and twice as many
-programs: 0.84, 0.80, 0.93, 0.71 and 0.72. Slower: two programs a multiprocessor (0.76), 16 warps (0.88 and 0.72), rows
-marked for the L2 cache as not needed again (0.85, 0.89 of 16384).
+H200, 4096 rows, in the time of a copy of as many bytes: of 7168 columns 0.90, 0.89 without the second gradient, 16384
+rows 0.98; of 2048 0.82, of 1536 0.82 and 0.80 (16384 rows 0.91 and 0.86), of 512 0.78. By programs that load a row,
+compute and store it, twice as many and more: 0.84, 0.81, 0.94, 0.76, 0.72 and 0.74 (0.84 and 0.83), 0.63. Slower at
+7168: two programs a multiprocessor (0.76), 16 warps (0.88), rows marked for the L2 cache as not needed again (0.85,
+0.89 of 16384), the last sum by 8 columns a program (0.89); at 1536: two programs (0.74), 16 warps (0.73), eight rows a
+turn (0.73); at 2048: a row a turn (0.67).
 """
 
 from collections.abc import Iterator
@@ -195,7 +197,7 @@ def sum_programs(partial_PK: Tensor, out_K: Tensor) -> None:
 
 def _program(K: int, add: bool) -> tuple[int, int, int, int]:
     """Programs of a multiprocessor; rows of a turn, words of a chunk, and turns whose rows there is room for."""
-    if K <= 512:
+    if K <= 512 and not add:
         return 2, 8, 256, 3
     rows = max(rows for rows in (1, 2, 4, 8) if rows == 1 or rows * K <= VALUES)
     width = 256 if rows > 2 else 512
