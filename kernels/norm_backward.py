@@ -1,7 +1,8 @@
 """The gradient of RMSNorm, memory-bound: 6 bytes a value, 8 with the gradient that reaches x beside the norm.
 
-The weight's gradient is a sum over rows. One program a multiprocessor (two of narrow rows) adds up those of its rows in
-registers, and a second launch, which begins while the first one runs, adds up the programs'. No atomics: the order is always the same.
+The weight's gradient is a sum over rows. One program a multiprocessor (two of narrow rows) adds up those of its rows
+in registers, and a second launch, which begins while the first one runs, adds up the programs'. No atomics: the order
+is always the same.
 
 With so few programs most of a row's time would be spent waiting. So the copy engine brings rows up to three turns
 ahead, and the weight stays in registers.
