@@ -104,12 +104,14 @@ def swiglus() -> Iterator[Case]:
 def norms() -> Iterator[Case]:
     for rows, width in [(4096, 7168), (16384, 7168), (4096, 1536)]:
         x, residual, weight, n = normal(rows, width), normal(rows, width), normal(width), rows * width
+        dsum = normal(rows, width)
         rstd = norm.rms_norm(x, weight, EPS)[1]
         for name, size, arguments in [
             ("rms_norm_quantize", 3, (x, weight, EPS, FLOOR, False)),
             ("add_rms_norm_quantize", 7, (x, residual, weight, EPS, FLOOR, False, False)),
             ("add_rms_norm_quantize", 9, (x, residual, weight, EPS, FLOOR, False, True)),
-            ("rms_norm_backward", 8, (residual, x, weight, rstd, x)),
+            ("rms_norm_backward", 8, (residual, x, weight, rstd, dsum)),
+            ("rms_norm_backward", 6, (residual, x, weight, rstd, None)),
         ]:
             yield case(f"{name} {rows}x{width}", name, arguments, getattr(norm, f"{name}_ref"), size * n)
 
@@ -122,9 +124,10 @@ def rotaries() -> Iterator[Case]:
     cos, sin = angle.cos(), angle.sin()
     rstd = norm.rms_norm(x[:, :K], weight, EPS)[1]
     angles_moved, latent = 8 * R * rope // 2, K + rope
+    gradients_moved = R * (2 * K + 2 * K + 2 * rope + 2 * latent) + angles_moved  # of x, only what is normed is read
     for name, moved, arguments in [
         ("latent_quantize", R * (2 * latent + 2 * latent + K) + angles_moved, (x, weight, cos, sin, EPS, FLOOR, False)),
-        ("latent_backward", R * 6 * latent + angles_moved, (dnormed, drope, x, weight, cos, sin, rstd)),
+        ("latent_backward", gradients_moved, (dnormed, drope, x, weight, cos, sin, rstd)),
     ]:
         yield case(f"{name} {R}", name, arguments, getattr(rotary, f"{name}_ref"), moved)
     turned, joined = R * H * (nope + rope), R * H * (nope + V)

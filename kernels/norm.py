@@ -2,17 +2,19 @@
 the BF16 result beside. A program has one row, or a warp one if rows are narrow and alone; it stays in registers between
 its sum of squares and its result.
 
-Backward needs a sum over rows for the weight's gradient: as many programs as the GPU runs at a time add up theirs, and
-a second launch adds up the programs'. No atomics: the order is always the same.
+In Gluon, which stores a tile's scale from where it is; plain Triton moves the scales of each chunk through shared
+memory first, with two barriers. A chunk's weight is loaded a chunk ahead, the first one before the sum: until a
+multiprocessor's cache has it, rows wait for it one chunk after the other.
 
-Forward is in Gluon, which stores a tile's scale from where it is; plain Triton moves the scales of each chunk through
-shared memory first, with two barriers. A chunk's weight is loaded a chunk ahead, the first one before the sum: until
-a multiprocessor's cache has it, rows wait for it one chunk after the other.
+Wide rows alone (`_wide_norm_kernel`) come two to a program, by the copy engine: the second is on its way while the
+first is computed. The weight is loaded once for both, and their scales, which are neighbours, are stored together.
 
-H200, rows of 7168, in the time of a copy of as many bytes: alone 0.85 (4096 rows) and 0.94 (16384), with the addition
-0.89 and 0.95, and 0.93 and 0.94 with the BF16 result; backward, which writes a quarter of them, 1.02 and 1.16. Slower:
-rows fetched into L2 ahead (0.70 to 0.83), the weight into L1 (0.73), programs that take several rows, the next in
-registers (0.79) or in shared memory (0.55 to 0.70). Without the arithmetic, 4096 rows would take 0.94.
+H200, rows of 7168, in the time of a copy of as many bytes: alone 0.87 to 0.88 (4096 rows) and 0.96 (16384), with the
+addition 0.89 and 0.95, and 0.92 and 0.94 with the BF16 result. Alone by a row a program, with the weight loaded for
+each, 0.84 and 0.94. Slower than two rows a program: four 0.86, eight 0.85, sixteen 0.83; three at once 0.86; scales
+stored row by row 0.86; 8 warps 0.83; results by the copy engine as well 0.87 and 0.96. x marked for the L2 cache as
+not needed again: no difference at 4096 rows, 0.89 at 16384. A copy reads half of its bytes, the norm two thirds, and
+what is written waits in the L2 cache: without the arithmetic 4096 rows would take 0.94.
 
 Rows of up to 2048 columns, alone, have a warp each, which needs no barrier, and eight lanes a tile instead of sixteen:
 of 1536 columns a row takes 568 instructions instead of 784. 4096 rows 0.87 (two warps a row 0.82), 16384 0.88 (0.87),
@@ -28,14 +30,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_wait
 
+from dsv3c.kernels.bulk import copy, expect, set_up
+from dsv3c.kernels.cluster import start_of_shared, wait
+from dsv3c.kernels.gemm import aligned
 from dsv3c.kernels.launch import launched
-from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
-from dsv3c.kernels.tiles import as_words, high, low, pack, plus, store_tiles, times
-from dsv3c.numerics import TILE, ceil_div
+from dsv3c.kernels.offline import F32, I16, I32, Variant
+from dsv3c.kernels.tiles import as_words, high, low, pack, plus, store_tiles, store_words, times
+from dsv3c.numerics import ceil_div
 
-WARPS = 2048  # of all programs of the backward kernel: about 16 for each multiprocessor of an H200
+NARROW = 2048  # columns of rows that a warp can have
+ROWS, TILES = 2, 8  # of a program that has wide rows; of a chunk
+_wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
 
 @triton.jit
@@ -94,40 +100,66 @@ def _norm_kernel(
 
 
 @launched
-@triton.jit(do_not_specialize=["R"])
-def _norm_backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dsum_ptr, dx_ptr, partial_ptr, R, K, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
-    program = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < K
-    dweight = tl.zeros((BLOCK,), tl.float32)
-    stride = K.to(tl.int64)
-    for row in range(program, R, tl.num_programs(0)):
-        at = row * stride + column
-        rstd = tl.load(rstd_ptr + row)
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dweight += dy * x
-        dy *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        dx = rstd * (dy - x * (tl.sum(dy * x) / K))
-        if ADD:
-            dx += tl.load(dsum_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + at, dx.to(tl.bfloat16), mask=inside)
-    tl.store(partial_ptr + program.to(tl.int64) * K + column, dweight, mask=inside)
-
-
-@launched
-@triton.jit(do_not_specialize=["P"])
-def _sum_programs_kernel(partial_ptr, out_ptr, P, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    gdc_wait()
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, P, ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = (row[:, None] < P) & (column[None, :] < K)
-        total += tl.load(partial_ptr + row[:, None] * K + column[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + column, tl.sum(total, 0), mask=column < K)
+@gluon.jit(do_not_specialize=["R", "x_stride"])
+def _wide_norm_kernel(
+    x_ptr, weight_ptr, q_ptr, scale_inv_ptr, rstd_ptr, R, x_stride, eps, amax_floor,
+    POW2: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program, all on their way from the start, in chunks of TILES tiles."""
+    LANES: gl.constexpr = 32 * gl.num_warps() // TILES  # of a tile
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 64 // LANES], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    SCALES: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    PARTS: gl.constexpr = gl.BlockedLayout([TILES], [32], [gl.num_warps()], [0])
+    THREAD: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    CHUNKS: gl.constexpr = (K + 128 * TILES - 1) // (128 * TILES)
+    ROW: gl.constexpr = CHUNKS * TILES * 256  # bytes of shared memory
+    rows = gl.allocate_shared_memory(gl.int32, [ROWS * CHUNKS + 1, TILES, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    parts = gl.allocate_shared_memory(gl.float32, [ROWS, TILES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    base = start_of_shared()
+    first = gl.program_id(0) * ROWS
+    for i in gl.static_range(ROWS):
+        set_up(base + ROWS * ROW + 8 * i)
+        expect(base + ROWS * ROW + 8 * i, gl.where(first + i < R, 2 * K, 0))
+    _wait_for_all()
+    thread = gl.arange(0, 32 * gl.num_warps(), THREAD)
+    source = x_ptr + (first + thread).to(gl.int64) * x_stride
+    there = (thread < ROWS) & (first + thread < R)
+    copy(base + thread * ROW, source, 2 * K, base + ROWS * ROW + 8 * thread, there)
+    tile = gl.arange(0, TILES, gl.SliceLayout(1, LAYOUT))
+    column = tile[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :]  # in words: half of the columns
+    weights, scales = (), ()
+    for chunk in gl.static_range(CHUNKS):
+        inside = column < K // 2 - chunk * 64 * TILES
+        weights += (gl.load(weight_ptr + column + chunk * 64 * TILES, mask=inside, other=0),)
+        scales += (gl.full([TILES, LANES], 0.0, gl.float32, SCALES),)
+    of_row = gl.arange(0, LANES, gl.SliceLayout(0, SCALES))[None, :]
+    for i in range(gl.minimum(R - first, ROWS)):
+        wait(base + ROWS * ROW + 8 * i, 0)
+        chunks, sums = (), gl.full([TILES, 64], 0.0, gl.float32, LAYOUT)
+        for chunk in gl.static_range(CHUNKS):
+            x = rows.index(i * CHUNKS + chunk).load(LAYOUT)
+            if K % (128 * TILES) != 0:
+                x = gl.where(column < K // 2 - chunk * 64 * TILES, x, 0)
+            sums = squares(x, sums)
+            chunks += (x,)
+        parts.index(i).store(gl.sum(sums, 1))  # then each thread adds up: one barrier, where a sum of warps has three
+        rstd = gl.rsqrt(gl.sum(parts.index(i).load(PARTS), 0) / K + eps)
+        row = (first + i).to(gl.int64)
+        gl.store(rstd_ptr + row, rstd)
+        scales_before = scales
+        scales = ()
+        for chunk in gl.static_range(CHUNKS):
+            y, q_at = times(scaled(chunks[chunk], rstd), weights[chunk]), q_ptr + row * (K // 2) + column
+            known = tile < K // 128 - chunk * TILES
+            scale = store_words(y, q_at + chunk * 64 * TILES, known, amax_floor, POW2)
+            scale = gl.convert_layout(scale, gl.SliceLayout(1, SCALES), assert_trivial=True)
+            scales += (gl.where(of_row == i, scale[:, None], scales_before[chunk]),)
+    rows._keep_alive()  # nothing else may lie where barriers were
+    tile = gl.arange(0, TILES, gl.SliceLayout(1, SCALES))[:, None]
+    for chunk in gl.static_range(CHUNKS):
+        at = scale_inv_ptr + (chunk * TILES + tile).to(gl.int64) * R + first + of_row
+        inside = (of_row < gl.minimum(R - first, ROWS)) & (tile < K // 128 - chunk * TILES)
+        gl.store(at, scales[chunk], mask=inside)
 
 
 def rms_norm_quantize(x_RK: Tensor, weight_K: Tensor, eps: float, amax_floor: float, pow2: bool, out: tuple) -> None:
@@ -150,73 +182,39 @@ def _forward(x_RK, residual, weight_K, total, y, q, scale_inv, rstd, eps, amax_f
     R, K = q.shape
     if q.numel() == 0:
         return
+    if K > NARROW and residual is None:
+        x = aligned(x_RK).view(torch.int32)
+        _wide_norm_kernel[(ceil_div(R, ROWS),)](
+            x, as_words(weight_K), q.view(torch.int16), scale_inv, rstd, R, x.stride(0), eps, amax_floor, pow2, K,
+            ROWS, TILES,
+        )  # fmt: skip
+        return
     x = as_words(x_RK)
-    (rows, *program), options = _program(K, residual is not None)
+    (rows, *program), num_warps = _program(K, residual is not None)
     _norm_kernel[(ceil_div(R, rows),)](
         x, residual, as_words(weight_K), total, y, q.view(torch.int16), scale_inv, rstd, R, x.stride(0), eps,
-        amax_floor, pow2, residual is not None, K, rows, *program, **options,
+        amax_floor, pow2, residual is not None, K, rows, *program, num_warps=num_warps,
     )  # fmt: skip
 
 
-def _program(K: int, add: bool) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Rows, tiles of a chunk and lanes of a tile; warps and registers. At 7168 columns alone, seven programs a
-    multiprocessor; narrow rows have a warp each."""
-    if K > 2048:
-        return (1, 16 if add else 8, 16), {"num_warps": 4} | ({"maxnreg": 72} if K <= 7168 and not add else {})
-    return ((1, 8, 16), {"num_warps": 2}) if add else ((4, 4, 8), {"num_warps": 4})
-
-
-def rms_norm_backward(
-    dy_RK: Tensor, x_RK: Tensor, weight_K: Tensor, rstd_R: Tensor, dsum_RK: Tensor | None, out: tuple[Tensor, Tensor]
-) -> None:
-    """Launcher of `dsv3c::rms_norm_backward`."""
-    dx_RK, dweight_K = out
-    R, K = dx_RK.shape
-    block = triton.next_power_of_2(K)
-    warps = _warps(block // TILE)
-    programs = min(R, WARPS // warps)
-    if dx_RK.numel() == 0:
-        dweight_K.zero_()
-        return
-    partial = x_RK.new_empty((programs, K), dtype=torch.float32)
-    dsum_RK = None if dsum_RK is None else dsum_RK.contiguous()
-    _norm_backward_kernel[(programs,)](
-        dy_RK.contiguous(), x_RK.contiguous(), weight_K.contiguous(), rstd_R, dsum_RK, dx_RK, partial, R, K,
-        dsum_RK is not None, block, num_warps=warps,
-    )  # fmt: skip
-    sum_programs(partial, dweight_K)
-
-
-def sum_programs(partial_PK: Tensor, out_K: Tensor, launch_pdl: bool = False) -> None:
-    """launch_pdl: the kernel before calls `gdc_launch_dependents`."""
-    P, K = partial_PK.shape
-    _sum_programs_kernel[(ceil_div(K, 8),)](partial_PK, out_K, P, K, 512, 8, num_warps=8, launch_pdl=launch_pdl)
-
-
-def _warps(tiles: int) -> int:
-    """32 values a thread."""
-    return max(1, tiles // 8)
+def _program(K: int, add: bool) -> tuple[tuple[int, int, int], int]:
+    """Rows, tiles of a chunk and lanes of a tile; warps. Narrow rows alone have a warp each."""
+    if add:
+        return ((1, 16, 16), 4) if K > NARROW else ((1, 8, 16), 2)
+    return (4, 4, 8), 4
 
 
 def variants() -> Iterator[Variant]:
     added = ("residual_ptr", "sum_ptr", "y_ptr")
-    for K, there in ((7168, ()), (1536, ()), (7168, added[:2]), (7168, added)):
-        (rows, tiles, lanes), options = _program(K, bool(there))
+    plain = {"x_ptr": I32, "weight_ptr": I32, "q_ptr": I16, "scale_inv_ptr": F32, "rstd_ptr": F32}
+    plain |= {"eps": "fp32", "amax_floor": "fp32"}
+    for K, there in ((1536, ()), (7168, added[:2]), (7168, added)):
+        (rows, tiles, lanes), num_warps = _program(K, bool(there))
         yield Variant(
             _norm_kernel,
-            {"x_ptr": I32, "weight_ptr": I32, "q_ptr": I16, "scale_inv_ptr": F32, "rstd_ptr": F32}
-            | {"eps": "fp32", "amax_floor": "fp32"}
-            | dict.fromkeys(there, I32),
+            plain | dict.fromkeys(there, I32),
             {"POW2": False, "ADD": bool(there), "K": K, "ROWS": rows, "TILES": tiles, "LANES": lanes}
             | dict.fromkeys(added[len(there) :]),
-            **options,
+            num_warps=num_warps,
         )
-    for add in (False, True):
-        yield Variant(
-            _norm_backward_kernel,
-            {"dy_ptr": BF16, "x_ptr": BF16, "weight_ptr": BF16, "rstd_ptr": F32, "dx_ptr": BF16, "partial_ptr": F32}
-            | ({"dsum_ptr": BF16} if add else {}),
-            {"ADD": add, "BLOCK": 8192} | ({} if add else {"dsum_ptr": None}),
-            num_warps=8,
-        )
-    yield Variant(_sum_programs_kernel, {"partial_ptr": F32, "out_ptr": F32}, {"ROWS": 512, "COLUMNS": 8}, num_warps=8)
+    yield Variant(_wide_norm_kernel, plain, {"POW2": False, "K": 7168, "ROWS": ROWS, "TILES": TILES})

@@ -34,6 +34,7 @@ FAMILIES = (
     "swiglu",
     "swiglu_backward",
     "norm",
+    "norm_backward",
     "rotary",
     "cross_entropy",
     "embedding",

@@ -103,12 +103,18 @@ def to_fp8(word, first, second):
 
 
 @triton.jit
-def store_tiles(words, q_at, scale_inv_at, inside, amax_floor, POW2: tl.constexpr):
-    """Quantises words [tiles, 64], two neighbouring values each; q_at [tiles, 64], scale_inv_at and inside [tiles]."""
+def store_words(words, q_at, inside, amax_floor, POW2: tl.constexpr):
+    """Quantises words [tiles, 64], two neighbouring values each; q_at [tiles, 64], inside [tiles]. The scales."""
     scale = scale_inv(magnitude(tl.reduce(words, 1, larger)), amax_floor, POW2)
     first, second = reciprocal(scale)
     tl.store(q_at, to_fp8(words, first[:, None], second[:, None]), mask=inside[:, None])
-    tl.store(scale_inv_at, scale, mask=inside)
+    return scale
+
+
+@triton.jit
+def store_tiles(words, q_at, scale_inv_at, inside, amax_floor, POW2: tl.constexpr):
+    """`store_words`, and the scales; scale_inv_at [tiles]."""
+    tl.store(scale_inv_at, store_words(words, q_at, inside, amax_floor, POW2), mask=inside)
 
 
 def as_words(x: Tensor) -> Tensor:

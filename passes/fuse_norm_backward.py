@@ -9,6 +9,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.numerics import TILE
+from dsv3c.operators.norm import MOST_COLUMNS
 from dsv3c.passes.contract import Level, Tier, leave
 from dsv3c.passes.fuse_quantize import Norm, as_rows, norm_of
 from dsv3c.passes.rewrite import aten, end_of, insert, insert_pair, is_backward, replace, size, under, value
@@ -25,7 +26,7 @@ class FuseNormBackward:
     not by its form, which differs between devices and models: everything computed from dy·weight and from nothing but
     x and 1/rms, up to one BF16 value. NUMERIC because that value is rounded less often. Runs before `FuseQuantize`,
     which takes the norm itself away. Leaves alone: norms of which not both x and weight are trained, and sizes that are
-    no multiple of 128.
+    no multiple of 128 or too large for the kernel.
     """
 
     tier: ClassVar[Tier] = Tier.NUMERIC
@@ -42,7 +43,8 @@ class FuseNormBackward:
 
 def _fuse(norm: Norm) -> int:
     dnormed = next((user for user in norm.weight.users if is_backward(user) and _multiplies(user, norm.x)), None)
-    if dnormed is None or value(norm.x).shape[-1] % TILE:
+    columns = value(norm.x).shape[-1]
+    if dnormed is None or columns % TILE or columns > MOST_COLUMNS:
         return 0
     dy = next(operand for operand in dnormed.args if operand is not norm.weight)
     dx = end_of(dnormed, {norm.x, norm.rstd}, lambda node: value(node).dtype != torch.float32)

@@ -6,6 +6,8 @@ from dsv3c.kernels.reference import norm
 from dsv3c.numerics import TILE
 from dsv3c.operators.define import OperatorError, check_floor, check_rank, define, empty_tiles, expect
 
+MOST_COLUMNS = 16384  # of `rms_norm_backward`, whose rows must fit into shared memory twice
+
 
 def check_norm(x_RK, weight_K) -> None:
     check_rank("x", x_RK, 2)
@@ -32,6 +34,8 @@ def _add_rms_norm_quantize(x_RK, residual_RK, weight_K, eps, amax_floor, pow2, n
 
 def _rms_norm_backward(dy_RK, x_RK, weight_K, rstd_R, dsum_RK):
     check_norm(x_RK, weight_K)
+    if x_RK.shape[1] > MOST_COLUMNS:
+        raise OperatorError(f"columns of x: expected at most {MOST_COLUMNS}, found {x_RK.shape[1]}; try rms_norm")
     for name, gradient in (("dy", dy_RK), ("dsum", dsum_RK)):
         if gradient is not None:
             expect(f"dtype of {name}", gradient.dtype, x_RK.dtype)
@@ -48,4 +52,4 @@ define(f"rms_norm_quantize(Tensor x, {_NORM}) -> (Tensor, Tensor, Tensor)",
 define(f"add_rms_norm_quantize(Tensor x, Tensor residual, {_NORM}, bool normed) -> (Tensor, Tensor, Tensor, Tensor, "
        "Tensor)", _add_rms_norm_quantize, norm.add_rms_norm_quantize_ref, "norm")  # fmt: skip
 define("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dsum) -> (Tensor, Tensor)",
-       _rms_norm_backward, norm.rms_norm_backward_ref, "norm")  # fmt: skip
+       _rms_norm_backward, norm.rms_norm_backward_ref, "norm_backward")  # fmt: skip

@@ -85,12 +85,15 @@ class Shared:
     def store(self, x) -> None:
         self.data.copy_(x)
 
+    def _keep_alive(self) -> None:
+        pass
+
 
 class Memory:
     """A program's shared memory, by address."""
 
     def __init__(self, size) -> None:
-        self.data, self.barriers = torch.zeros(size, dtype=torch.uint8), {}
+        self.data, self.barriers, self.copies = torch.zeros(size, dtype=torch.uint8), {}, []
 
     def at(self, first, dtype, shape):
         return self.data[first : first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
@@ -191,6 +194,37 @@ def _wait_for_copies_back(pendings) -> None:
         assert stores.pop(0).wait(PATIENCE), "a copy back is never done"
 
 
+def _set_up(barrier) -> None:
+    _here.memory.barriers.setdefault(int(barrier), Barrier()).init(1)
+
+
+def _expect(barrier, size) -> None:
+    if size:
+        _here.memory.barriers[int(barrier)].arrive(1, int(size))
+
+
+def _copy_bytes(target, source, size, barrier, mine) -> None:
+    """What is there is gone at once, what is copied arrives with the wait."""
+    of_threads = torch.broadcast_tensors(target, source.offset, torch.as_tensor(size), mine)
+    for to, at, n, own in zip(*of_threads, strict=True):
+        if own:
+            data = source.data[at : at + n // source.data.element_size()].view(torch.uint8)
+            assert len(data) == n, "read out of bounds"
+            assert int(to) % 16 == int(n) % 16 == at * source.data.element_size() % 16 == 0, "the copy engine faults"
+            _here.memory.data[to : to + n] = 255
+            _here.memory.copies.append((int(barrier), int(to), data))
+
+
+def _wait(barrier, phase) -> None:
+    memory, barrier = _here.memory, int(barrier)
+    landed = [copy for copy in memory.copies if copy[0] == barrier]
+    memory.copies = [copy for copy in memory.copies if copy[0] != barrier]
+    for _, to, data in landed:
+        memory.data[to : to + len(data)] = data
+        memory.barriers[barrier].arrive(0, -len(data))
+    memory.barriers[barrier].wait(phase)
+
+
 OTHER = 1 << 40  # added to an address in the other program of a cluster
 
 
@@ -254,6 +288,9 @@ def _allocate(dtype, shape, layout):
     if dtype == torch.float8_e4m3fn and shape[1:] == (8, 128):  # all of a program's memory, by KiB
         _here.memory = _here.cluster[_here.program % len(_here.cluster)] = Memory(math.prod(shape))
         return Shared(_here.memory.at(0, dtype, shape))
+    if dtype == torch.int32 and len(shape) == 3:  # rows that are copied by address
+        _here.memory = Memory(math.prod(shape) * 4)
+        return Shared(_here.memory.at(0, dtype, shape))
     return Shared(torch.full(shape, math.nan if dtype.is_floating_point else 0, dtype=dtype))
 
 
@@ -300,10 +337,11 @@ GL = SimpleNamespace(
     full=lambda shape, value, dtype, layout: torch.full(shape, float(value)).to(dtype), float8e4nv=torch.float8_e4m3fn,
     atomic_add=_atomic_add, join=lambda a, b: torch.stack((a, b), -1), reshape=torch.reshape,
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=torch.unsqueeze,
-    convert_layout=lambda x, layout: x, static_range=range, load=_gather, store=_scatter, associative_scan=_scan,
+    convert_layout=lambda x, layout, assert_trivial=False: x, static_range=range, load=_gather, store=_scatter,
+    associative_scan=_scan,
     program_id=lambda axis: torch.tensor(_here.program), num_programs=lambda axis: _here.programs,
     inline_asm_elementwise=lambda *args, **options: torch.tensor(0), allocate_shared_memory=_allocate,
-    warp_specialize=_specialize,
+    warp_specialize=_specialize, num_warps=lambda: _here.num_warps, barrier=lambda: None,
     **{n: lambda *args, **options: None for n in ("NVMMASharedLayout", "NVMMADistributedLayout", "BlockedLayout",
                                                   "SliceLayout", "DotOperandLayout", "SwizzledSharedLayout")},
 )  # fmt: skip
@@ -326,7 +364,10 @@ NAMES = {
     "meet": lambda: _here.meeting.wait(PATIENCE),
     "of_other": lambda barrier: barrier + OTHER,
     "arrive": _arrive,
-    "wait": lambda barrier, phase: _here.memory.barriers[int(barrier)].wait(phase),
+    "wait": _wait,
+    "set_up": _set_up,
+    "expect": _expect,
+    "copy": _copy_bytes,
     "copy_to_both": _copy_to_both,
     "copy_through": lambda parameter: int(parameter.rpartition("_")[2]) // 5,  # a descriptor is five parameters
     "warpgroup_mma": _mma,
@@ -378,7 +419,7 @@ class Kernel:
                 errors: list = []
 
                 def run(program, state=state, errors=errors) -> None:
-                    _here.__dict__.update(state, program=program, programs=grid[0] * programs)
+                    _here.__dict__.update(state, program=program, programs=grid[0] * programs, num_warps=num_warps)
                     try:
                         self.function(*values)
                     except BaseException as error:

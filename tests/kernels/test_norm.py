@@ -13,7 +13,7 @@ from dsv3c.operators import OperatorError
 ops = torch.ops.dsv3c
 FLOOR, EPS = Recipe().amax_floor, 2.0**-20
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SHAPES = [(1, 128), (37, 512), (5, 1536), (300, 7168), (3, 10240)]
+SHAPES = [(1, 128), (37, 512), (5, 1536), (8500, 256), (1100, 1152), (600, 2048), (701, 7168), (37, 2176), (3, 10240)]
 
 
 def normed_between(x, weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,7 +58,7 @@ def test_forward(check, shape, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 16384)])
 def test_backward(check, shape, added, device):
     x, dy, dsum = (check.varied(*shape, torch.bfloat16, device) for _ in range(3))
     weight = check.varied(1, shape[1], torch.bfloat16, device)[0]
@@ -73,6 +73,8 @@ def test_backward(check, shape, added, device):
     assert bool(((low <= found) & (found <= high)).all())
     terms = dy.double() * normed
     assert bool(((dweight - terms.sum(0)).abs() <= numerics.sum_bound(terms, shape[0] + 3, 0)).all())
+    wide = torch.cat((x, dy, x[:, :3]), 1)  # rows that begin anywhere
+    x, dy = wide[:, : shape[1]], wide[:, shape[1] : 2 * shape[1]]
     again = ops.rms_norm_backward(dy, x, weight, rstd, dsum)
     assert torch.equal(found, again[0])
     assert torch.equal(dweight, again[1])
@@ -112,6 +114,37 @@ def test_no_rows(device):
     assert not dweight.any()
 
 
+@pytest.mark.gpu
+def test_what_lay_in_shared_memory_before(check):
+    """Rows that do not fill their last chunk, after rows of NaN."""
+    x, weight = check.varied(37, 2176, torch.bfloat16, "cuda"), check.varied(1, 7168, torch.bfloat16, "cuda")[0]
+    first = ops.rms_norm_quantize(x, weight[:2176], EPS, FLOOR, False)
+    ops.rms_norm_quantize(torch.full((4096, 7168), torch.nan, dtype=x.dtype, device="cuda"), weight, EPS, FLOOR, False)
+    again = ops.rms_norm_quantize(x, weight[:2176], EPS, FLOOR, False)
+    assert all(torch.equal(f.float(), a.float()) for f, a in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(check):
+    """Replays with other numbers of the same shapes."""
+    x, dy = (check.varied(1000, 7168, torch.bfloat16, "cuda") for _ in range(2))
+    weight = check.varied(1, 7168, torch.bfloat16, "cuda")[0]
+
+    def run():
+        y_fp8, y_scale_inv, rstd = ops.rms_norm_quantize(x, weight, EPS, FLOOR, False)
+        return y_fp8.view(torch.uint8), y_scale_inv, rstd, *ops.rms_norm_backward(dy, x, weight, rstd, dy)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        x.copy_(x.roll(1, 0))
+        expected = run()
+        graph.replay()
+        assert all(map(torch.equal, captured, expected))
+
+
 def test_what_is_refused():
     x = torch.zeros(4, 192, dtype=torch.bfloat16)
     with pytest.raises(OperatorError, match="columns of x: expected a multiple of 128, found 192"):
@@ -120,3 +153,6 @@ def test_what_is_refused():
         ops.rms_norm_quantize(x.float(), x[0], EPS, FLOOR, False)
     with pytest.raises(OperatorError, match="shape of weight"):
         ops.rms_norm_quantize(x, x[0, :128], EPS, FLOOR, False)
+    x = torch.zeros(1, 16512, dtype=torch.bfloat16)
+    with pytest.raises(OperatorError, match="columns of x: expected at most 16384, found 16512"):
+        ops.rms_norm_backward(x, x, x[0], torch.zeros(1), None)

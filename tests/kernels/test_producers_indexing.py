@@ -3,7 +3,7 @@
 It has no inline assembly, and its casts to BF16 and FP8 are wrong. So what `tiles.py` does on words is written out
 here, with E4M3 replaced by a quarter of the quotient in 8 bits; what is compared is where numbers go, within a few of
 those roundings. Gluon is not interpreted: cross-entropy, the norm and the SwiGLU gradient are left to the GPU tests,
-the latent's gradient runs as torch (`gluon_on_cpu.py`).
+the gradients of norm and latent run as torch (`gluon_on_cpu.py`).
 A process of its own, since the interpreter is chosen as Triton is imported.
 """
 
@@ -21,7 +21,7 @@ import sys
 import torch, triton
 import triton.language as tl
 import dsv3c.operators
-from dsv3c.kernels import accumulate, embedding, norm, rotary, swiglu, tiles
+from dsv3c.kernels import accumulate, embedding, norm, norm_backward, rotary, swiglu, tiles
 from dsv3c.kernels.reference.embedding import embedding_backward_ref
 from dsv3c.numerics import Recipe, unit_roundoff
 
@@ -61,7 +61,7 @@ def sigmoid(x):
 def gdc_wait():
     pass
 
-for module in (tiles, norm, rotary, swiglu):
+for module in (tiles, norm, norm_backward, rotary, swiglu):
     for function in (pack, larger, plus, times, reciprocal, to_fp8, sigmoid, gdc_wait):
         if hasattr(module, function.__name__):
             setattr(module, function.__name__, function)
@@ -93,12 +93,20 @@ def empty(outputs):
 
 from dsv3c.operators import norm as norm_op, rotary as rotary_op, swiglu as swiglu_op
 
-for R, K in [(1, 128), (3, 1536), (2, 1152)]:
-    x, weight = normal(R, K), normal(1, K)[0]
-    expected = norm_op.norm.rms_norm(x, weight, eps)
-    dy, dsum, rstd = normal(R, K), normal(R, K), expected[1]
+WORDS = dict(
+    low=lambda word: (word << 16).view(torch.float32), high=lambda word: (word & -65536).view(torch.float32),
+    pack=lambda *pair: torch.stack(pair, -1).bfloat16().view(torch.int32)[..., 0], gdc_launch_dependents=lambda: None,
+)
+norm_backward._norm_backward_kernel = Kernel(norm_backward.__file__, "_norm_backward_kernel", **WORDS)
+norm_backward.multiprocessors = lambda: 2
+# More turns than there is room for; rows without a last chunk, or a last turn's; rows that begin anywhere.
+for R, K, add in [(1, 128, True), (203, 256, False), (90, 256, True), (19, 1536, True), (30, 1152, True),
+                  (11, 4224, False), (20, 2176, True), (3, 10240, True)]:
+    wide = normal(R, 3 * K + (3 if add else 16))
+    dy, x, dsum = wide[:, :K], wide[:, K : 2 * K], wide[:, 2 * K : 3 * K] if add else None
+    weight, rstd = normal(1, K)[0], torch.rand(R)
     out = empty(norm_op._rms_norm_backward(dy, x, weight, rstd, dsum))
-    norm.rms_norm_backward(dy, x, weight, rstd, dsum, out)
+    norm_backward.rms_norm_backward(dy, x, weight, rstd, dsum, out)
     expected = norm_op.norm.rms_norm_backward_ref(dy, x, weight, rstd, dsum)
     close(out[0], expected[0], expected[0].float().abs().max())
     close(out[1], expected[1], expected[1].abs().max())
@@ -132,9 +140,7 @@ for R, K, pairs in [(2, 384, 8)]:
     close(out[3], expected[3])
 
 rotary._latent_backward_kernel = Kernel(
-    rotary.__file__, "_latent_backward_kernel", gdc_launch_dependents=lambda: None,
-    low=lambda word: (word << 16).view(torch.float32), high=lambda word: (word & -65536).view(torch.float32),
-    pack=lambda *pair: torch.stack(pair, -1).bfloat16().view(torch.int32)[..., 0],
+    rotary.__file__, "_latent_backward_kernel", **WORDS,
     _turn=lambda first, second, cos, sin: (first * cos - second * sin, second * cos + first * sin),
 )
 rotary.PROGRAMS = 2
