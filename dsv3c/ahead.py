@@ -28,7 +28,8 @@ known: dict[str, Callable[[tuple], Callable[[tuple], Any] | None]] = {}
 
 _here = threading.local()  # .front: of the unit that this thread calls; .started: operators without their results
 _watching = threading.Lock()
-_reinterpret = torch._C._dynamo.guards._reinterpret_tensor
+_guards: Any = torch._C._dynamo.guards
+_reinterpret = _guards._reinterpret_tensor
 
 
 class _View(NamedTuple):
@@ -98,10 +99,11 @@ class _Start:
         self.steps, self.inputs = steps, inputs
 
     def __enter__(self) -> None:
-        tensors, started = _tensors(self.inputs), deque()
+        tensors = _tensors(self.inputs)
         cuda = tensors[0].is_cuda
         if cuda and tensors[0].get_device() != torch.cuda.current_device():
             return  # the graph would make it the current one
+        started: deque[_Started] = deque()
         aligned = not any(x.data_ptr() % ALIGNMENT for x in tensors)
         for step in self.steps:
             args = tuple([arg.of(tensors) if type(arg) is _View else arg for arg in step.args])
@@ -123,7 +125,9 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, front: Front, inputs: Sequence) -> None:
         super().__init__()
-        self.front, self.tensors, self.steps, self.open = front, _tensors(inputs), [], True
+        self.front, self.tensors, self.open = front, _tensors(inputs), True
+        self.steps: list[_Step] = []
+        self.kernels: Any = None
 
     def __enter__(self) -> "_Watch":
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
@@ -134,7 +138,7 @@ class _Watch(TorchDispatchMode):
             self.open = False
             return self.run(kernel, *args, **kwargs)
 
-        CachingAutotuner.run = launched
+        self.kernels.run = launched
         return super().__enter__()
 
     def __exit__(self, *exception) -> None:

@@ -55,7 +55,8 @@ class QuantizedWeights:
 
         Runs in each call of each layer, ahead of the GPU.
         """
-        size, stale, found = 4 if training else 2, [], []
+        size, stale = 4 if training else 2, []
+        found: list[Tensor] = []
         for stack in stacks:
             key = tuple(map(id, stack))
             copy = self.copies.get(key)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def define(schema: str, allocate: Callable, definition: Callable, kernels: str, 
         return definition(*args)
 
     @cache
-    def launcher() -> Callable:
+    def launcher() -> Any:
         from dsv3c.kernels.replay import Replay  # needs Triton
 
         return Replay(allocate, getattr(import_module(f"dsv3c.kernels.{kernels}"), name))
