@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LONGEST = 10  # operators; those in front of a MoE layer's first long product are eight
-ALIGNMENT = 16  # bytes: how a call is done depends on whether addresses are multiples of it
+ALIGNMENT = 16  # bytes; all that kernels and launchers ask of an address
 DEVICES = ("cuda",)  # on a CPU there is nothing to be ahead of, and what Inductor made for it is not seen
 
 # Operator -> what finds out for arguments on a GPU how a call like it is done, if that is known (kernels/replay.py).
@@ -49,7 +49,10 @@ class _Step:
     name: str
     operator: OpOverload
     args: list  # with views in place of tensors
-    run: Callable[[tuple], Any] | None = None  # of such arguments, without a look at them
+    run: Callable[[tuple], Any] | None = None  # of such arguments, without a look at them if that can be
+
+    def ask(self, args: tuple) -> Any:
+        return self.operator(*args)
 
 
 class _Started(NamedTuple):
@@ -105,15 +108,16 @@ class _Start:
             return  # the graph would make it the current one
         started: deque[_Started] = deque()
         aligned = not any(x.data_ptr() % ALIGNMENT for x in tensors)
-        for step in self.steps:
-            args = tuple([arg.of(tensors) if type(arg) is _View else arg for arg in step.args])
-            if step.run is not None and aligned:
-                out = step.run(args)
-            else:
-                out = step.operator(*args)
-                step.run = known[step.name](args) if cuda and aligned else None
-            tensors += _tensors(out)
-            started.append(_Started(step.name, args, out))
+        try:
+            for step in self.steps:
+                args = tuple([arg.of(tensors) if type(arg) is _View else arg for arg in step.args])
+                out = step.run(args) if aligned and step.run is not None else step.operator(*args)
+                if cuda and aligned and step.run is None:
+                    step.run = known[step.name](args) or step.ask
+                tensors += _tensors(out)
+                started.append(_Started(step.name, args, out))
+        except torch.OutOfMemoryError:  # all of it at once is more than the graph needs
+            return
         _here.started = started
 
     def __exit__(self, *_) -> None:
@@ -121,7 +125,8 @@ class _Start:
 
 
 class _Watch(TorchDispatchMode):
-    """Finds a front. Kernels of Inductor's are no operators: they are seen where they are launched."""
+    """Finds a front. Kernels of Inductor's are no operators: they are seen where its code launches them, which is in
+    Python for that (backend.py)."""
 
     def __init__(self, front: Front, inputs: Sequence) -> None:
         super().__init__()
@@ -134,8 +139,11 @@ class _Watch(TorchDispatchMode):
 
         self.kernels, self.run = CachingAutotuner, CachingAutotuner.run
 
+        thread = threading.get_ident()
+
         def launched(kernel, *args, **kwargs):
-            self.open = False
+            if threading.get_ident() == thread:
+                self.end()
             return self.run(kernel, *args, **kwargs)
 
         self.kernels.run = launched
@@ -144,12 +152,18 @@ class _Watch(TorchDispatchMode):
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
         self.kernels.run = self.run
-        self.front.steps = self.steps
+        if exception[0] is None:
+            self.front.steps = self.steps
         _watching.release()
+
+    def end(self) -> None:
+        self.open = False
+        self.tensors.clear()  # the graph may not need them any more
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         step = self._step(func, args, kwargs) if self.open else None
-        self.open = self.open and (step is not None or func.is_view)
+        if step is None and not func.is_view:
+            self.end()
         out = func(*args, **(kwargs or {}))
         if step is not None:
             self.steps.append(step)
@@ -168,8 +182,10 @@ class _Watch(TorchDispatchMode):
         """Of the same memory, all of it, as the same type."""
         for source, of in enumerate(self.tensors):
             if (of.data_ptr(), of.numel(), of.dtype) == (x.data_ptr(), x.numel(), x.dtype):
-                alike = (of.shape, of.stride(), of.requires_grad) == (x.shape, x.stride(), False)
-                return _View(source) if alike else _View(source, x.shape, x.stride())
+                if (of.shape, of.stride(), of.requires_grad) == (x.shape, x.stride(), False):
+                    return _View(source)
+                if of.is_contiguous():
+                    return _View(source, x.shape, x.stride())
         return None
 
 

@@ -40,7 +40,8 @@ from dsv3c.weights import QuantizedWeights
 # took 1.0 ms where the bytes take 0.13 (H200, 4096 tokens). And no assertions about the sizes and strides of inputs and
 # of what operators return, several an operator, while the GPU waits for the host: a call's signature says the former,
 # and operators allocate by what made their fakes. (torch's own operators behind Inductor's graphs are trusted.)
-_INDUCTOR = {"unroll_reductions_threshold": 17, "size_asserts": False, "alignment_asserts": False}
+# In Python, where `ahead.py` sees what it launches.
+_INDUCTOR = {"unroll_reductions_threshold": 17, "size_asserts": False, "alignment_asserts": False, "cpp_wrapper": False}
 
 
 class JointPasses(CustomGraphPass):

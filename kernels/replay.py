@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
+from dsv3c.ahead import ALIGNMENT
 from dsv3c.kernels.launch import Launch, Loaded, hooked, recorded
 
 KEPT = 4096  # signatures of an operator; more, and they are forgotten
-ALIGNMENT = 16  # bytes; all that kernels and launchers ask of an address
 
 _empty = torch._C._dynamo.guards._empty_strided_cuda  # what Inductor's code calls; on the current device
 _reinterpret = torch._C._dynamo.guards._reinterpret_tensor

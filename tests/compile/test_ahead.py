@@ -1,6 +1,7 @@
 """The operators that a unit begins with are started before torch calls them, and those alone."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -113,14 +114,62 @@ def test_where_a_front_ends():
     written = lambda x, cos, sin: (ops.rotate_heads_(x, cos, sin, False), cast(x.view(4, 16)))  # noqa: E731
     assert front_of(written, torch.randn(4, 2, 8).bfloat16(), *angles) == []
     assert len(front_of(lambda x: [cast(x) for _ in range(20)], x)) == ahead.LONGEST
+    same_bits = x.view(torch.int32).view(torch.float32)  # as an input: what is seen as another type is not known
+    assert front_of(lambda x: cast(x.view(torch.float32)), same_bits.view(torch.int32)) == []
+    base = torch.randn(4, 256)
+    assert front_of(lambda wide, x: cast(x), base[:1].expand(4, 256), base) == ["quantize_tile"]
+    front = ahead.Front()
+    with front, ahead.begin([base[:1].expand(4, 256), base]):
+        cast(base)
+    assert [step.args[0].source for step in front.steps] == [1]
+
+
+def test_no_front_on_other_devices(monkeypatch):
+    monkeypatch.setattr(ahead, "DEVICES", ("cuda",))
+    assert front_of(lambda x: ops.quantize_tile(x, FLOOR, False), torch.randn(4, 256)) == []
+
+
+def test_a_watched_call_keeps_nothing_that_the_graph_has_dropped():
+    x, front = torch.randn(4, 256), ahead.Front()
+    with front, ahead.begin([x]):
+        made = ops.quantize_tile(x, FLOOR, False)
+        dropped = weakref.ref(made[0])
+        del made
+        x.neg()
+        assert dropped() is None
+
+
+def test_a_call_that_fails_shows_no_front():
+    x, front = torch.randn(4, 256), ahead.Front()
+    with pytest.raises(ZeroDivisionError), front, ahead.begin([x]):
+        1 / 0  # noqa: B018
+    assert front.steps is None
+
+
+def test_without_memory_to_start_it_all_the_graph_runs_alone(calls):
+    x, front = torch.randn(4, 256), ahead.Front()
+    with front, ahead.begin([x]):
+        ops.quantize_tile(x, FLOOR, False)
+
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    front.steps.append(ahead._Step("quantize_tile", full, []))
+    with front, ahead.begin([x]):
+        calls.clear()
+        ops.quantize_tile(x, FLOOR, False)
+        assert calls == [("quantize_tile", False)]
 
 
 def test_an_end_at_a_kernel_of_inductor_s(monkeypatch):
     heuristics = pytest.importorskip("torch._inductor.runtime.triton_heuristics")
     monkeypatch.setattr(heuristics.CachingAutotuner, "run", lambda self: "launched")
     before, launch = heuristics.CachingAutotuner.run, []
+    elsewhere = threading.Thread(target=lambda: heuristics.CachingAutotuner.run(None))
 
     def function(x):
+        elsewhere.start()
+        elsewhere.join()
         ops.quantize_tile(x, FLOOR, False)
         launch.append(heuristics.CachingAutotuner.run(None))
         ops.quantize_tile(x, FLOOR, False)
@@ -132,13 +181,15 @@ def test_an_end_at_a_kernel_of_inductor_s(monkeypatch):
 
 def test_another_call_than_the_one_that_was_started(calls):
     """It gets its own result, and so does everything after it."""
-    front, x, y = ahead.Front(), torch.randn(4, 256), torch.randn(4, 256)
-    with front, ahead.begin([x]):
-        for _ in range(2):
-            ops.quantize_tile(x, FLOOR, False)
+    x, y = torch.randn(2, 4, 256)
     expected = ops.quantize_tile(y, FLOOR, False)
-    others = ((y, FLOOR), (x, 1.0), (x.view(8, 128), FLOOR))
-    for other, floor in others:
+    square = torch.randn(256, 256)
+    others = ((x, y, FLOOR), (x, x, 1.0), (x, x.view(8, 128), FLOOR), (square, square.t(), FLOOR))
+    for x, other, floor in others:
+        front = ahead.Front()
+        with front, ahead.begin([x]):
+            for _ in range(2):
+                ops.quantize_tile(x, FLOOR, False)
         with front, ahead.begin([x]):
             calls.clear()
             found = ops.quantize_tile(other, floor, False)
@@ -146,6 +197,11 @@ def test_another_call_than_the_one_that_was_started(calls):
             assert not any(handed for _, handed in calls)
             if other is y:
                 assert torch.equal(found[1], expected[1])
+    with front, ahead.begin([x]):
+        calls.clear()
+        ops.quantize_block(x, FLOOR, False)  # the same arguments
+        ops.quantize_tile(x, FLOOR, False)
+        assert not any(handed for _, handed in calls)
     with front, ahead.begin([x]):
         calls.clear()
         ops.quantize_tile(x, FLOOR, False)
@@ -181,7 +237,8 @@ def test_one_thread_watches_at_a_time():
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert fronts[0].steps == []
+        ops.quantize_tile(x, FLOOR, False)
+    assert len(fronts[0].steps) == 1
     assert fronts[1].steps is None
     other()
     assert len(fronts[1].steps) == 1
