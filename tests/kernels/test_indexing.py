@@ -23,7 +23,12 @@ from dsv3c.numerics import Recipe, accumulate_rms
 def promote(product, scale_inv, acc):
     return acc + product * scale_inv
 
+@triton.jit
+def nothing():
+    pass
+
 gemm.promote = wgrad.promote = promote
+groups.gdc_launch_dependents = nothing
 gemm.multiprocessors = lambda: 3
 
 def configs(space, valid):
