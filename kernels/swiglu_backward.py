@@ -14,12 +14,13 @@ wait for, at once: `nought` and `uniform` put that off by a turn. What is known 
 keep in registers that are not there: hence `same`. Scales leave in lines of 128 bytes; a warp has 16 at a time.
 
 H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 192 and 205 µs, 0.77 and 0.81 of a copy of as many
-bytes (with barriers 196 and 205); 32768 and 9000 rows in 256 groups 247 and 170 (355 and 223). From the L2 cache alone
-the first takes 165. The same loads and stores without arithmetic take 187 and 202; then without the scales of rows, the
-sum of weight gradients and the map of tiles 176 and 196; the copy engine alone, which moves the same tiles, 171 and
-191. The link between the halves of the L2 is busy for 80 % of the time, with and without arithmetic. No faster: 16
-warps, other orders of tiles (a program's one behind the other: 230), 128 programs, which divides evenly (+6), halves of
-tiles that arrive for themselves (+4), stores to shared memory without bank conflicts, by rows 64 apart (+2).
+bytes (with barriers 196 and 205); 32768 and 9000 rows in 256 groups 247 and 170 (355 and 223). The same loads and
+stores without arithmetic take 187 and 202; then without the scales of rows, the sum of weight gradients and the map of
+tiles 176 and 196; the copy engine alone, which moves the same tiles, 171 and 191. Of forms on the way to this one: from
+the L2 cache alone the first size takes 165; the link between the halves of the L2 is busy for 80 % of the time, with
+and without arithmetic; no faster are 16 warps, other orders of tiles (a program's one behind the other: 230), 128
+programs, which divides evenly (+6), halves of tiles that arrive for themselves (+4), stores to shared memory without
+bank conflicts, by rows 64 apart (+2).
 """
 
 from collections.abc import Iterator
