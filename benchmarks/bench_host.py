@@ -3,10 +3,11 @@
     python -m dsv3c.benchmarks.bench_host [--tokens 4096]
 
 Contenders: `triton`, each launcher asked and each launch through Triton; `launch`, launches through kernels/launch.py;
-`replay`, calls through kernels/replay.py besides; `direct`, units past Dynamo besides, which is how it is (the others
-pay for looking each call up as a new one). Of the forward also a CUDA graph, which hardly needs the host. First the
-contenders' results are compared, bit for bit. An operator's numbers are microseconds of the host for a call among
-others of its kind; a forward's are milliseconds on a GPU that is idle before, and of the host.
+`replay`, calls through kernels/replay.py besides; `direct`, units past Dynamo besides, with what they begin with
+started first, which is how it is (the others pay for looking each call up as a new one). Of the forward also a CUDA
+graph, which hardly needs the host. First the contenders' results are compared, bit for bit. An operator's numbers are
+microseconds of the host for a call among others of its kind; a forward's are milliseconds on a GPU that is idle before,
+and of the host.
 """
 
 import argparse

@@ -20,7 +20,6 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LONGEST = 10  # operators; those in front of a MoE layer's first long product are eight
-ALIGNMENT = 16  # bytes; all that kernels and launchers ask of an address
 DEVICES = ("cuda",)  # on a CPU there is nothing to be ahead of, and what Inductor made for it is not seen
 
 # Operator -> what finds out for arguments on a GPU how a call like it is done, if that is known (kernels/replay.py).
@@ -107,12 +106,11 @@ class _Start:
         if cuda and tensors[0].get_device() != torch.cuda.current_device():
             return  # the graph would make it the current one
         started: deque[_Started] = deque()
-        aligned = not any(x.data_ptr() % ALIGNMENT for x in tensors)
         try:
             for step in self.steps:
                 args = tuple([arg.of(tensors) if type(arg) is _View else arg for arg in step.args])
-                out = step.run(args) if aligned and step.run is not None else step.operator(*args)
-                if cuda and aligned and step.run is None:
+                out = step.operator(*args) if step.run is None else step.run(args)
+                if cuda and step.run is None:
                     step.run = known[step.name](args) or step.ask
                 tensors += _tensors(out)
                 started.append(_Started(step.name, args, out))

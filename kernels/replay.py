@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
-from dsv3c.ahead import ALIGNMENT
 from dsv3c.kernels.launch import Launch, Loaded, hooked, recorded
 
 KEPT = 4096  # signatures of an operator; more, and they are forgotten
+ALIGNMENT = 16  # bytes; all that kernels and launchers ask of an address
 
 _empty = torch._C._dynamo.guards._empty_strided_cuda  # what Inductor's code calls; on the current device
 _reinterpret = torch._C._dynamo.guards._reinterpret_tensor
@@ -117,17 +117,17 @@ class Replay:
         return way(signature, args, addresses)
 
     def known(self, args: tuple) -> Callable[[tuple], Any] | None:
-        """What does a call with such arguments, in memory aligned to ALIGNMENT, without a look at them; None as long as
-        the launcher is asked."""
+        """Does calls with arguments like these without another look at them; None as long as the launcher is asked."""
         signature, addresses, _ = self._signature(args)
         plan = getattr(self.ways.get(signature), "__self__", None)
         if not isinstance(plan, _Plan) or any(address % ALIGNMENT for address in addresses):
             return None
 
         def call(args: tuple) -> Any:
-            if hooked():
+            addresses = [x.data_ptr() for x in args if isinstance(x, Tensor)]
+            if hooked() or any(address % ALIGNMENT for address in addresses):
                 return self(*args)
-            return plan.replay(signature, args, [x.data_ptr() for x in args if isinstance(x, Tensor)])
+            return plan.replay(signature, args, addresses)
 
         return call
 

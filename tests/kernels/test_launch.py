@@ -261,10 +261,13 @@ class TestReplay:
         x = torch.randn(3, 5)
         assert torch.equal(call((x, 0.5)), 0.5 * x)
         assert operator.asked == 2
-        assert operator.known((torch.ones(16)[1:].view(3, 5), 0.5)) is None
+        elsewhere = torch.ones(16)[1:].view(3, 5)
+        assert operator.known((elsewhere, 0.5)) is None
+        assert torch.equal(call((elsewhere, 0.5)), 0.5 * elsewhere)
+        assert operator.asked == 3
         monkeypatch.setattr(replay, "hooked", lambda: True)
         assert torch.equal(call((x, 0.5)), 0.5 * x)
-        assert operator.asked == 3
+        assert operator.asked == 4
 
     @pytest.mark.parametrize(
         "other",
