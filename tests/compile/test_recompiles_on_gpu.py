@@ -37,9 +37,10 @@ class Compilations:
 
 def forget_kernels() -> None:
     """As in a new process, whatever tests ran in this one."""
-    from dsv3c.kernels import implementations, launch, offline
+    from dsv3c.kernels import implementations, launch, offline, wide_mm
 
     implementations._prepared.clear()
+    wide_mm._compiled.clear()
     for family in offline.FAMILIES:
         for kernel in vars(import_module(f"dsv3c.kernels.{family}")).values():
             if isinstance(getattr(kernel, "run", None), launch._Launcher):

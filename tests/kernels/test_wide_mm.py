@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import dsv3c.operators  # noqa: F401
 from dsv3c import numerics
 
 wide_mm = pytest.importorskip("dsv3c.kernels.wide_mm", reason="needs Triton")
+launch = pytest.importorskip("dsv3c.kernels.launch", reason="needs Triton")
 offline = pytest.importorskip("dsv3c.kernels.offline", reason="needs Triton")
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -54,6 +56,22 @@ def test_compiles_without_spills(variant):
     assert found.stack_bytes == 0
 
 
+def test_few_rows_compile_what_many_take(monkeypatch):
+    """Once for each width and device, and compute by the library."""
+    launches, products = [], []
+    aten = SimpleNamespace(mm=SimpleNamespace(dtype_out=lambda *args, out: products.append(len(out))))
+    monkeypatch.setattr(wide_mm, "_launch", lambda a, b, out: launches.append((len(a), launch._here.compiling)))
+    monkeypatch.setattr(wide_mm, "hopper", lambda: True)
+    monkeypatch.setattr(wide_mm, "_compiled", set())
+    monkeypatch.setattr(launch._here, "compiling", False, raising=False)
+    monkeypatch.setattr(wide_mm, "torch", SimpleNamespace(float32=torch.float32, ops=SimpleNamespace(aten=aten)))
+    for rows, columns in ((4, 8), (4, 8), (300, 8), (600, 8), (4, 256)):
+        a, b = (torch.zeros(n, 64, dtype=torch.bfloat16) for n in (rows, columns))
+        wide_mm.wide_mm(a, b.mT, torch.float32, torch.empty(rows, columns))
+    assert launches == [(4, True), (600, False), (4, True)]
+    assert products == [4, 4, 300, 4]
+
+
 def product(M: int, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     a, b = (torch.randn(rows, K + 8, device="cuda").bfloat16()[:, :K] for rows in (M, N))
@@ -71,7 +89,7 @@ def assert_right(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("size", [(4096, 256, 7168), (4096, 8, 7168), (1, 256, 7168), (64, 72, 1032), (3001, 17, 136),
+@pytest.mark.parametrize("size", [(4096, 256, 7168), (4096, 8, 7168), (1, 256, 7168), (64, 72, 1032), (513, 72, 1032), (3001, 17, 136),
                                   (20000, 256, 512)], ids=str)  # fmt: skip
 def test_logits(size):
     a, b = product(*size)
