@@ -122,6 +122,10 @@ def test_where_a_front_ends():
     with front, ahead.begin([base[:1].expand(4, 256), base]):
         cast(base)
     assert [step.args[0].source for step in front.steps] == [1]
+    front, weight = ahead.Front(), torch.nn.Parameter(x)
+    with front, ahead.begin([weight]):
+        cast(weight.detach())
+    assert front.steps[0].args[0].shape == x.shape  # a view of its own: what is started has nothing to do with autograd
 
 
 def test_no_front_on_other_devices(monkeypatch):
