@@ -89,8 +89,19 @@ def assert_right(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("size", [(4096, 256, 7168), (4096, 8, 7168), (1, 256, 7168), (64, 72, 1032), (513, 72, 1032), (3001, 17, 136),
-                                  (20000, 256, 512)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "size",
+    [
+        (4096, 256, 7168),
+        (4096, 8, 7168),
+        (1, 256, 7168),
+        (64, 72, 1032),
+        (513, 72, 1032),
+        (3001, 17, 136),
+        (20000, 256, 512),
+    ],
+    ids=str,
+)
 def test_logits(size):
     a, b = product(*size)
     assert wide_mm._takes(a, b)
