@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3c.errors import Dsv3cError
+from dsv3c.files import check_writable
 
 EMULATED = "FP8 is emulated on a CPU: its numbers are those of the recipe, its speed means nothing"
 RATIOS_ONLY = "on a CPU only the ratios are meaningful, and those of this machine only"
@@ -73,6 +74,7 @@ def check_drawable(path: Path) -> None:
         raise Dsv3cError(f"--plot: expected a .png in a folder that is there, found {path}; try {path.stem}.png")
     if find_spec("matplotlib") is None:
         raise Dsv3cError("--plot: expected matplotlib, found none; try pip install 'dsv3c[plot]'")
+    check_writable("--plot", path)
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

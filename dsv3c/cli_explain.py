@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dsv3c.errors import Dsv3cError
+from dsv3c.files import check_writable
 from dsv3c.tuning import targets
 
 MODES = ("forward", "backward")
@@ -42,8 +43,8 @@ def explain(
         if number < 1:
             raise Dsv3cError(f"--{name}: expected at least 1, found {number}")
     for option, path in (("html", html), ("trace", trace)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise Dsv3cError(f"--{option}: expected a file in a folder that is there, found {path}")
+        if path is not None:
+            check_writable(f"--{option}", path)
     report = _report(source, layers, experts, tokens, batch, mode, model, precision, target, measure, trace)
     if html is not None:
         from dsv3c.report_page import page

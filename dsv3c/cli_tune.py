@@ -114,7 +114,7 @@ class _Tuning:
         )  # fmt: skip
         self.output = output or tables.user_path(self.target.name)
         self.storage = storage or self.output.with_name("studies.db")
-        self.rows = tables.read(self.output, self.target.name) if self.output.exists() else []
+        self.rows = tables.read(self.output, self.target.name)
 
     def run(
         self, operators: list[str], problems: list[Problem], sample: int | None, trials: int, plots: Path | None
@@ -161,14 +161,14 @@ class _Tuning:
                     problem, self.target, verdicts, partial(worker, problem), trials=trials, storage=self.storage,
                     rows=self.rows, progress=partial(_show, progress, task, problem),
                 )  # fmt: skip
-                if plots is not None:
-                    studies.plots(found.study, plots)
                 if found.row is None:
                     progress.console.print(f"{_name(problem)}: nothing could be measured; built-in rules decide")
-                    continue
-                self.rows = tables.merge(self.rows, [found.row])
-                tables.write(self.output, self.target.name, self.rows)
-                tuned.append(asdict(found.row))
+                else:
+                    self.rows = tables.merge(self.rows, [found.row])
+                    tables.write(self.output, self.target.name, self.rows)
+                    tuned.append(asdict(found.row))
+                if plots is not None:  # behind the table: a picture that cannot be drawn costs no measurement
+                    studies.plots(found.study, plots)
         return tuned
 
 

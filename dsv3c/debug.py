@@ -18,5 +18,5 @@ class DebugConfig:
 def debug_config() -> DebugConfig:
     dump = os.environ.get("DSV3C_DUMP")
     skip = tuple(filter(None, os.environ.get("DSV3C_SKIP", "").split(",")))
-    tables = Path(os.environ.get("DSV3C_TABLES") or DebugConfig.tables).expanduser()
-    return DebugConfig(Path(dump) if dump else None, skip, tables)
+    tables = os.environ.get("DSV3C_TABLES")
+    return DebugConfig(Path(dump) if dump else None, skip, Path(tables) if tables else DebugConfig.tables)

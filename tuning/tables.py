@@ -69,7 +69,7 @@ class Row:
 
 
 def read(path: Path, target: str) -> list[Row]:
-    """The rows of a target's table.
+    """The rows of a target's table; none of a file that is not there.
 
     Raises:
         TuneError: a file that cannot be read, is no table, or another device's.
@@ -78,6 +78,8 @@ def read(path: Path, target: str) -> list[Row]:
         document = json.loads(path.read_text())
         found = document["format"], document["target"]
         rows = [_row(fields) for fields in document["rows"]] if found == (FORMAT, target) else []
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise TuneError(f"{path}: expected a tuning table, found: {reason}; try dsv3c tune, or delete it") from error
@@ -95,6 +97,13 @@ def _row(fields: dict[str, Any]) -> Row:
     numbers = row.N, row.K, row.groups, row.bucket, row.rows
     if not all(isinstance(n, int) and n > 0 for n in numbers):
         raise ValueError(f"N, K, groups, bucket, rows {numbers}")
+    names = row.operator, row.torch, row.triton, *(entry.implementation for entry in row.entries)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"operator, torch, triton, implementations {names}")
+    for entry in row.entries:  # a launch compares times, and gives the configuration to a kernel
+        times = entry.median_us, entry.p20_us, entry.p80_us
+        if not (isinstance(entry.config, dict) and all(isinstance(t, int | float) and t > 0 for t in times)):
+            raise ValueError(f"{entry.implementation} {entry.config} in {times} us")
     return row
 
 
@@ -125,8 +134,18 @@ def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 
 def user_path(target: str) -> Path:
-    """Where `dsv3c tune` writes."""
-    return debug_config().tables / f"{target}.json"
+    """Where `dsv3c tune` writes.
+
+    Raises:
+        TuneError: the folder begins with ~, and whose home that is is not known.
+    """
+    folder = debug_config().tables
+    try:
+        return folder.expanduser() / f"{target}.json"
+    except RuntimeError as error:
+        raise TuneError(
+            f"DSV3C_TABLES: expected a folder, found {folder}, in a home that is not known; try another"
+        ) from error
 
 
 class Table:
@@ -166,10 +185,11 @@ def load(target: targets.Target) -> tuple[Table, list[str]]:
     wrong with a file that was left out, a line each."""
     rows: list[Row] = []
     complaints = []
-    for path in (SHIPPED / f"{target.name}.json", user_path(target.name)):
-        if path.exists():
-            try:
-                rows += sorted(read(path, target.name), key=lambda row: row.triton == triton_version())
-            except TuneError as error:
-                complaints.append(str(error))
+    for place in (lambda name: SHIPPED / f"{name}.json", user_path):
+        try:
+            found = read(place(target.name), target.name)
+        except TuneError as error:
+            complaints.append(str(error))
+        else:
+            rows += sorted(found, key=lambda row: row.triton == triton_version())
     return Table(rows, target.sms), complaints

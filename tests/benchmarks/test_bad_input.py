@@ -82,6 +82,12 @@ def test_a_plot_that_cannot_be_drawn(monkeypatch, tmp_path, name):
         CliRunner().invoke(app, ["bench", "tiny", "--plot", str(tmp_path / name)], catch_exceptions=False)
 
 
+def test_a_plot_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr(bench_model, "measure", lambda *a, **k: pytest.fail("measured"))
+    with pytest.raises(Dsv3cError, match=r"--plot: expected a file that can be written, found /proc/x.png: \w+"):
+        CliRunner().invoke(app, ["bench", "tiny", "--plot", "/proc/x.png"], catch_exceptions=False)
+
+
 def test_a_plot_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_model, "measure", lambda *a, **k: pytest.fail("measured"))
     monkeypatch.setattr(bench_report, "find_spec", lambda name: None)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import dsv3c
 from dsv3c import measure, report_page
 from dsv3c.cli import app
-from dsv3c.errors import CompileError
+from dsv3c.errors import CompileError, Dsv3cError
 from dsv3c.measure import Launch, located
 from dsv3c.model import DeepseekV3
 from dsv3c.tuning import targets
@@ -155,10 +155,15 @@ def test_command(without_codegen, tmp_path):
     [
         (["--mode", "sideways"], "--mode"),
         (["--tokens", "0"], "--tokens"),
-        (["--html", "/nowhere/at/all.html"], "--html"),
-        (["--trace", "/nowhere/at/all.json"], "--trace"),
+        (["--html", "/nowhere/at/all.html"], "--html: expected a file that can be written"),
+        (["--trace", "/nowhere/at/all.json"], "--trace: expected a file that can be written"),
+        (["--html", "/proc/x.html"], "--html: expected a file that can be written"),  # a folder, but a system's
+        (["--trace", "/"], "--trace: expected a file that can be written"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options(options, message, monkeypatch):
+    """Found out before anything is compiled."""
+    monkeypatch.setattr(dsv3c, "compile", lambda *args, **kwargs: pytest.fail("compiled"))
     result = CliRunner().invoke(app, ["explain", "tiny", *options])
-    assert message in str(result.exception)
+    assert isinstance(result.exception, Dsv3cError)
+    assert str(result.exception).startswith(message)

@@ -11,6 +11,7 @@ import torch
 
 from dsv3c import cli, cli_tune
 from dsv3c.config import preset
+from dsv3c.debug import debug_config
 from dsv3c.kernels.implementations import Problem
 from dsv3c.tuning import prefilter as prefilter_module
 from dsv3c.tuning import study, tables, targets
@@ -108,7 +109,7 @@ def test_bad_arguments(run, arguments, message):
     assert re.search(message, " ".join(err.replace("│", "").split()))
 
 
-def test_what_cannot_be_used_is_a_line(run, pretended, tmp_path):
+def test_what_cannot_be_used_is_a_line(run, pretended, tmp_path, monkeypatch):
     path = tmp_path / "mine" / "h200.json"
     path.parent.mkdir()
     path.write_text("{")
@@ -121,6 +122,13 @@ def test_what_cannot_be_used_is_a_line(run, pretended, tmp_path):
     assert (code, "expected an Optuna storage" in err) == (2, True)
     code, _, err = run("--problem", "gemm:64x128x128", "--output", str(storage / "h200.json"))
     assert (code, "expected a file to write" in err) == (2, True)
+    code, _, err = run("--problem", "gemm:64x128x128", "--trials", "2", "--plots", str(storage / "plots"))
+    assert (code, "plots" in err, "expected a file to write" in err) == (2, True, True)
+    assert len(tables.read(path, "h200")) == 1  # what was measured is kept
+    monkeypatch.setenv("DSV3C_TABLES", "~nobody-of-that-name")
+    code, _, err = run("--problem", "gemm:64x128x128")
+    assert (code, "in a home that is not known" in err) == (2, True)
+    assert debug_config().tables == Path("~nobody-of-that-name")  # which compiling a model does not stumble over
 
 
 def test_a_models_problems():

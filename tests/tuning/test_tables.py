@@ -1,7 +1,7 @@
 """Tables: what is written is read, what is not a table is refused in a line, and which row a problem gets."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -47,7 +47,25 @@ def test_what_is_no_table_of_the_device_is_refused_in_a_line(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"N": "4096"}, {"rows": 0}, {"best": None}, {"best": {"implementation": "x"}}])
+def entry(**changes) -> dict:
+    return asdict(BEST) | changes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"N": "4096"},
+        {"rows": 0},
+        {"best": None},
+        {"best": {"implementation": "x"}},
+        {"best": entry(median_us="220.4")},  # what a launch would stumble over
+        {"best": entry(median_us=None)},
+        {"runner_up": entry(p20_us=0)},
+        {"best": entry(config=[])},
+        {"runner_up": entry(implementation=["triton"])},
+        {"triton": 3.6},
+    ],
+)
 def test_a_bad_row_is_refused(tmp_path, change):
     path = tmp_path / "h200.json"
     tables.write(path, "h200", [ROW])
@@ -56,6 +74,23 @@ def test_a_bad_row_is_refused(tmp_path, change):
     path.write_text(json.dumps(document))
     with pytest.raises(TuneError, match="expected a tuning table"):
         tables.read(path, "h200")
+
+
+def test_no_file_has_no_rows(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert tables.read(tmp_path / "h200.json", "h200") == tables.read(tmp_path / "file" / "h200.json", "h200") == []
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "~nobody-of-that-name/tables"])
+def test_a_folder_that_cannot_be_looked_into_is_a_line_and_the_shipped_rows(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("DSV3C_TABLES", folder)
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path)
+    tables.write(tmp_path / "h200.json", "h200", [row(4096, "shipped")])
+    table, (complaint,) = tables.load(targets.load("h200"))
+    assert names(table, 4096)[0] == "shipped"
+    assert ": expected a " in complaint
+    assert "; try " in complaint
+    assert "\n" not in complaint
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -1,0 +1,19 @@
+"""Files that a command writes at its end: whether it can is asked at its start."""
+
+import errno
+import os
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from dsv3c.errors import Dsv3cError
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raises Dsv3cError where no file can be written; leaves none behind."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise Dsv3cError(f"{option}: expected a file that can be written, found {path}: {error.strerror}") from error
