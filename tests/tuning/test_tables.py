@@ -1,6 +1,9 @@
 """Tables: what is written is read, what is not a table is refused in a line, and which row a problem gets."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -161,3 +164,28 @@ def test_shipped_choices_are_of_this_version():
                 chosen.setdefault((row.operator, entry.implementation), []).append(entry.config)
     for of, (verdict,) in prefilter({of: configs[:1] for of, configs in chosen.items()}, h200).items():
         assert verdict.reason is None, (of, verdict)
+
+
+def test_a_cold_process_needs_no_tuning():
+    """With the shipped table alone, whatever V3's linears compute in 64, 128 or 4096 tokens is chosen by a row of it,
+    and nothing that measures is even imported."""
+    pytest.importorskip("triton")
+    code = """
+import sys, warnings
+import torch
+from dsv3c.cli_tune import model_problems
+from dsv3c.config import preset
+from dsv3c.kernels import implementations
+from dsv3c.tuning import targets
+warnings.simplefilter("error")
+targets.resolve, torch.cuda.get_device_capability = lambda name: targets.load("h200"), lambda device=None: (9, 0)
+for problem in model_problems(preset("v3-671b"), [64, 128, 4096]):
+    row = implementations._table().row(problem)
+    assert row is not None, problem
+    chosen, config = implementations.choose(problem)
+    assert (chosen.name, config) in [(entry.implementation, entry.config) for entry in row.entries], problem
+print(*(name for name in ("optuna", "dsv3c.tuning.tuner", "dsv3c.tuning.measure") if name in sys.modules), "none")
+"""
+    environment = os.environ | {"DSV3C_TABLES": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["none"], done.stderr
