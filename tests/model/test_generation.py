@@ -1,11 +1,13 @@
 """generate(): greedy, ends, padding, sampling. Against transformers: test_against_transformers.py."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dsv3c import decoding
 from dsv3c.config import preset
 from dsv3c.decoding import Choice
 from dsv3c.errors import Dsv3cError
@@ -101,6 +103,27 @@ def test_filters(top_k, top_p, left):
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[order]
     drawn = Choice(True, 1.0, top_k, top_p)(logits.expand(2000, -1))
     assert {int(order[token]) for token in drawn.flatten()} == left
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "penalty"),
+    [(0.7, None, 1.0, 1.4), (1.0, 5, 1.0, 1.0), (1.0, None, 0.8, 1.0), (1.3, 50, 0.9, 1.2), (0.5, 20, 0.6, 0.8)],
+)
+def test_tokens_are_drawn_as_transformers_draws_them(temperature, top_k, top_p, penalty, monkeypatch):
+    """From the same probabilities, bit for bit; and the settings have transformers' names."""
+    theirs = pytest.importorskip("transformers")
+    logits, before, drawn_from = 3 * torch.randn(4, 300), torch.randint(300, (4, 40)), []
+    monkeypatch.setattr(decoding, "_argmax", drawn_from.append)
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda waits: waits.fill_(1.0))
+    seen = torch.zeros(4, 300, dtype=torch.bool).scatter_(1, before, True)
+    Choice(True, temperature, top_k, top_p, penalty)(logits, seen)
+    processors = theirs.LogitsProcessorList([theirs.RepetitionPenaltyLogitsProcessor(penalty)])
+    processors.append(theirs.TemperatureLogitsWarper(temperature))
+    processors += [theirs.TopKLogitsWarper(top_k)] if top_k else []
+    processors += [theirs.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    assert torch.equal(*drawn_from, processors(before, logits.clone()).softmax(dim=-1))
+    ours = set(inspect.signature(generate).parameters) - {"model", "input_ids", "attention_mask", "mtp", "on_accepted"}
+    assert ours <= theirs.GenerationConfig().to_dict().keys()
 
 
 @pytest.mark.parametrize("vocabulary", [1, 101, 256, 1024])
