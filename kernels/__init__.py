@@ -1,1 +1,1 @@
-"""Kernels: `reference.py` defines every operator in plain PyTorch; each other file is one family for the GPU."""
+"""Kernels: `reference/` defines every operator in plain PyTorch; each file here is one family for the GPU."""
