@@ -1,13 +1,17 @@
 """Fixtures of the passes' tests: modules through AOTAutograd."""
 
 from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from functorch.compile import aot_module, default_partition, nop
+from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 
-from dsv3c.passes.contract import run
+from dsv3c.passes.contract import Level, Tier, run
+from dsv3c.passes.rewrite import aten, insert
 
 
 def names(gm):
@@ -32,6 +36,31 @@ def rewritten():
         return aot_module(module, fw_compiler=nop, partition_fn=partition, decompositions=select_decomp_table())
 
     return make
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A pass behind the others: calls of an operator of ours get another tensor as this argument, its neighbour in the
+    first dimension where each value should stand, or none."""
+
+    tier: ClassVar[Tier] = Tier.NUMERIC
+    level: ClassVar[Level] = Level.JOINT
+    operator: str
+    argument: int
+    none: bool = False
+
+    def __call__(self, gm: fx.GraphModule) -> int:
+        sites = 0
+        for node in gm.graph.find_nodes(op="call_function", target=getattr(torch.ops.dsv3c, self.operator).default):
+            if isinstance(given := node.args[self.argument], fx.Node):
+                node.update_arg(self.argument, None if self.none else insert(node, aten.roll.default, given, [1], [0]))
+                sites += 1
+        return sites
+
+
+@pytest.fixture
+def mutant():
+    return Mutant
 
 
 @pytest.fixture

@@ -68,17 +68,35 @@ def gradients_between(x, weight, dy, dsum):
     return rounded_between(dx + dsum, error), rounded_between(terms.sum(0), weight_error)
 
 
+def are_within(module, x, out, *gradients) -> list[bool]:
+    """Whether the gradients of x and of the weight are between their bounds."""
+    dy = torch.linspace(-1, 1, out.numel()).view_as(out).bfloat16()
+    bounds = gradients_between(x, module.weight.detach(), dy, dy if module.join is beside else torch.zeros_like(dy))
+    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
+    return [
+        bool(((low <= gradient.view_as(low)) & (gradient.view_as(low) <= high)).all())
+        for gradient, (low, high) in zip(gradients, bounds, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("norm", [composite, fused, theirs])
 @pytest.mark.parametrize("join", [alone, beside])
 def test_the_gradients_of_the_norm_and_of_what_is_beside_it(norm, join, x, rewritten, step):
     module, found = Normed(norm, join), Counter()
-    out, dx, dweight = step(rewritten(module, [FuseNormBackward()], found), x)
+    results = step(rewritten(module, [FuseNormBackward()], found), x)
     assert found == Counter(rms_norm_backward=1)
-    dy = torch.linspace(-1, 1, out.numel()).view_as(out).bfloat16()
-    bounds = gradients_between(x, module.weight.detach(), dy, dy if join is beside else torch.zeros_like(dy))
-    for gradient, (low, high) in zip((dx, dweight), bounds, strict=True):
-        assert gradient.dtype == torch.bfloat16
-        assert bool(((low <= gradient.view_as(low)) & (gradient.view_as(low) <= high)).all())
+    assert are_within(module, x, *results) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "within"),
+    [((1,), [False, False]), ((2,), [False, True]), ((3,), [False, False]), ((4, True), [False, True])],
+    ids=["x", "weight", "rstd", "without the sum"],
+)
+def test_a_mutant_breaks_the_bounds(wrong, within, x, rewritten, step, mutant):
+    module = Normed(composite, beside)
+    results = step(rewritten(module, [FuseNormBackward(), mutant("rms_norm_backward", *wrong)]), x)
+    assert are_within(module, x, *results) == within
 
 
 def also_its_root(x, weight):

@@ -91,6 +91,20 @@ def test_the_same_numbers_but_for_the_order_of_sums(name, rewritten, step):
         assert distance(result, reference)[1] <= reordered_bound(1, 64, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [("gate", 1, True), ("sort_by_expert", 0), ("unpermute", 1), ("unpermute", 2), ("unpermute_backward", 2),
+     ("unpermute_backward", 3), ("gate_backward", 0), ("gate_backward", 2)],
+)  # fmt: skip
+def test_a_mutant_breaks_the_bound(wrong, rewritten, step, mutant):
+    """Experts chosen without their bias; rows, weights and gradients of the token before."""
+    layer, x = make("ours"), torch.randn(2, 20, 64)
+    expected = step(rewritten(layer, []), x)
+    results = step(rewritten(layer, [*PASSES, mutant(*wrong)]), x)
+    errors = [distance(result, reference)[1] for result, reference in zip(results, expected, strict=True)]
+    assert not max(errors) <= reordered_bound(1, 64, torch.float32)
+
+
 @pytest.mark.parametrize("name", ["ours", "theirs"])
 def test_in_bfloat16(name, rewritten, step):
     """As the models run; transformers' experts take nothing else on a CPU."""

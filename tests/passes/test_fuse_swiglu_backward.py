@@ -15,6 +15,7 @@ ops = torch.ops.dsv3c
 FORWARD, GRADIENT = (Recipe().amax_floor, False), (Recipe().gradient_amax_floor, False)
 FLOORS = (Recipe().amax_floor, Recipe().gradient_amax_floor, False)
 T, K, E, H, INTER = 30, 4, 5, 256, 128
+TWO_PRODUCTS = 2 * quantized_gemm_rms() * 2**0.5  # of casts that differ
 
 
 def joint(function, *inputs):
@@ -140,12 +141,26 @@ def test_weights_move_before_the_last_product(experts):
 
 
 def test_weighed_before_or_behind_the_numbers_are_the_same_but_for_roundings(experts):
-    """Two products follow on each other, of casts that differ."""
-    found, expected = experts_after(*experts), experts_before(*experts)
+    """Two products follow on each other."""
+    assert largest_distance(experts_after(*experts), experts) <= TWO_PRODUCTS
+
+
+@pytest.mark.parametrize(
+    "wrong", [("swiglu_quantize_save", 1), ("unpermute", 1), ("permute", 2), ("swiglu_quantize_backward", 3)]
+)
+def test_a_mutant_breaks_the_bound(wrong, experts, mutant):
+    """Weights and rows of the token before."""
+    gm = joint(lambda h, weights, idx, w, dout: experts_before(h, weights, idx, w, dout), *experts)
+    assert [record.sites for record in run(gm, [WeighActivations(), mutant(*wrong)])] == [1, 1]
+    assert largest_distance(gm(*experts), experts) > TWO_PRODUCTS
+
+
+def largest_distance(found, experts) -> float:
+    """From `experts_before`, of the output, and the gradients of weights, w and h."""
+    expected = experts_before(*experts)
     pairs = [*zip(found[:3], expected[:3], strict=True)]
     pairs.append(tuple(fp8.float() * s.repeat_interleave(128, 1) for *_, fp8, s in (found[:5], expected[:5])))
-    for result, reference in pairs:
-        assert distance(result, reference)[0] <= 2 * quantized_gemm_rms() * 2**0.5
+    return max(distance(result, reference)[0] for result, reference in pairs)
 
 
 def test_leaves_products_with_other_readers_alone(experts):
