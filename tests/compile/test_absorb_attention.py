@@ -8,7 +8,7 @@ import torch
 from dsv3c.cache import LatentCache, PagedCache, Pages
 from dsv3c.compiler import compilation_of
 from dsv3c.numerics import MODEL_DISTANCE, distance
-from dsv3c.passes import AbsorbAttention, RaiseAttention, RaiseGroupedLinear
+from dsv3c.passes import AbsorbAttention, RaiseAttention, RaiseGroupedLinear, absorb_attention
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
 
@@ -86,6 +86,15 @@ def test_pages_are_read_where_they_are(make_model, compiled, batch, num_new):
         assert "read_pages" not in backend.joint.text
     for found, reference in zip(distance(out, truth), distance(eager, truth), strict=True):
         assert found <= MODEL_DISTANCE * reference
+
+
+def test_another_scale_breaks_the_bound(make_model, compiled, monkeypatch):
+    right = absorb_attention._absorbed
+    monkeypatch.setattr(absorb_attention, "_absorbed", lambda at, q, scale, *rest: right(at, q, 1.01 * scale, *rest))
+    model = make_model(**V3_LATENT | {"num_hidden_layers": 1})
+    result = compiled(model, passes=PASSES)
+    out, eager, truth = (pages_step(m, 3, 1) for m in (result, model, copy.deepcopy(model).double()))
+    assert distance(out, truth)[0] > MODEL_DISTANCE * distance(eager, truth)[0]
 
 
 def test_a_mask_that_is_not_the_pages_stays(make_model, compiled, monkeypatch):

@@ -38,6 +38,17 @@ def merged(module, *inputs):
     return record, gm, arguments
 
 
+def are_within(module, x, outs) -> list[bool]:
+    """Whether each linear's result is within its bound of float64's."""
+    found = []
+    for linear, out in zip(module.linears, outs, strict=True):
+        weight = linear.weight.double()
+        reference, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+        bound = rounded_sum_bound(reference, magnitude, K, torch.float32)
+        found.append(bool(((out - reference).abs() <= bound).all()))
+    return found
+
+
 @pytest.fixture
 def x():
     return torch.randn(2, 5, K)
@@ -50,10 +61,12 @@ def test_rewrites_to_the_expected_program(rows, x):
     assert record.sites == 1
     calls = [operator_name(node) for node in gm.graph.nodes if node.op == "call_function"]
     assert calls == ["cat", "linear", "split", *["getitem"] * len(rows)]
-    for linear, out in zip(module.linears, gm(*arguments), strict=True):
-        weight = linear.weight.double()
-        reference, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
-        assert bool(((out - reference).abs() <= rounded_sum_bound(reference, magnitude, K, torch.float32)).all())
+    assert are_within(module, x, gm(*arguments)) == [True] * len(rows)
+    (stack,) = gm.graph.find_nodes(op="call_function", target=torch.cat)
+    stack.args = (stack.args[0][::-1],)  # the mutant
+    gm.recompile()
+    if len(set(rows)) == 1:  # else the parts have other sizes
+        assert are_within(module, x, gm(*arguments)) == [False] * len(rows)
     assert all("(linear)" in line for line in text(gm).splitlines() if "getitem" in line)
 
 

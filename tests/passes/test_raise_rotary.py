@@ -6,7 +6,7 @@ import torch
 from dsv3c.kernels.reference.rotary import rotate
 from dsv3c.layers import rotate as our_rotate
 from dsv3c.numerics import rounded_between, unit_roundoff
-from dsv3c.passes import RaiseRotary
+from dsv3c.passes import RaiseRotary, raise_rotary
 from dsv3c.passes.contract import run, text
 
 B, T, H, NOPE, PAIRS = 2, 5, 3, 16, 4
@@ -58,13 +58,33 @@ def test_both_ways_of_writing_it(function, inputs):
     for name in ("cat(", "mul(", "split("):
         assert name in before
         assert name not in after
+    assert is_within(out, *inputs)
+
+
+def is_within(out, *inputs) -> bool:
+    """Whether it is the rotation, rounded to BF16 once."""
     q, cos, sin = (x.double() for x in inputs)
     q, cos, sin = q.view(B, T, H, -1), cos[:, :, None, :PAIRS], sin[:, :, None, :PAIRS]
     exact = rotate(q[..., NOPE:], cos, sin).transpose(1, 2)
-    assert torch.equal(out[..., :NOPE], q[..., :NOPE].transpose(1, 2).bfloat16())
     size = q[..., NOPE:].abs().amax(-1, keepdim=True).transpose(1, 2) * 2
     low, high = rounded_between(exact, 3 * unit_roundoff(torch.float32) * size)
-    assert bool(((low <= out[..., NOPE:]) & (out[..., NOPE:] <= high)).all())
+    rotated = bool(((low <= out[..., NOPE:]) & (out[..., NOPE:] <= high)).all())
+    return rotated and torch.equal(out[..., :NOPE], q[..., :NOPE].transpose(1, 2).bfloat16())
+
+
+@pytest.mark.parametrize("mutant", [lambda x, cos, sin: (x, cos, sin.neg()), lambda x, cos, sin: (x, sin, cos),
+                                    lambda x, cos, sin: (x, cos.roll(1, 0), sin.roll(1, 0))])  # fmt: skip
+def test_a_mutant_breaks_the_bound(mutant, monkeypatch):
+    """Rotated back, by the wrong angle, by the angle of the token before."""
+    inputs, insert = operands(), raise_rotary.insert_captured
+
+    def wrong(at, target, *args):
+        if target is not torch.ops.dsv3c.rotate_heads.default:
+            return insert(at, target, *args)
+        return insert(at, lambda *x: target(*mutant(*x), False), *args[:3])
+
+    monkeypatch.setattr(raise_rotary, "insert_captured", wrong)
+    assert not is_within(captured(ours, *inputs)[-1], *inputs)
 
 
 def test_the_gradient_is_rotated_back():
