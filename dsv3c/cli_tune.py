@@ -13,6 +13,7 @@ from typer import Option, echo
 
 from dsv3c.config import ModelConfig
 from dsv3c.errors import TuneError
+from dsv3c.files import make_folder
 from dsv3c.kernels.implementations import FILES, Problem
 
 LIMIT_S = 60.0  # a trial's; the first of a problem makes its operands and their float64 product
@@ -152,7 +153,10 @@ class _Tuning:
         from dsv3c.tuning.measure import measure
         from dsv3c.tuning.worker import Worker
 
-        tables.write(self.output, self.target.name, self.rows)  # a folder that cannot be written is found out first
+        # What cannot be written is found out first.
+        tables.write(self.output, self.target.name, self.rows)
+        if plots is not None:
+            make_folder("--plots", plots)
         tuned = []
         with Worker(measure, limit_s=LIMIT_S) as worker:
             for problem in problems:
@@ -161,14 +165,14 @@ class _Tuning:
                     problem, self.target, verdicts, partial(worker, problem), trials=trials, storage=self.storage,
                     rows=self.rows, progress=partial(_show, progress, task, problem),
                 )  # fmt: skip
+                if plots is not None:
+                    studies.plots(found.study, plots)
                 if found.row is None:
                     progress.console.print(f"{_name(problem)}: nothing could be measured; built-in rules decide")
-                else:
-                    self.rows = tables.merge(self.rows, [found.row])
-                    tables.write(self.output, self.target.name, self.rows)
-                    tuned.append(asdict(found.row))
-                if plots is not None:  # behind the table: a picture that cannot be drawn costs no measurement
-                    studies.plots(found.study, plots)
+                    continue
+                self.rows = tables.merge(self.rows, [found.row])
+                tables.write(self.output, self.target.name, self.rows)
+                tuned.append(asdict(found.row))
         return tuned
 
 

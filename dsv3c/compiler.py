@@ -15,6 +15,7 @@ from dsv3c.backend import Backend
 from dsv3c.capture import Unit, Units
 from dsv3c.debug import debug_config
 from dsv3c.errors import CompileError
+from dsv3c.files import make_folder
 from dsv3c.fp8_weights import recipe_of
 from dsv3c.out_of_memory import explain
 from dsv3c.passes import OrderSums, Pass, Pipeline, default
@@ -78,6 +79,7 @@ def compile(  # the name users type
     Raises:
         CompileError: an unknown model, target or precision, or a model set up so that it cannot be captured whole.
         PassError: an unknown name in `skip`, or an unknown region or word in `memory`.
+        Dsv3cError: graphs cannot be written to DSV3C_DUMP.
     """
     families.check(model)
     resolved, notes = _precision(precision, model)
@@ -90,6 +92,8 @@ def compile(  # the name users type
         )
     weights = QuantizedWeights(recipe) if pipeline.quantizes else None
     dump = debug_config().dump
+    if dump:
+        make_folder("DSV3C_DUMP", dump)
     backends: dict[Unit, Backend] = {}
 
     def backend(unit: Unit) -> Backend:

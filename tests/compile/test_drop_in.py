@@ -337,6 +337,18 @@ def test_unknown_pass_suggests_the_nearest(make_model, compiled):
         compiled(make_model(), "fp8", skip=["QuantiseLinear"])
 
 
+def test_graphs_are_dumped_where_they_can_be_written(make_model, compiled, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSV3C_DUMP", str(tmp_path / "new" / "folder"))
+    model = make_model(num_hidden_layers=1)
+    with torch.no_grad():
+        compiled(model)(ids(1, 4))
+    assert list((tmp_path / "new" / "folder").glob("dense_layer*/L0/*RaiseAttention.after.txt"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DSV3C_DUMP", str(tmp_path / "file" / "folder"))
+    with pytest.raises(Dsv3cError, match=r"^DSV3C_DUMP: expected a folder to write to, found .*file/folder: \w+"):
+        compiled(model)
+
+
 @dataclass(frozen=True)
 class SaysItDid:
     """Reports a site and rewrites none."""

@@ -122,9 +122,10 @@ def test_what_cannot_be_used_is_a_line(run, pretended, tmp_path, monkeypatch):
     assert (code, "expected an Optuna storage" in err) == (2, True)
     code, _, err = run("--problem", "gemm:64x128x128", "--output", str(storage / "h200.json"))
     assert (code, "expected a file to write" in err) == (2, True)
-    code, _, err = run("--problem", "gemm:64x128x128", "--trials", "2", "--plots", str(storage / "plots"))
-    assert (code, "plots" in err, "expected a file to write" in err) == (2, True, True)
-    assert len(tables.read(path, "h200")) == 1  # what was measured is kept
+    code, _, err = run("--problem", "gemm:64x128x128", "--plots", str(storage / "plots"))
+    assert (code, "--plots: expected a folder to write to" in err) == (2, True)
+    assert tables.read(path, "h200") == []  # nothing is measured before that is known
+    assert not path.with_name("studies.db").exists()
     monkeypatch.setenv("DSV3C_TABLES", "~nobody-of-that-name")
     code, _, err = run("--problem", "gemm:64x128x128")
     assert (code, "in a home that is not known" in err) == (2, True)
