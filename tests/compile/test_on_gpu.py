@@ -92,7 +92,7 @@ def test_attention_and_its_gradients(masked, deterministic):
 def test_what_a_moe_layer_begins_with_is_started_first(gpu_model):
     """Up to its first long product, through Inductor's code; the same bits as in the call that went through Dynamo."""
     alone, x = dsv3c.compile(gpu_model.model.layers[-1].mlp, precision="fp8"), torch.randn(1, 640, 1024, device="cuda")
-    x, results = x.bfloat16(), []
+    x, results = x.bfloat16().requires_grad_(), []
     for _ in range(4):
         alone.zero_grad()
         out, *_ = alone(x)

@@ -20,7 +20,7 @@ def program(x, dy, *, again):
 
 @pytest.mark.parametrize("again", [True, False])
 def test_only_where_backward_reads_the_value_itself(again):
-    x, dy = torch.randn(50, 4, 64).transpose(0, 1), torch.randn(4, 50, 64)
+    x, dy = torch.randn(200, 4, 64).transpose(0, 1), torch.randn(4, 200, 64)  # two tiles
     gm = make_fx(lambda x, dy: program(x, dy, again=again), tracing_mode="fake")(x, dy)
     for node in gm.graph.nodes:
         if node.target in (torch.ops.aten.mul.Tensor, ops.requantize_t.default):
