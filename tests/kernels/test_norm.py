@@ -156,3 +156,20 @@ def test_what_is_refused():
     x = torch.zeros(1, 16512, dtype=torch.bfloat16)
     with pytest.raises(OperatorError, match="columns of x: expected at most 16384, found 16512"):
         ops.rms_norm_backward(x, x, x[0], torch.zeros(1), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [512, 7168])
+def test_more_than_two_to_the_31_values(check, columns):
+    """The last rows of very many, as a call of those rows alone has them. The kernels of narrow and of wide rows."""
+    rows, last = (1 << 31) // columns + 300, 300
+    x, dy = (torch.ones(rows, columns, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    x[-last:], dy[-last:] = (check.varied(last, columns, torch.bfloat16, "cuda") for _ in range(2))
+    weight = check.varied(1, columns, torch.bfloat16, "cuda")[0]
+    y_fp8, y_scale_inv, rstd = ops.rms_norm_quantize(x, weight, EPS, FLOOR, False)
+    expected = ops.rms_norm_quantize(x[-last:], weight, EPS, FLOOR, False)
+    for found, same in zip((y_fp8, y_scale_inv, rstd), expected, strict=True):
+        assert torch.equal(found[-last:].float(), same.float())
+    dx, _ = ops.rms_norm_backward(dy, x, weight, rstd, dy)
+    again, _ = ops.rms_norm_backward(dy[-last:], x[-last:], weight, rstd[-last:], dy[-last:])
+    assert torch.equal(dx[-last:], again)
