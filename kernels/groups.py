@@ -101,6 +101,7 @@ def _tiles_by_length_kernel(offs_ptr, tiles_ptr, counts_ptr, E, bound, BLOCK: tl
     tl.store(counts_ptr, tl.sum(count), mask=e == E)
     tl.store(counts_ptr + 1, num_short, mask=e == E)
     tl.store(counts_ptr + 2, 0, mask=e == E)
+    tl.store(counts_ptr + 3, 0, mask=e == E)
     start = tl.sum(tl.where(group == e, start, 0))
     end = tl.sum(tl.where(group == e, end, 0))
     mine = tl.cdiv(end - start, BLOCK)
@@ -114,12 +115,13 @@ def _tiles_by_length_kernel(offs_ptr, tiles_ptr, counts_ptr, E, bound, BLOCK: tl
 
 
 def tiles_by_length(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
-    """`tiles` as `tile_map` has them, those of short groups (of one tile) first; `counts` int32 [3]: the number of
-    tiles, that of short groups' tiles, and zero, for programs to count the tiles that they have drawn."""
+    """`tiles` as `tile_map` has them, those of short groups (of one tile) first; `counts` int32 [4]: the number of
+    tiles, that of short groups' tiles, and zeros, for programs to count the tiles of either kind that they have drawn.
+    """
     E = len(offs)
     bound = ceil_div(rows, block) + min(E, rows)
     tiles = torch.empty(3, bound, dtype=torch.int32, device=offs.device)
-    counts = torch.empty(3, dtype=torch.int32, device=offs.device)
+    counts = torch.empty(4, dtype=torch.int32, device=offs.device)
     _tiles_by_length_kernel[(E + 1,)](offs, tiles, counts, E, bound, block, triton.next_power_of_2(E), num_warps=1)
     return tiles, counts
 

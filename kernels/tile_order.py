@@ -6,13 +6,11 @@ from triton.experimental.gluon import language as gl
 
 COLUMNS = gl.constexpr(192)  # of a tile
 PART = gl.constexpr(64)  # of them: a third, in one column of w's blocks
-LOT = gl.constexpr(64)  # tiles of short groups, or of long ones, that are drawn one after the other
 
 
 @gluon.jit
 def walk(problem, BAND: gl.constexpr, CLUSTER: gl.constexpr):
-    """A program's tiles as first, end and step, parts of the last ones behind them; by group it takes the first, and
-    draws the others."""
+    """A program's tiles as first, end and step, parts of the last ones behind them."""
     num_m, num_n, _M, _N, _blocks, whole = problem
     program, programs = gl.program_id(0) // CLUSTER, gl.num_programs(0) // CLUSTER
     first, end, step = program, whole + 3 * (num_m * num_n - whole), programs
@@ -33,18 +31,47 @@ def whole_tiles(num_tiles, BAND: gl.constexpr):
 
 
 @gluon.jit
-def _take_turns(tile, short, long):
-    """Lots of `short` tiles of one kind and of `long` ones of another, spread evenly; then what is left of either.
-    Whether a tile is a long one, and its number among its kind."""
-    lots, long_lots = short // LOT + long // LOT, long // LOT
-    lot, rest = tile // LOT, tile - lots * LOT
-    before = lot * long_lots // gl.maximum(lots, 1)
-    is_long = (lot + 1) * long_lots // gl.maximum(lots, 1) > before
-    number = gl.where(is_long, before, lot - before) * LOT + tile % LOT
-    left = short % LOT
-    is_long = gl.where(rest < 0, is_long, rest >= left)
-    number = gl.where(rest < 0, number, rest + gl.where(is_long, long_lots * LOT - left, short - left))
-    return is_long, number
+def by_length(problem, groups):
+    """How many tiles are of short groups, which come first, and of long ones; and how many programs begin with short
+    ones: their share."""
+    num_m, num_n, _M, _N, _blocks, _whole = problem
+    _tiles_ptr, _bound, _drawn_ptr, num_short = groups
+    short, long, programs = num_short * num_n, (num_m - num_short) * num_n, gl.num_programs(0)
+    share = programs * num_short // gl.maximum(num_m, 1)
+    return short, long, gl.minimum(gl.maximum(share, programs - long), short)
+
+
+@gluon.jit
+def _begins_short(share):
+    """Whether this program does, and how many programs before it do; they are spread evenly."""
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    before = program * share // programs
+    return (program + 1) * share // programs > before, before
+
+
+@gluon.jit
+def first_drawn(problem, groups):
+    """A program's first tile, and the number of tiles."""
+    short, long, share = by_length(problem, groups)
+    begins_short, before = _begins_short(share)
+    return gl.where(begins_short, before, short + gl.program_id(0) - before), short + long
+
+
+@gluon.jit
+def draw(problem, groups):
+    """Its next, of the kind that it began with while there are any; then of the other."""
+    short, long, share = by_length(problem, groups)
+    _tiles_ptr, _bound, drawn_ptr, _num_short = groups
+    of_short, _before = _begins_short(share)
+    first_long = short + gl.num_programs(0) - share  # that no program began with
+    tile = gl.atomic_add(drawn_ptr + gl.where(of_short, 0, 1), 1, sem="relaxed")
+    tile += gl.where(of_short, share, first_long)
+    if tile >= gl.where(of_short, short, short + long):
+        tile = gl.atomic_add(drawn_ptr + gl.where(of_short, 1, 0), 1, sem="relaxed")
+        tile += gl.where(of_short, first_long, share)
+        if not of_short and tile >= short:
+            tile = short + long
+    return tile
 
 
 @gluon.jit
@@ -57,10 +84,10 @@ def locate(tile, problem, groups, BAND: gl.constexpr, GROUPED: gl.constexpr, CLU
     tile = gl.minimum(tile, whole) + part // 3
     if GROUPED and CLUSTER == 1:
         _tiles_ptr, _bound, _drawn_ptr, num_short = groups
-        num_long = num_m - num_short
-        is_long, tile = _take_turns(tile, num_short * num_n, num_long * num_n)
-        first_m, num = gl.where(is_long, num_short, 0), gl.where(is_long, num_long, num_short)
-        band = gl.where(is_long, BAND, BAND // 2)
+        is_long = tile >= num_short * num_n
+        tile -= gl.where(is_long, num_short * num_n, 0)
+        first_m, num = gl.where(is_long, num_short, 0), gl.where(is_long, num_m - num_short, num_short)
+        band = gl.where(is_long, BAND, 1)
     tile = gl.maximum(gl.minimum(tile, num * num_n - 1), 0)  # there may be no next, or none at all
     first, height = 0, gl.maximum(num, 1)
     if BAND > 0:

@@ -238,12 +238,23 @@ def _arrive(address) -> None:
     memory.barriers[address].arrive(4, 0)  # as many warps
 
 
+def _number_of(parameter: str) -> int:
+    return int(parameter.rpartition("_")[2]) // 5  # a descriptor is five parameters
+
+
 def _copy_to_both(desc, row, column, target, barrier) -> None:
     """Of both programs' memory what is copied over is gone at once."""
     desc = _here.descs[desc]
     for memory in _here.cluster:
         shared = Shared(memory.at(int(target), desc.dtype, desc.block_shape))
         _copy(desc, [row, column], memory.barriers[int(barrier)], shared)
+
+
+def _copy_hinted(desc, row, column, target, barrier, hint) -> None:
+    desc, memory = _here.descs[desc], _here.memory
+    _copy(
+        desc, [row, column], memory.barriers[int(barrier)], Shared(memory.at(int(target), desc.dtype, desc.block_shape))
+    )
 
 
 def _multiply(x_at, w_at, L, columns=192):
@@ -369,7 +380,11 @@ NAMES = {
     "expect": _expect,
     "copy": _copy_bytes,
     "copy_to_both": _copy_to_both,
-    "copy_through": lambda parameter: int(parameter.rpartition("_")[2]) // 5,  # a descriptor is five parameters
+    "copy_through": _number_of,
+    "hinted_copy_through": _number_of,
+    "copy_hinted": _copy_hinted,
+    "EVICT_FIRST": 1,
+    "EVICT_NORMAL": 0,
     "warpgroup_mma": _mma,
     "warpgroup_mma_wait": _wait_for_products,
 }

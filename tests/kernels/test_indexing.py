@@ -66,7 +66,7 @@ for sizes, N, K in [([5, 0, 130, 70], 130, 272), ([0, 200, 0, 3], 256, 128), ([6
     cut.sort(key=lambda tile: sizes[tile[0]] > 128)  # short groups first, else in order
     tiles, counts = groups.tiles_by_length(offs, R, 128)
     assert tiles[:, : len(cut)].T.tolist() == [list(tile) for tile in cut]
-    assert counts.tolist() == [len(cut), sum(0 < n <= 128 for n in sizes), 0]
+    assert counts.tolist() == [len(cut), sum(0 < n <= 128 for n in sizes), 0, 0]
     for config in configs(wgrad.SPACE, gemm.valid):
         dw = torch.full((E, N, K), torch.nan)
         wgrad.launch(*dyt, *xt, first, dw, **config)

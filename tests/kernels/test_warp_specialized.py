@@ -48,7 +48,7 @@ def test_where_assembly_finds_things(config):
     found = {int(added[register]) for register in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)}
     assert found == {first.value + 8 * i for first in (ws.FULL_AT, ws.EMPTY_AT) for i in range(ws.STAGES.value)}
     parameters = re.findall(r"\.b8 (\w+)\[128\]", ptx)
-    assert f" {parameters[1]};" in ws.COPY_W.value
+    assert all(f" {parameters[1]};" in code.value for code in (ws.COPY_W, ws.COPY_W_TO_BOTH))
 
 
 @pytest.mark.parametrize(("N", "taken"), [(2112, True), (8, True), (7, False), (260, False)])
@@ -102,6 +102,7 @@ assert bool((y[start:] == 7.0).all()), "rows of no group are written"
     ([300, 1, 77, 0, 129], 136, 128, CONFIGS[2], 4),
     ([20, 0, 150, 65, 33], 328, 512, CONFIGS[0], 3),
     ([3, 1, 130, 2, 1, 1, 5], 256, 384, CONFIGS[0], 1),  # from (e, 1) to (e + 1, 0)
+    ([20, 30, 150, 65, 33, 7], 392, 256, CONFIGS[0], 5),  # three of them begin with short groups
 ], ids=str)  # fmt: skip
 def test_tiles_tickets_and_barriers(case):
     """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process."""
