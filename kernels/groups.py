@@ -27,7 +27,7 @@ from dsv3c.numerics import ceil_div
 @launched
 @triton.jit(do_not_specialize=["E", "bound"])
 def _tile_map_kernel(offs_ptr, tiles_ptr, first_ptr, E, bound, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
-    """Program e numbers the tiles of group e; program E writes the total. What follows may begin, and wait."""
+    """Program e numbers the tiles of group e; program E writes the total and zero. What follows may begin, and wait."""
     gdc_launch_dependents()
     e = tl.program_id(0)
     group = tl.arange(0, GROUPS)
@@ -36,6 +36,7 @@ def _tile_map_kernel(offs_ptr, tiles_ptr, first_ptr, E, bound, BLOCK: tl.constex
     count = tl.cdiv(end - start, BLOCK)
     first = tl.sum(tl.where(group < e, count, 0))
     tl.store(first_ptr + e, first)
+    tl.store(first_ptr + E + 1, 0, mask=e == E)
     start = tl.sum(tl.where(group == e, start, 0))
     end = tl.sum(tl.where(group == e, end, 0))
     count = tl.cdiv(end - start, BLOCK)
@@ -76,12 +77,13 @@ def groups_of(offs: Tensor | None) -> int:
 
 def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
     """`tiles` int32 [3, ⌈rows/block⌉ + min(E, rows)]: each tile's group, its first row, and its group's end;
-    `first` int32 [E + 1]: each group's first tile, then the number of tiles. Tiles from that number on are not written.
+    `first` int32 [E + 2]: each group's first tile, the number of tiles, and zero, for programs to count the tiles that
+    they have drawn. Tiles from that number on are not written.
     """
     E = len(offs)
     bound = ceil_div(rows, block) + min(E, rows)
     tiles = torch.empty(3, bound, dtype=torch.int32, device=offs.device)
-    first = torch.empty(E + 1, dtype=torch.int32, device=offs.device)
+    first = torch.empty(E + 2, dtype=torch.int32, device=offs.device)
     _tile_map_kernel[(E + 1,)](offs, tiles, first, E, bound, block, triton.next_power_of_2(E), num_warps=1)
     return tiles, first
 

@@ -2,25 +2,28 @@
 
 From one read it writes the gradient twice, as tiles along the features for dgrad and along the rows for wgrad, and once
 the recomputed activation, along the rows, for the wgrad of the product behind: 9 bytes a pair of gate and up. The
-instructions are nearly as scarce as the bytes: 62 a pair, where a copy's time has room for 71. So threads work on
-32-bit words of two BF16 values (`tiles.py`), and columns are read by `ldmatrix` (`columns.py`).
+instructions are nearly as scarce as the bytes: about 60 a pair, where a copy's time has room for 71. So threads work
+on 32-bit words of two BF16 values (`tiles.py`), and columns are read by `ldmatrix` (`columns.py`).
 
 One program a multiprocessor stays. The copy engine brings gate, up and da two tiles ahead, and no barrier holds up all
 warps: they wait in shared memory for operands, for the others' results, and until those have been read, and have some
 of a turn before they must. (Copies that Triton starts come with five barriers a turn.) Copies fill the memory's queue,
-in which every other load waits for about half a tile. So scales, weights and where a tile lies are loaded a tile ahead
-too, in front of the copies. What is the same for all threads the compiler would move to a register of all lanes, and
-wait for, at once: `nought` and `uniform` put that off by a turn. What is known of addresses before the loop it would
-keep in registers that are not there: hence `same`. Scales leave in lines of 128 bytes; a warp has 16 at a time.
+in which every other load waits for about half a tile. So scales and weights are loaded a tile ahead, in front of the
+copies. What is known of addresses before the loop the compiler would keep in registers that are not there: hence
+`same`. Scales leave in lines of 128 bytes; a warp has 16 at a time.
 
-H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 192 and 205 µs, 0.77 and 0.81 of a copy of as many
-bytes (with barriers 196 and 205); 32768 and 9000 rows in 256 groups 247 and 170 (355 and 223). The same loads and
-stores without arithmetic take 187 and 202; then without the scales of rows, the sum of weight gradients and the map of
-tiles 176 and 196; the copy engine alone, which moves the same tiles, 171 and 191. Of forms on the way to this one: from
-the L2 cache alone the first size takes 165; the link between the halves of the L2 is busy for 80 % of the time, with
-and without arithmetic; no faster are 16 warps, other orders of tiles (a program's one behind the other: 230), 128
-programs, which divides evenly (+6), halves of tiles that arrive for themselves (+4), stores to shared memory without
-bank conflicts, by rows 64 apart (+2).
+Multiprocessors differ: the first has done its 35 tiles after 155 µs, the last after 201. So tiles are drawn from a
+counter where there are many, three ahead. One thread, the scout, draws them, finds their rows and addresses and writes
+those down for all warps. It is not of the warp that starts copies, which the others would wait for.
+
+H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 181 and 196 µs, 0.81 and 0.84 of a copy of as many
+bytes (tiles dealt out, their places computed by all warps: 190 and 205); 32768 and 9000 rows in 256 groups 242 and 184
+(247 and 183); 4096 and 1024 rows of 2048, dealt out, 31.0 and 14.5 (31.8 and 15.3). A copy that writes five bytes for
+four read, as this does, takes 151 and 170, the copy engine alone, which moves the same tiles, 168 and 191. Without the
+sum of weight gradients 3 µs less. Warps wait little: 100 to 400 of 11,000 cycles a turn for operands, and the slowest
+100 for anything else. No faster: bands of 1, 4, 8 (0 to +4 µs); scales stored by each warp at once, which saves 4 % of
+the instructions (+1 to +3); one thread for the scout's work and the copies' (+1 to +2); only the last turn's tiles
+drawn (no gain over none).
 """
 
 from collections.abc import Iterator
@@ -42,12 +45,28 @@ from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import F32, I32, Variant
 from dsv3c.kernels.quantize import column_major
 from dsv3c.kernels.swiglu import sigmoid
-from dsv3c.kernels.swiglu_ptx import both, copy, flush, keep, nought, place, same, store_words, uniform, unpack
+from dsv3c.kernels.swiglu_ptx import (
+    blank,
+    both,
+    copy,
+    describe,
+    draw,
+    flush_columns,
+    flush_rows,
+    keep,
+    look_up,
+    place,
+    read,
+    same,
+    store_words,
+    unpack,
+)
 from dsv3c.kernels.tiles import high, larger, low, pack, reciprocal, scale_inv
 from dsv3c.numerics import TILE, ceil_div
 
 PROGRAM = {"num_warps": 32, "maxnreg": 64}  # all registers of a multiprocessor, and nearly all of its shared memory
 BAND = 2  # tiles along the rows that are walked together
+DRAWN = 8  # tiles of a program from which on they are drawn; with groups, always
 HALVES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 _wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
@@ -67,31 +86,11 @@ def _pairs(x, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _next(tile, column, columns, down, right, BAND: gl.constexpr):
-    """The tile that a program takes after this one."""
-    column += right
-    over = column >= columns
-    return gl.where(over, tile + (down + BAND), tile + down), gl.where(over, column - columns, column)
-
-
-@gluon.jit
-def _rows(tile, tiles_ptr, tiles, R, bound, GROUPED: gl.constexpr):
-    """The first row of a tile and the end of its group; 0 and 0 if `tiles`, those of groups, end before."""
-    start = tile * 128
-    end = R
-    if GROUPED:
-        start = gl.load(tiles_ptr + (bound + tile), mask=tile < tiles, other=0)
-        end = gl.load(tiles_ptr + (2 * bound + tile), mask=tile < tiles, other=0)
-    return start, end
-
-
-@gluon.jit
-def _load_scales(h_scale_inv_ptr, weight_ptr, start, rows, column, columns, row, R, WEIGHTED: gl.constexpr):
+def _load_scales(h_scale_inv_ptr, weight_ptr, start, scale_at, rows, gap, row, WEIGHTED: gl.constexpr):
     """Scales of gate and of up, and the weights, of a tile's rows. There are less than 2^31 scales of any tensor."""
     inside = row < rows
-    at = h_scale_inv_ptr + (column * R + start + row)
-    gate = gl.load(at, mask=inside, other=0.0)
-    up = gl.load(at + columns * R, mask=inside, other=0.0)
+    gate = gl.load(h_scale_inv_ptr + (scale_at + row), mask=inside, other=0.0)
+    up = gl.load(h_scale_inv_ptr + (scale_at + gap + row), mask=inside, other=0.0)
     weight = gate
     if WEIGHTED:
         weight = gl.load(weight_ptr + (start + row), mask=inside, other=0.0)
@@ -157,6 +156,7 @@ def _swiglu_backward_kernel(
     transposed; no row is theirs. Words hold four columns in FP8, two in BF16, and of what is transposed, four rows."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    CHUNKS: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [gl.num_warps(), 1], [1, 0])
     DA: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 36], [1, 8], [2, 16], [4, 0], [8, 0], [16, 0], [32, 0], [64, 0]]
     )
@@ -169,48 +169,44 @@ def _swiglu_backward_kernel(
     shared_at = start_of_shared()
     full = shared_at + BARRIERS_AT  # of each of two tiles
     stored, taken = full + 16, full + 24  # by all warps: results
-    kept = full + 512  # scales of rows, of gate and of up
+    slots = full + 128  # descriptions of four tiles
+    kept = full + 256  # scales of rows, of gate and of up
     kept_t = kept + 1024  # and of columns, those and the activation's
     row = gl.arange(0, 128, gl.SliceLayout(1, LAYOUT))
-    row_wide = gl.convert_layout(row, gl.SliceLayout(1, WIDE), assert_trivial=True)
     word = gl.arange(0, 32, gl.SliceLayout(0, LAYOUT))
     results = shared_at + RESULTS_AT + place(row[:, None], word[None, :])
+    chunk = shared_at + 16 * gl.arange(0, 8, gl.SliceLayout(0, CHUNKS))[None, :]
+    row_of_chunk = gl.convert_layout(row, gl.SliceLayout(1, CHUNKS), assert_trivial=True)[:, None]
     tiles, columns = P // 128, width // 128
-    of_groups = tiles
+    of_groups, gap = tiles, columns * R
     gdc_launch_dependents()
-    if GROUPED:
+    if first_ptr is not None:
         gdc_wait()
+    if GROUPED:
         of_groups = gl.load(first_ptr + E)
-    step = gl.num_programs(0) // BAND
-    down, right = step // columns * BAND, step % columns
-    i = gl.program_id(0) // BAND
-    tile, column = i // columns * BAND + gl.program_id(0) % BAND, i % columns
-    start, end = _rows(tile, tiles_ptr, of_groups, R, bound, GROUPED)
-    rows = end - start
-    copy(shared_at, full, start, column, columns, tile < of_groups)
-    tile_1, column_1 = _next(tile, column, columns, down, right, BAND)
-    start_1, end_1 = _rows(tile_1, tiles_ptr, of_groups, R, bound, GROUPED)
-    rows_1 = end_1 - start_1
-    copy(shared_at + 65536, full + 8, start_1, column_1, columns, tile_1 < of_groups)
-    tile_2, column_2 = _next(tile_1, column_1, columns, down, right, BAND)
-    zero = nought(R)
-    start_2, end_2 = _rows(tile_2, tiles_ptr, of_groups, R, bound + zero, GROUPED)
-    scales = _load_scales(h_scale_inv_ptr, weight_ptr, start, rows, column, columns, row, R, WEIGHTED)
+    programs = gl.num_programs(0)
+    n = gl.program_id(0)
+    start_2, end_2 = look_up(n, columns, of_groups, BAND, tiles_ptr, bound, R, slots, GROUPED)
+    describe(slots, start_2, end_2, columns, R, width, P)
+    n += programs
+    start_2, end_2 = look_up(n, columns, of_groups, BAND, tiles_ptr, bound, R, slots + 32, GROUPED)
+    describe(slots + 32, start_2, end_2, columns, R, width, P)
+    n += programs
+    start_2, end_2 = look_up(n, columns, of_groups, BAND, tiles_ptr, bound, R, slots + 64, GROUPED)
+    _wait_for_all()
+    copy(shared_at, full, slots, columns)
+    copy(shared_at + 65536, full + 8, slots + 32, columns)
+    rows, start, scale_at, _ = read(slots)
+    scales = _load_scales(h_scale_inv_ptr, weight_ptr, start, scale_at, rows, gap, row, WEIGHTED)
     count = gl.to_tensor(0)
-    at_scale_at, dht_scale_at = gl.to_tensor(0), gl.to_tensor(0)
-    while tile < of_groups:
+    while rows > 0:
         stage = count & 1
         wait(full + 8 * stage, count >> 1 & 1)
-        if GROUPED:
-            start_2, end_2 = uniform(start_2), uniform(end_2)
-        rows_2 = end_2 - start_2
+        if rows < 128:
+            blank(chunk + stage * 65536, row_of_chunk, rows)
         gate = memory.index(stage * 64)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
         up = memory.index(stage * 64 + 16)._reinterpret(gl.int32, [128, 32], h_desc.layout).load(LAYOUT)
         da = memory.index(stage * 64 + 32)._reinterpret(gl.int32, [128, 64], DA).load(WIDE)
-        if rows < 128:
-            gate = gl.where(row[:, None] < rows, gate, 0)
-            up = gl.where(row[:, None] < rows, up, 0)
-            da = gl.where(row_wide[:, None] < rows, da, 0)
         da_01, da_23 = _pairs(da, LAYOUT)
         gate_0, gate_1, gate_2, gate_3 = unpack(gate)
         up_0, up_1, up_2, up_3 = unpack(up)
@@ -220,10 +216,12 @@ def _swiglu_backward_kernel(
         g3, u3, a3, dweight = _gradients(gate_3, up_3, high(da_23), dweight, scales, WEIGHTED)
         g01, g23, u01, u23 = pack(g0, g1), pack(g2, g3), pack(u0, u1), pack(u2, u3)
         wait(taken, count & 1 ^ 1)
-        before = gl.minimum(count, 1) * 128  # a tile
-        flush(kept_t, dht_scale_inv_ptr + dht_scale_at, 384, before)
-        flush(kept_t + 512, dht_scale_inv_ptr + (dht_scale_at + width), 512, before)
-        flush(kept_t + 1024, at_scale_inv_ptr + at_scale_at, 640, before)
+        if first_ptr is None:
+            n += programs
+        else:
+            n = draw(first_ptr + (E + 1)) + 3 * programs
+        if count > 0:
+            flush_columns(kept_t, slots + (count - 1 & 3) * 32, dht_scale_inv_ptr, at_scale_inv_ptr, width)
         store_words(results, g01, g23)
         store_words(results + 32 * 1024, u01, u23)
         store_words(results + 64 * 1024, pack(a0, a1), pack(a2, a3))
@@ -232,25 +230,26 @@ def _swiglu_backward_kernel(
         up_scale_inv = scale_inv(gl.abs(high(amax)), gradient_amax_floor, POW2)
         keep(kept + 4 * row, gate_scale_inv)
         keep(kept + 512 + 4 * row, up_scale_inv)
+        describe(slots + (count + 2 & 3) * 32, start_2, end_2, columns, R, width, P)
         arrive(stored)
         gate_first, gate_second = reciprocal(gate_scale_inv)
         up_first, up_second = reciprocal(up_scale_inv)
         # Loads in front of the copies, behind which they would wait.
-        tile_3, column_3 = _next(tile_2, column_2, columns, down, right, BAND)
-        start_3, end_3 = _rows(tile_3, tiles_ptr, of_groups, R, bound + zero, GROUPED)
-        scales = _load_scales(h_scale_inv_ptr, weight_ptr, start_1, rows_1, column_1, columns, row, R, WEIGHTED)
+        slot = slots + (count + 3 & 3) * 32
+        start_2, end_2 = look_up(n, columns, of_groups, BAND, tiles_ptr, bound, R, slot, GROUPED)
+        rows_1, start_1, scale_at_1, _ = read(slots + (count + 1 & 3) * 32)
+        scales = _load_scales(h_scale_inv_ptr, weight_ptr, start_1, scale_at_1, rows_1, gap, row, WEIGHTED)
+        dh_at, q_at, _, _ = read(slots + (count & 3) * 32 + 16)
         inside = row < rows
-        dh = dh_ptr + start.to(gl.int64) * (width // 2) + column * 32
+        dh = dh_ptr + dh_at.to(gl.int64) * 4
         dh += row[:, None] * (same(columns) * 64) + word[None, :]
         gl.store(dh, divide_words(g01, g23, gate_first[:, None], gate_second[:, None]), mask=inside[:, None])
         gl.store(dh + width // 4, divide_words(u01, u23, up_first[:, None], up_second[:, None]), mask=inside[:, None])
         if WEIGHTED:
-            gl.store(dweight_ptr + (column * R + start + row), gl.sum(dweight, 1), mask=inside)
+            gl.store(dweight_ptr + (scale_at + row), gl.sum(dweight, 1), mask=inside)
         wait(stored, count & 1)
-        dh_scale_inv = dh_scale_inv_ptr + (column * R + start)
-        flush(kept, dh_scale_inv, 128, gl.minimum(rows, 128))
-        flush(kept + 512, dh_scale_inv + columns * R, 256, gl.minimum(rows, 128))
-        copy(shared_at + stage * 65536, full + 8 * stage, start_2, column_2, columns, tile_2 < of_groups)
+        flush_rows(kept, dh_scale_inv_ptr + scale_at, gap, rows)
+        copy(shared_at + stage * 65536, full + 8 * stage, slots + (count + 2 & 3) * 32, columns)
         g0, g1 = _load_columns(memory, RESULTS_AT // 1024)
         u0, u1 = _load_columns(memory, RESULTS_AT // 1024 + 32)
         a0, a1 = _load_columns(memory, RESULTS_AT // 1024 + 64)
@@ -258,22 +257,17 @@ def _swiglu_backward_kernel(
         u_scale = _scale_columns(u0, u1, kept_t + 512, gradient_amax_floor, POW2)
         a_scale = _scale_columns(a0, a1, kept_t + 1024, amax_floor, POW2)
         arrive(taken)
-        q_at, tiles_too = column.to(gl.int64) * 32 * P + tile * 32, same(tiles)
-        _store_columns(g0, g1, g_scale, dht_ptr + q_at, tiles_too)
-        _store_columns(u0, u1, u_scale, dht_ptr + (q_at + columns.to(gl.int64) * 32 * P), tiles_too)
-        _store_columns(a0, a1, a_scale, at_ptr + q_at, tiles_too)
-        at_scale_at, dht_scale_at = tile * width + column * 128, tile * 2 * width + column * 128
-        tile, column, start, rows = tile_1, column_1, start_1, rows_1
-        tile_1, column_1, start_1, rows_1 = tile_2, column_2, start_2, rows_2
-        tile_2, column_2, start_2, end_2 = tile_3, column_3, start_3, end_3
+        dht, tiles_too = dht_ptr + q_at.to(gl.int64) * 4, same(tiles)
+        _store_columns(g0, g1, g_scale, dht, tiles_too)
+        _store_columns(u0, u1, u_scale, dht + columns.to(gl.int64) * 32 * P, tiles_too)
+        _store_columns(a0, a1, a_scale, at_ptr + q_at.to(gl.int64) * 4, tiles_too)
+        rows, scale_at = rows_1, scale_at_1
         count += 1
     if count > 0:
         wait(taken, count & 1 ^ 1)
-        flush(kept_t, dht_scale_inv_ptr + dht_scale_at, 384, 128)
-        flush(kept_t + 512, dht_scale_inv_ptr + (dht_scale_at + width), 512, 128)
-        flush(kept_t + 1024, at_scale_inv_ptr + at_scale_at, 640, 128)
+        flush_columns(kept_t, slots + (count - 1 & 3) * 32, dht_scale_inv_ptr, at_scale_inv_ptr, width)
     if GROUPED:
-        for i in range(gl.program_id(0), (tiles - of_groups) * columns, gl.num_programs(0)):
+        for i in range(gl.program_id(0), (tiles - of_groups) * columns, programs):
             tile, column = of_groups + i // columns, i % columns
             q_at, scale_at = column.to(gl.int64) * 32 * P + tile * 32, tile * width + column * 128
             dht_scale_inv = dht_scale_inv_ptr + (scale_at + tile * width)
@@ -281,8 +275,17 @@ def _swiglu_backward_kernel(
             q_up = q_at + columns.to(gl.int64) * 32 * P
             _store_zeros_t(dht_ptr + q_up, dht_scale_inv + width, tiles, gradient_amax_floor, POW2, LAYOUT)
             _store_zeros_t(at_ptr + q_at, at_scale_inv_ptr + scale_at, tiles, amax_floor, POW2, LAYOUT)
+    _wait_for_all()
     for i in gl.static_range(4):
         mbarrier.invalidate(barriers.index(i))
+
+
+@launched
+@triton.jit
+def _draw_none_kernel(first_ptr):
+    """None has been drawn. What follows may begin, and wait."""
+    gdc_launch_dependents()
+    tl.store(first_ptr + 1, 0)
 
 
 @launched
@@ -322,15 +325,21 @@ def swiglu_quantize_backward(
     if at_fp8.numel() == 0:
         return
     grouped, weighted = offs is not None, weight_R is not None
-    tiles, first = tile_map(offs, R, TILE) if grouped else (None, None)
+    programs = multiprocessors()
+    tiles = first = None
+    if grouped:
+        tiles, first = tile_map(offs, R, TILE)
+    elif ceil_div(R, TILE) * (width // TILE) >= DRAWN * programs:
+        first = da_RI.new_empty(2, dtype=torch.int32)
+        _draw_none_kernel[(1,)](first, num_warps=1)
     E, bound = (len(offs), tiles.shape[1]) if grouped else (0, 0)
     partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
-    _swiglu_backward_kernel[(multiprocessors() // BAND * BAND,)](
+    _swiglu_backward_kernel[(programs,)](
         Descriptor(aligned(h_fp8_RN).view(torch.int32), (128, 32), WORDS),
         Descriptor(aligned(da_RI).view(torch.int32).view(R, width // 64, 32), (128, 2, 32), HALVES),
         column_major(h_scale_inv), weight_R, dh_fp8.view(torch.int32), dh_scale_inv, dht_fp8.view(torch.int32),
         dht_scale_inv, at_fp8.view(torch.int32), at_scale_inv, partial, tiles, first, R, width, P, E, bound, amax_floor,
-        gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM, launch_pdl=grouped,
+        gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM, launch_pdl=first is not None,
     )  # fmt: skip
     if weighted and R:
         last = offs[-1:] if grouped else None
@@ -340,23 +349,24 @@ def swiglu_quantize_backward(
 
 
 def variants() -> Iterator[Variant]:
-    for grouped in (False, True):
-        tiles, no_tiles = (
-            ({"tiles_ptr": I32, "first_ptr": I32}, {}) if grouped else ({}, {"tiles_ptr": None, "first_ptr": None})
-        )
+    yield Variant(_draw_none_kernel, {"first_ptr": I32}, {}, num_warps=1)
+    for grouped, drawn in ((False, False), (False, True), (True, True)):
+        pointers = {"tiles_ptr": I32} if grouped else {}
+        pointers |= {"first_ptr": I32} if drawn else {}
         for weighted in (False, True):
-            weight, no_weight = ({"weight_ptr": F32}, {}) if weighted else ({}, {"weight_ptr": None})
+            given = pointers | ({"weight_ptr": F32} if weighted else {})
+            left_out = {name: None for name in ("weight_ptr", "tiles_ptr", "first_ptr") if name not in given}
             yield Variant(
                 _swiglu_backward_kernel,
                 {"h_desc": f"tensordesc<i32[128, 32],{WORDS!r}>", "da_desc": f"tensordesc<i32[128, 2, 32],{HALVES!r}>"}
                 | {"dh_ptr": I32, "dht_ptr": I32, "at_ptr": I32, "dweight_ptr": F32}
                 | {f"{name}_scale_inv_ptr": F32 for name in ("h", "dh", "dht", "at")}
                 | {"amax_floor": "fp32", "gradient_amax_floor": "fp32"}
-                | weight
-                | tiles,
-                {"POW2": False, "WEIGHTED": weighted, "GROUPED": grouped, "BAND": BAND} | no_weight | no_tiles,
+                | given,
+                {"POW2": False, "WEIGHTED": weighted, "GROUPED": grouped, "BAND": BAND} | left_out,
                 **PROGRAM,
             )
+    for grouped in (False, True):
         last, no_last = ({"last_ptr": I32}, {}) if grouped else ({}, {"last_ptr": None})
         yield Variant(
             _sum_tiles_kernel,

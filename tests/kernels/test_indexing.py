@@ -60,7 +60,7 @@ for sizes, N, K in [([5, 0, 130, 70], 130, 272), ([0, 200, 0, 3], 256, 128), ([6
         same(("grouped", config), y, grouped)
     expected = ops.grouped_gemm_wgrad(*dyt, *xt, offs, torch.float32)
     tiles, first = groups.tile_map(offs, R, 128)
-    assert first.tolist() == [0, *torch.tensor([-(-n // 128) for n in sizes]).cumsum(0).tolist()]
+    assert first.tolist() == [0, *torch.tensor([-(-n // 128) for n in sizes]).cumsum(0).tolist(), 0]
     ends = offs.tolist()
     cut = [(e, row, end) for e, (n, end) in enumerate(zip(sizes, ends)) for row in range(end - n, end, 128)]
     cut.sort(key=lambda tile: sizes[tile[0]] > 128)  # short groups first, else in order

@@ -1,5 +1,7 @@
 """SwiGLU fused with the casts around it: against float64 within the bounds of float32, bit for bit behind those."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -203,6 +205,22 @@ def test_every_configuration(check, monkeypatch):
         results.append((*a, h_fp8, h_scale_inv, dh[:299], dh_scale_inv[:299], *rest))
     for other in results[1:]:
         assert all(map(same_bits, other, results[0]))
+
+
+@pytest.mark.gpu
+def test_drawn_or_dealt_out(check, monkeypatch):
+    """Without groups, few tiles are dealt out and many are drawn; the bits are the same."""
+    backward = pytest.importorskip("dsv3c.kernels.swiglu_backward", reason="needs Triton")
+    h, weight = inputs(check, 700, 768, "cuda", True)
+    da = check.varied(700, 768, torch.bfloat16, "cuda")
+    arguments = (*ops.quantize_tile(h, FLOOR, False), da, weight, None, FLOOR, GRADIENT_FLOOR, False)
+    expected = ops.swiglu_quantize_backward(*arguments)
+    for drawn, programs in product((0, 1000), (1, 3, 132)):
+        monkeypatch.setattr(backward, "DRAWN", drawn)
+        monkeypatch.setattr(backward, "multiprocessors", lambda programs=programs: programs)
+        found = tuple(map(torch.empty_like, expected))
+        backward.swiglu_quantize_backward(*arguments, found)
+        assert all(map(same_bits, found, expected))
 
 
 def test_results_are_stored_where_columns_are_read():
