@@ -146,10 +146,10 @@ def _store_zeros_t(q_ptr, scale_inv_ptr, tiles, amax_floor, POW2: gl.constexpr, 
 
 
 @launched
-@gluon.jit(do_not_specialize=["R", "E", "bound"])
+@gluon.jit(do_not_specialize=["R", "E", "bound", "drawn"])
 def _swiglu_backward_kernel(
     h_desc, da_desc, h_scale_inv_ptr, weight_ptr, dh_ptr, dh_scale_inv_ptr, dht_ptr, dht_scale_inv_ptr, at_ptr,
-    at_scale_inv_ptr, dweight_ptr, tiles_ptr, first_ptr, R, width, P, E, bound, amax_floor, gradient_amax_floor,
+    at_scale_inv_ptr, dweight_ptr, tiles_ptr, first_ptr, R, width, P, E, bound, drawn, amax_floor, gradient_amax_floor,
     POW2: gl.constexpr, WEIGHTED: gl.constexpr, GROUPED: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
     """A tile: 128 rows of one group × 128 columns of gate and of up. Tiles that no group has are written as zeros,
@@ -180,8 +180,7 @@ def _swiglu_backward_kernel(
     tiles, columns = P // 128, width // 128
     of_groups, gap = tiles, columns * R
     gdc_launch_dependents()
-    if first_ptr is not None:
-        gdc_wait()
+    gdc_wait()
     if GROUPED:
         of_groups = gl.load(first_ptr + E)
     programs = gl.num_programs(0)
@@ -216,9 +215,8 @@ def _swiglu_backward_kernel(
         g3, u3, a3, dweight = _gradients(gate_3, up_3, high(da_23), dweight, scales, WEIGHTED)
         g01, g23, u01, u23 = pack(g0, g1), pack(g2, g3), pack(u0, u1), pack(u2, u3)
         wait(taken, count & 1 ^ 1)
-        if first_ptr is None:
-            n += programs
-        else:
+        n += programs
+        if drawn > 0:
             n = draw(first_ptr + (E + 1)) + 3 * programs
         if count > 0:
             flush_columns(kept_t, slots + (count - 1 & 3) * 32, dht_scale_inv_ptr, at_scale_inv_ptr, width)
@@ -326,20 +324,21 @@ def swiglu_quantize_backward(
         return
     grouped, weighted = offs is not None, weight_R is not None
     programs = multiprocessors()
-    tiles = first = None
+    drawn = grouped or ceil_div(R, TILE) * (width // TILE) >= DRAWN * programs
     if grouped:
         tiles, first = tile_map(offs, R, TILE)
-    elif ceil_div(R, TILE) * (width // TILE) >= DRAWN * programs:
-        first = da_RI.new_empty(2, dtype=torch.int32)
-        _draw_none_kernel[(1,)](first, num_warps=1)
+    else:
+        tiles, first = None, da_RI.new_empty(2, dtype=torch.int32)
+        if drawn:
+            _draw_none_kernel[(1,)](first, num_warps=1)
     E, bound = (len(offs), tiles.shape[1]) if grouped else (0, 0)
     partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
     _swiglu_backward_kernel[(programs,)](
         Descriptor(aligned(h_fp8_RN).view(torch.int32), (128, 32), WORDS),
         Descriptor(aligned(da_RI).view(torch.int32).view(R, width // 64, 32), (128, 2, 32), HALVES),
         column_major(h_scale_inv), weight_R, dh_fp8.view(torch.int32), dh_scale_inv, dht_fp8.view(torch.int32),
-        dht_scale_inv, at_fp8.view(torch.int32), at_scale_inv, partial, tiles, first, R, width, P, E, bound, amax_floor,
-        gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM, launch_pdl=first is not None,
+        dht_scale_inv, at_fp8.view(torch.int32), at_scale_inv, partial, tiles, first, R, width, P, E, bound, int(drawn),
+        amax_floor, gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM, launch_pdl=True,
     )  # fmt: skip
     if weighted and R:
         last = offs[-1:] if grouped else None
@@ -350,16 +349,15 @@ def swiglu_quantize_backward(
 
 def variants() -> Iterator[Variant]:
     yield Variant(_draw_none_kernel, {"first_ptr": I32}, {}, num_warps=1)
-    for grouped, drawn in ((False, False), (False, True), (True, True)):
-        pointers = {"tiles_ptr": I32} if grouped else {}
-        pointers |= {"first_ptr": I32} if drawn else {}
+    for grouped in (False, True):
         for weighted in (False, True):
-            given = pointers | ({"weight_ptr": F32} if weighted else {})
-            left_out = {name: None for name in ("weight_ptr", "tiles_ptr", "first_ptr") if name not in given}
+            given = {"tiles_ptr": I32} if grouped else {}
+            given |= {"weight_ptr": F32} if weighted else {}
+            left_out = {name: None for name in ("weight_ptr", "tiles_ptr") if name not in given}
             yield Variant(
                 _swiglu_backward_kernel,
                 {"h_desc": f"tensordesc<i32[128, 32],{WORDS!r}>", "da_desc": f"tensordesc<i32[128, 2, 32],{HALVES!r}>"}
-                | {"dh_ptr": I32, "dht_ptr": I32, "at_ptr": I32, "dweight_ptr": F32}
+                | {"dh_ptr": I32, "dht_ptr": I32, "at_ptr": I32, "dweight_ptr": F32, "first_ptr": I32}
                 | {f"{name}_scale_inv_ptr": F32 for name in ("h", "dh", "dht", "at")}
                 | {"amax_floor": "fp32", "gradient_amax_floor": "fp32"}
                 | given,
