@@ -7,12 +7,16 @@ is always the same.
 With so few programs most of a row's time would be spent waiting. So the copy engine brings rows up to three turns
 ahead, and the weight stays in registers.
 
-H200, 4096 rows, in the time of a copy of as many bytes: of 7168 columns 0.90, 0.89 without the second gradient, 16384
-rows 0.98; of 2048 0.82, of 1536 0.82 and 0.80 (16384 rows 0.91 and 0.86), of 512 0.78. By programs that load a row,
-compute and store it, twice as many and more: 0.84, 0.81, 0.94, 0.76, 0.72 and 0.74 (0.84 and 0.83), 0.63. Slower at
-7168: two programs a multiprocessor (0.76), 16 warps (0.88), rows marked for the L2 cache as not needed again (0.85,
-0.89 of 16384), the last sum by 8 columns a program (0.89); at 1536: two programs (0.74), 16 warps (0.73), eight rows a
-turn (0.73); at 2048: a row a turn (0.67).
+H200, 4096 rows, in the time of a copy of as many bytes: of 7168 columns 0.90 (16384 rows 0.96), 0.88 without the second
+gradient; of 2048 0.85 and 0.81, of 1536 0.83, of 512 0.78 and 0.77. Rows that fit into the L2 cache together are marked
+as what makes room first: of 1536 columns 19.2 -> 18.6 and 22.6 -> 21.9 us, of 2048 23.2 -> 22.3 and 26.8 -> 26.3, 8192
+rows of 1536 29.4 -> 28.0, 1024 of 7168 25.8 -> 25.2; of 512 no difference; more bytes take longer (4096 rows of 7168
+68.3 -> 71.1, 16384 233 -> 252).
+
+By programs that load a row, compute and store it, of 7168, 2048, 1536 and 512 columns: 0.84, 0.76, 0.72, 0.63. Slower
+at 7168: two programs a multiprocessor (0.76), 16 warps (0.88), the last sum by 8 columns a program (0.89); at 1536: two
+programs (0.74), 16 warps (0.73), eight rows a turn (0.73), a row a warp with barriers of its own; at 2048: a row a turn
+(0.67). The second launch: waiting alone takes 0.4 to 1.1 us; polling for the programs' sums instead 0.5 to 2.8 more.
 """
 
 from collections.abc import Iterator
