@@ -31,6 +31,15 @@ _COPY = gl.constexpr("""{
     @mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$2], $3, [$4];
     mov.u32 $0, 0;
 }""")
+_COPY_ONCE = gl.constexpr("""{
+    .reg .pred mine;
+    .reg .b64 policy;
+    setp.ne.u32 mine, $5, 0;
+    createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
+    @mine cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
+        [$1], [$2], $3, [$4], policy;
+    mov.u32 $0, 0;
+}""")
 
 
 @gluon.jit
@@ -46,8 +55,10 @@ def expect(barrier, size):
 
 
 @gluon.jit
-def copy(target, source, size, barrier, mine):
-    """Each thread for itself, where `mine`: `size` bytes. Target, source and size are multiples of 16."""
+def copy(target, source, size, barrier, mine, ONCE: gl.constexpr = False):
+    """Each thread for itself, where `mine`: `size` bytes. Target, source and size are multiples of 16. ONCE: of what
+    the L2 cache holds, these bytes make room first."""
     source = source.to(gl.int64, bitcast=True)
     operands = [target, source, size, barrier, mine.to(gl.int32)]
-    gl.inline_asm_elementwise(_COPY, "=r,r,l,r,r,r", operands, dtype=gl.int32, is_pure=False, pack=1)
+    CODE: gl.constexpr = _COPY_ONCE if ONCE else _COPY
+    gl.inline_asm_elementwise(CODE, "=r,r,l,r,r,r", operands, dtype=gl.int32, is_pure=False, pack=1)

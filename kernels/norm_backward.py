@@ -7,12 +7,16 @@ is always the same.
 With so few programs most of a row's time would be spent waiting. So the copy engine brings rows up to three turns
 ahead, and the weight stays in registers.
 
-H200, 4096 rows, in the time of a copy of as many bytes: of 7168 columns 0.90, 0.89 without the second gradient, 16384
-rows 0.98; of 2048 0.82, of 1536 0.82 and 0.80 (16384 rows 0.91 and 0.86), of 512 0.78. By programs that load a row,
-compute and store it, twice as many and more: 0.84, 0.81, 0.94, 0.76, 0.72 and 0.74 (0.84 and 0.83), 0.63. Slower at
-7168: two programs a multiprocessor (0.76), 16 warps (0.88), rows marked for the L2 cache as not needed again (0.85,
-0.89 of 16384), the last sum by 8 columns a program (0.89); at 1536: two programs (0.74), 16 warps (0.73), eight rows a
-turn (0.73); at 2048: a row a turn (0.67).
+H200, 4096 rows, in the time of a copy of as many bytes: of 7168 columns 0.90 (16384 rows 0.96), 0.88 without the second
+gradient; of 2048 0.85 and 0.81, of 1536 0.83, of 512 0.78 and 0.77. Rows that fit into the L2 cache together are marked
+as what makes room first: of 1536 columns 19.2 -> 18.6 and 22.6 -> 21.9 us, of 2048 23.2 -> 22.3 and 26.8 -> 26.3, 8192
+rows of 1536 29.4 -> 28.0, 1024 of 7168 25.8 -> 25.2; of 512 no difference; more bytes take longer (4096 rows of 7168
+68.3 -> 71.1, 16384 233 -> 252).
+
+By programs that load a row, compute and store it, of 7168, 2048, 1536 and 512 columns: 0.84, 0.76, 0.72, 0.63. Slower
+at 7168: two programs a multiprocessor (0.76), 16 warps (0.88), the last sum by 8 columns a program (0.89); at 1536: two
+programs (0.74), 16 warps (0.73), eight rows a turn (0.73), a row a warp with barriers of its own; at 2048: a row a turn
+(0.67). The second launch: waiting alone takes 0.4 to 1.1 us; polling for the programs' sums instead 0.5 to 2.8 more.
 """
 
 from collections.abc import Iterator
@@ -37,11 +41,15 @@ WARPS = 8
 VALUES = 7168  # of rows of a turn, if there are several
 SUMMED = 4096  # numbers at a time
 SHARED = 216 << 10  # bytes of rows
+CACHED = 60 << 20  # bytes that are read; more of them take longer if they make room first
 _wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
 
 @gluon.jit
-def _bring(ptr, stride, start, R, target, barrier, K: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+def _bring(
+    ptr, stride, start, R, target, barrier,
+    K: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, ONCE: gl.constexpr,
+):  # fmt: skip
     """Has ROWS rows from `start` on copied, chunk by chunk."""
     THREAD: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     PIECES: gl.constexpr = 1 if ROWS == 1 else (K // 2 + WIDTH - 1) // WIDTH  # chunks of a single row are contiguous
@@ -49,27 +57,29 @@ def _bring(ptr, stride, start, R, target, barrier, K: gl.constexpr, ROWS: gl.con
     inner, piece = thread // PIECES, thread % PIECES
     size = gl.minimum(2 * K - piece * (4 * WIDTH), 2 * K if PIECES == 1 else 4 * WIDTH)
     source = ptr + (start + inner).to(gl.int64) * stride + piece * WIDTH
-    copy(target + (piece * ROWS + inner) * (4 * WIDTH), source, size, barrier, (inner < ROWS) & (start + inner < R))
+    mine = (inner < ROWS) & (start + inner < R)
+    copy(target + (piece * ROWS + inner) * (4 * WIDTH), source, size, barrier, mine, ONCE)
 
 
 @gluon.jit
 def _bring_all(
     dy_ptr, x_ptr, dsum_ptr, dy_stride, x_stride, dsum_stride, start, R, target, barrier,
     K: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, OPERANDS: gl.constexpr, ROW: gl.constexpr,
+    ONCE: gl.constexpr,
 ):  # fmt: skip
     """Has the rows of a turn copied, if there are any."""
     expect(barrier, gl.minimum(gl.maximum(R - start, 0), ROWS) * (OPERANDS * 2 * K))
-    _bring(dy_ptr, dy_stride, start, R, target, barrier, K, ROWS, WIDTH)
-    _bring(x_ptr, x_stride, start, R, target + ROW, barrier, K, ROWS, WIDTH)
+    _bring(dy_ptr, dy_stride, start, R, target, barrier, K, ROWS, WIDTH, ONCE)
+    _bring(x_ptr, x_stride, start, R, target + ROW, barrier, K, ROWS, WIDTH, ONCE)
     if dsum_ptr is not None:
-        _bring(dsum_ptr, dsum_stride, start, R, target + 2 * ROW, barrier, K, ROWS, WIDTH)
+        _bring(dsum_ptr, dsum_stride, start, R, target + 2 * ROW, barrier, K, ROWS, WIDTH, ONCE)
 
 
 @launched
 @gluon.jit(do_not_specialize=["R", "dy_stride", "x_stride", "dsum_stride"])
 def _norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, dsum_ptr, dx_ptr, partial_ptr, R, dy_stride, x_stride, dsum_stride,
-    K: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    K: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, ONCE: gl.constexpr,
 ):  # fmt: skip
     """ROWS rows a turn, in chunks of WIDTH words; strides in words."""
     ACROSS: gl.constexpr = gl.num_warps() // ROWS  # warps of a row
@@ -92,7 +102,7 @@ def _norm_backward_kernel(
     for stage in gl.static_range(STAGES - 1):
         _bring_all(
             dy_ptr, x_ptr, dsum_ptr, dy_stride, x_stride, dsum_stride, first + stage * step, R,
-            base + stage * OPERANDS * ROW, full + 8 * stage, K, ROWS, WIDTH, OPERANDS, ROW,
+            base + stage * OPERANDS * ROW, full + 8 * stage, K, ROWS, WIDTH, OPERANDS, ROW, ONCE,
         )  # fmt: skip
     gdc_launch_dependents()
     word = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
@@ -129,7 +139,7 @@ def _norm_backward_kernel(
         mean = gl.convert_layout(total / K, gl.SliceLayout(1, LAYOUT), assert_trivial=True)[:, None]
         _bring_all(
             dy_ptr, x_ptr, dsum_ptr, dy_stride, x_stride, dsum_stride, start + (STAGES - 1) * step, R,
-            base + before * (OPERANDS * ROW), full + 8 * before, K, ROWS, WIDTH, OPERANDS, ROW,
+            base + before * (OPERANDS * ROW), full + 8 * before, K, ROWS, WIDTH, OPERANDS, ROW, ONCE,
         )  # fmt: skip
         dx_row = dx_ptr + row[:, None].to(gl.int64) * (K // 2)
         for chunk in gl.static_range(CHUNKS):
@@ -179,11 +189,12 @@ def rms_norm_backward(
         return
     each, rows, width, stages = _program(K, dsum_RK is not None)
     programs = min(ceil_div(R, rows), each * multiprocessors())
+    once = (4 if dsum_RK is None else 6) * R * K <= CACHED
     partial = x_RK.new_empty((programs, K), dtype=torch.float32)
     dy, x, dsum = (None if t is None else aligned(t).view(torch.int32) for t in (dy_RK, x_RK, dsum_RK))
     _norm_backward_kernel[(programs,)](
         dy, x, as_words(weight_K), rstd_R, dsum, as_words(dx_RK), partial, R, dy.stride(0), x.stride(0),
-        0 if dsum is None else dsum.stride(0), K, rows, width, stages, num_warps=WARPS,
+        0 if dsum is None else dsum.stride(0), K, rows, width, stages, once, num_warps=WARPS,
     )  # fmt: skip
     sum_programs(partial, dweight_K)
 
@@ -213,7 +224,8 @@ def variants() -> Iterator[Variant]:
             _norm_backward_kernel,
             {"dy_ptr": I32, "x_ptr": I32, "weight_ptr": I32, "rstd_ptr": F32, "dx_ptr": I32, "partial_ptr": F32}
             | ({"dsum_ptr": I32} if add else {}),
-            {"K": K, "ROWS": rows, "WIDTH": width, "STAGES": stages} | ({} if add else {"dsum_ptr": None}),
+            {"K": K, "ROWS": rows, "WIDTH": width, "STAGES": stages, "ONCE": K < VALUES}
+            | ({} if add else {"dsum_ptr": None}),
             num_warps=WARPS,
         )
     for columns in (8, 32):

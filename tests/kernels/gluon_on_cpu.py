@@ -203,7 +203,7 @@ def _expect(barrier, size) -> None:
         _here.memory.barriers[int(barrier)].arrive(1, int(size))
 
 
-def _copy_bytes(target, source, size, barrier, mine) -> None:
+def _copy_bytes(target, source, size, barrier, mine, once=False) -> None:
     """What is there is gone at once, what is copied arrives with the wait."""
     of_threads = torch.broadcast_tensors(target, source.offset, torch.as_tensor(size), mine)
     for to, at, n, own in zip(*of_threads, strict=True):
