@@ -41,7 +41,6 @@ WARPS = 8
 VALUES = 7168  # of rows of a turn, if there are several
 SUMMED = 4096  # numbers at a time
 SHARED = 216 << 10  # bytes of rows
-CACHED = 60 << 20  # bytes that are read; more of them take longer if they make room first
 _wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
 
@@ -189,12 +188,11 @@ def rms_norm_backward(
         return
     each, rows, width, stages = _program(K, dsum_RK is not None)
     programs = min(ceil_div(R, rows), each * multiprocessors())
-    once = (4 if dsum_RK is None else 6) * R * K <= CACHED
     partial = x_RK.new_empty((programs, K), dtype=torch.float32)
     dy, x, dsum = (None if t is None else aligned(t).view(torch.int32) for t in (dy_RK, x_RK, dsum_RK))
     _norm_backward_kernel[(programs,)](
         dy, x, as_words(weight_K), rstd_R, dsum, as_words(dx_RK), partial, R, dy.stride(0), x.stride(0),
-        0 if dsum is None else dsum.stride(0), K, rows, width, stages, once, num_warps=WARPS,
+        0 if dsum is None else dsum.stride(0), K, rows, width, stages, K < VALUES, num_warps=WARPS,
     )  # fmt: skip
     sum_programs(partial, dweight_K)
 
