@@ -39,7 +39,7 @@ from dsv3c.numerics import ceil_div
 
 WARPS = 8
 VALUES = 7168  # of rows of a turn, if there are several
-SUMMED = 4096  # numbers at a time
+SUMMED, PARTS = 1024, 5  # numbers at a time, 16 bytes a thread; times, all on their way before the first is added
 SHARED = 216 << 10  # bytes of rows
 _wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
@@ -166,12 +166,12 @@ def _norm_backward_kernel(
 
 @launched
 @triton.jit(do_not_specialize=["P"])
-def _sum_programs_kernel(partial_ptr, out_ptr, P, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_programs_kernel(partial_ptr, out_ptr, P, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
     gdc_wait()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, P, ROWS):
-        row = start + tl.arange(0, ROWS)
+    for part in tl.static_range(PARTS):
+        row = part * ROWS + tl.arange(0, ROWS)
         inside = (row[:, None] < P) & (column[None, :] < K)
         total += tl.load(partial_ptr + row[:, None] * K + column[None, :], mask=inside, other=0.0)
     tl.store(out_ptr + column, tl.sum(total, 0), mask=column < K)
@@ -200,9 +200,11 @@ def rms_norm_backward(
 def sum_programs(partial_PK: Tensor, out_K: Tensor) -> None:
     """The kernel before calls `gdc_launch_dependents`."""
     P, K = partial_PK.shape
-    columns = 8 if K < VALUES else 32  # of a program: more programs than there is room for begin late
-    grid = (ceil_div(K, columns),)
-    _sum_programs_kernel[grid](partial_PK, out_K, P, K, SUMMED // columns, columns, num_warps=8, launch_pdl=True)
+    columns = next((c for c in (32, 16) if P * c <= PARTS * SUMMED), 8)
+    rows = SUMMED // columns
+    _sum_programs_kernel[(ceil_div(K, columns),)](
+        partial_PK, out_K, P, K, rows, columns, ceil_div(P, rows), num_warps=8, launch_pdl=True
+    )
 
 
 def _program(K: int, add: bool) -> tuple[int, int, int, int]:
@@ -226,10 +228,10 @@ def variants() -> Iterator[Variant]:
             | ({} if add else {"dsum_ptr": None}),
             num_warps=WARPS,
         )
-    for columns in (8, 32):
+    for columns, parts in ((8, 4), (16, 5), (32, 5)):
         yield Variant(
             _sum_programs_kernel,
             {"partial_ptr": F32, "out_ptr": F32},
-            {"ROWS": SUMMED // columns, "COLUMNS": columns},
+            {"ROWS": SUMMED // columns, "COLUMNS": columns, "PARTS": parts},
             num_warps=8,
         )
