@@ -187,23 +187,25 @@ def rms_norm_backward(
         dweight_K.zero_()
         return
     each, rows, width, stages = _program(K, dsum_RK is not None)
-    programs = min(ceil_div(R, rows), each * multiprocessors())
+    most = each * multiprocessors()
+    programs = min(ceil_div(R, rows), most)
     partial = x_RK.new_empty((programs, K), dtype=torch.float32)
     dy, x, dsum = (None if t is None else aligned(t).view(torch.int32) for t in (dy_RK, x_RK, dsum_RK))
     _norm_backward_kernel[(programs,)](
         dy, x, as_words(weight_K), rstd_R, dsum, as_words(dx_RK), partial, R, dy.stride(0), x.stride(0),
         0 if dsum is None else dsum.stride(0), K, rows, width, stages, K < VALUES, num_warps=WARPS,
     )  # fmt: skip
-    sum_programs(partial, dweight_K)
+    sum_programs(partial, dweight_K, most)
 
 
-def sum_programs(partial_PK: Tensor, out_K: Tensor) -> None:
-    """The kernel before calls `gdc_launch_dependents`."""
+def sum_programs(partial_PK: Tensor, out_K: Tensor, most: int) -> None:
+    """The kernel before calls `gdc_launch_dependents`. Its programs are `most` or fewer, which number of rows there may
+    be: another `most` compiles anew."""
     P, K = partial_PK.shape
-    columns = next((c for c in (32, 16) if P * c <= PARTS * SUMMED), 8)
+    columns = next((c for c in (32, 16) if most * c <= PARTS * SUMMED), 8)
     rows = SUMMED // columns
     _sum_programs_kernel[(ceil_div(K, columns),)](
-        partial_PK, out_K, P, K, rows, columns, ceil_div(P, rows), num_warps=8, launch_pdl=True
+        partial_PK, out_K, P, K, rows, columns, ceil_div(most, rows), num_warps=8, launch_pdl=True
     )
 
 
@@ -228,7 +230,7 @@ def variants() -> Iterator[Variant]:
             | ({} if add else {"dsum_ptr": None}),
             num_warps=WARPS,
         )
-    for columns, parts in ((8, 4), (16, 5), (32, 5)):
+    for columns, parts in ((8, 4), (16, 5), (32, 5)):  # of 512, 264 and 132 programs
         yield Variant(
             _sum_programs_kernel,
             {"partial_ptr": F32, "out_ptr": F32},

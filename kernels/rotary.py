@@ -218,7 +218,7 @@ def latent_backward(
         dy, drope.contiguous(), x, as_words(weight_K), cos_Rr.contiguous(), sin_Rr.contiguous(), rstd_R,
         dx_RL.view(torch.int32), partial, R, x.stride(0), dy.stride(0), K, cos_Rr.shape[1], ROWS, num_warps=ROWS,
     )  # fmt: skip
-    sum_programs(partial, dweight_K)
+    sum_programs(partial, dweight_K, PROGRAMS)
 
 
 def variants() -> Iterator[Variant]:
