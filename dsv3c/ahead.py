@@ -169,11 +169,13 @@ class _Watch(TorchDispatchMode):
         return out
 
     def _step(self, func, args: tuple, kwargs: dict | None) -> _Step | None:
-        if func.namespace != "dsv3c" or func._schema.is_mutable or kwargs or len(self.steps) == LONGEST:
+        name = func._schema.name.removeprefix("dsv3c::")
+        if func.namespace != "dsv3c" or name not in known or func._schema.is_mutable or kwargs:
+            return None
+        if len(self.steps) == LONGEST:
             return None
         views = [self._view(arg) if isinstance(arg, Tensor) else arg for arg in args]
         tensors = sum(isinstance(arg, (Tensor, list)) for arg in args)
-        name = func._schema.name.removeprefix("dsv3c::")
         return _Step(name, func, views) if sum(type(view) is _View for view in views) == tensors else None
 
     def _view(self, x: Tensor) -> _View | None:

@@ -39,7 +39,7 @@ def attention(
     else:
         out = F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSv, mask, 0.0, is_causal, scale=scale)
         lse = q_BHTd.new_zeros(q_BHTd.shape[:3], dtype=torch.float32)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    return _heads_inside(out), lse
 
 
 def attention_backward(
@@ -54,13 +54,30 @@ def attention_backward(
     elif cudnn and not deterministic:
         # No dropout, so the random state is unused; dense, so there are no cumulative lengths.
         unused = torch.empty((), dtype=torch.int64, device=q.device)
+        dout, out = _heads_inside(dout), _in_order_of(q, out)
         gradients = aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, _bias(mask, q.dtype), None, None, q.shape[2],
             k.shape[2], 0.0, is_causal, scale=scale,
         )  # fmt: skip
     else:
         gradients = _explicit_backward(dout, q, k, v, mask, scale, is_causal)
-    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
+    return tuple(map(_heads_inside, gradients))
+
+
+def _heads_inside(x: Tensor) -> Tensor:
+    """x [B, H, T, ·], laid out as [B, T, H, ·]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _in_order_of(q: Tensor, out: Tensor) -> Tensor:
+    """`out`, its dimensions in memory as q's are, which is how torch lays out what cuDNN returns.
+
+    torch (2.13) looks up cuDNN's plan for a gradient by the strides of q, k and v, and not by those of `out` and its
+    gradient, which the plan holds too. The first call with such q, k and v decides. Were ours laid out otherwise than
+    those of an eager layer in the same process, the later one would get wrong gradients of q and k.
+    """
+    order = sorted(range(4), key=q.stride)[::-1]
+    return out.permute(order).contiguous().permute([order.index(i) for i in range(4)])
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask, is_causal: bool) -> bool:

@@ -7,11 +7,11 @@ is always the same.
 With so few programs most of a row's time would be spent waiting. So the copy engine brings rows up to three turns
 ahead, and the weight stays in registers.
 
-H200, 4096 rows, in the time of a copy of as many bytes: of 7168 columns 0.90 (16384 rows 0.96), 0.88 without the second
-gradient; of 2048 0.85 and 0.81, of 1536 0.83, of 512 0.78 and 0.77. Rows that fit into the L2 cache together are marked
-as what makes room first: of 1536 columns 19.2 -> 18.6 and 22.6 -> 21.9 us, of 2048 23.2 -> 22.3 and 26.8 -> 26.3, 8192
-rows of 1536 29.4 -> 28.0, 1024 of 7168 25.8 -> 25.2; of 512 no difference; more bytes take longer (4096 rows of 7168
-68.3 -> 71.1, 16384 233 -> 252).
+H200, 4096 rows, in the time of a copy of as many bytes: of 7168 columns 0.89, 0.88 without the second gradient (16384
+rows 0.97); of 1536 0.84 both; earlier forms of 2048 0.85 and 0.81, of 512 0.78 and 0.77. Rows narrower than 7168 are
+marked as what makes room in the L2 cache first: of 1536 columns 19.2 -> 18.6 and 22.6 -> 21.9 us, of 2048 23.2 -> 22.3
+and 26.8 -> 26.3, 16384 rows of 1536 48.0 -> 47.3; of 512 no difference; 7168 columns would take longer (68.2 -> 71.1,
+16384 rows 233 -> 252). The sum with all of a thread's loads, 16 bytes each, on their way at once: 0.83 -> 0.84 of 1536.
 
 By programs that load a row, compute and store it, of 7168, 2048, 1536 and 512 columns: 0.84, 0.76, 0.72, 0.63. Slower
 at 7168: two programs a multiprocessor (0.76), 16 warps (0.88), the last sum by 8 columns a program (0.89); at 1536: two

@@ -1,12 +1,14 @@
 """Attention with its rotation and keys raised: the same gradients and cached calls, for both families."""
 
 import copy
+from itertools import permutations
 
 import pytest
 import torch
 
 from dsv3c.cache import LatentCache
 from dsv3c.compiler import compilation_of
+from dsv3c.kernels.attention import _in_order_of
 from dsv3c.numerics import MODEL_DISTANCE_BF16, distance
 from dsv3c.passes import FoldLinear, JoinKeys, RaiseAttention, RaiseGroupedLinear, RaiseRotary, RotateInPlace
 
@@ -76,3 +78,14 @@ def test_casts_of_heads_gradients(family, model, compiled, logits):
     logits(result, torch.randint(0, 256, (2, 17))).square().mean().backward()
     found = sites(result)
     assert (found["CastHeads"], found["RotateInPlace"]) == ({2}, {1})
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_what_cudnn_returned_is_laid_out_as_its_queries(order):
+    """As torch does it, for whose plans that counts; no value changes."""
+    sizes, back = (2, 3, 5), [order.index(i) for i in range(3)]
+    q, like = (torch.empty(*(sizes[i] for i in order), size).permute(*back, 3) for size in (24, 16))
+    out = torch.randn(2, 5, 3, 16).transpose(1, 2)
+    found = _in_order_of(q, out)
+    assert found.stride() == like.stride()
+    assert torch.equal(found, out)

@@ -89,6 +89,32 @@ def test_attention_and_its_gradients(masked, deterministic):
         assert distance(ours, truth)[0] <= MODEL_DISTANCE_BF16 * distance(reference, truth)[0]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_beside_torch_s_own(masked):
+    """q, k and v as transformers lays them out, for which torch keeps one of cuDNN's plans: an eager step, one of ours
+    and an eager one again. (Plans are a thread's; all three are asked for in autograd's.)"""
+    B, H, T, scale = 1, 16, 192, 0.1
+    q, k = (torch.randn(B, H, T, 192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    v = torch.randn(B, T, H, 256, device="cuda", dtype=torch.bfloat16)[..., 128:].transpose(1, 2)
+    dout = torch.randn(B, T, H, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    mask = torch.ones(B, 1, T, T, dtype=torch.bool, device="cuda").tril() if masked else None
+    exact = attention._explicit_backward(*(x.double() for x in (dout, q, k, v)), mask, scale, not masked)
+
+    def torch_s(*leaves):
+        return torch.nn.functional.scaled_dot_product_attention(*leaves, mask, 0.0, not masked, scale=scale)
+
+    def ours(*leaves):
+        return torch.ops.dsv3c.attention(*leaves, mask, scale, not masked)[0]
+
+    errors = []
+    for function in (torch_s, ours, torch_s):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        gradients = torch.autograd.grad(function(*leaves), leaves, dout)
+        errors.append([distance(found, truth)[0] for found, truth in zip(gradients, exact, strict=True)])
+    for again in errors[1:]:
+        assert all(error <= MODEL_DISTANCE_BF16 * first for error, first in zip(again, errors[0], strict=True))
+
+
 def test_what_a_moe_layer_begins_with_is_started_first(gpu_model):
     """Up to its first long product, through Inductor's code; the same bits as in the call that went through Dynamo."""
     alone, x = dsv3c.compile(gpu_model.model.layers[-1].mlp, precision="fp8"), torch.randn(1, 640, 1024, device="cuda")
