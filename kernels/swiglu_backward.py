@@ -16,9 +16,10 @@ Multiprocessors differ: the first has done its 35 tiles after 155 µs, the last 
 counter where there are many, three ahead. One thread, the scout, draws them, finds their rows and addresses and writes
 those down for all warps. It is not of the warp that starts copies, which the others would wait for.
 
-H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 181 and 196 µs, 0.81 and 0.84 of a copy of as many
-bytes (tiles dealt out, their places computed by all warps: 190 and 205); 32768 and 9000 rows in 256 groups 242 and 184
-(247 and 183); 4096 and 1024 rows of 2048, dealt out, 31.0 and 14.5 (31.8 and 15.3). A copy that writes five bytes for
+H200, 32768 rows of 2048 in 8 groups with weights, and 4096 of 18432: 180 and 198 µs, 0.82 and 0.83 of a copy of as many
+bytes (tiles dealt out, their places computed by all warps: 190 and 205). In a form that drew elsewhere in a turn, 181
+and 196: 32768 and 9000 rows in 256 groups 242 and 184 (247 and 183), 4096 and 1024 rows of 2048, dealt out, 31.0 and
+14.5 (31.8 and 15.3). A copy that writes five bytes for
 four read, as this does, takes 151 and 170, the copy engine alone, which moves the same tiles, 168 and 191. Without the
 sum of weight gradients 3 µs less. Warps wait little: 100 to 400 of 11,000 cycles a turn for operands, and the slowest
 100 for anything else. No faster: bands of 1, 4, 8 (0 to +4 µs); scales stored by each warp at once, which saves 4 % of
