@@ -72,9 +72,10 @@ def _heads_inside(x: Tensor) -> Tensor:
 def _in_order_of(q: Tensor, out: Tensor) -> Tensor:
     """`out`, its dimensions in memory as q's are, which is how torch lays out what cuDNN returns.
 
-    torch (as its source, MHA.cpp, says) looks up cuDNN's plan for a gradient by the strides of q, k and v, and not by those of `out` and its
-    gradient, which the plan holds too. The first call with such q, k and v decides. Were ours laid out otherwise than
-    those of an eager layer in the same process, the later one would get wrong gradients of q and k.
+    torch (as its source, MHA.cpp, says) looks up cuDNN's plan for a gradient by the strides of q, k and v, and not by
+    those of `out` and its gradient, which the plan holds too. The first call with such q, k and v decides. Were ours
+    laid out otherwise than those of an eager layer in the same process, the later one would get wrong gradients of q
+    and k.
     """
     order = sorted(range(4), key=q.stride)[::-1]
     return out.permute(order).contiguous().permute([order.index(i) for i in range(4)])
