@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option, echo
+from typer import Exit, Option, echo
 
 from dsv3c.config import ModelConfig
 from dsv3c.errors import TuneError
 from dsv3c.files import make_folder
-from dsv3c.kernels.implementations import FILES, Problem
+from dsv3c.kernels.implementations import FILES, Problem, implementations
 
 LIMIT_S = 60.0  # a trial's; the first of a problem makes its operands and their float64 product
 
@@ -57,6 +57,8 @@ def tune(
     they are timed, in a process of their own. The result is a table that later launches read: your own is
     DSV3C_TABLES/TARGET.json (by default in ~/.cache/dsv3c/tables), and preferred to the one that comes with dsv3c.
     Interrupted or not, the same command goes on where it was.
+
+    The exit code is 1 if a configuration that was good before is dropped.
     """
     from dsv3c.source import model_config
 
@@ -68,6 +70,8 @@ def tune(
         problems = [p for p in model_problems(model_config(model), rows or [64, 128, 4096]) if p.operator in operators]
     report = _Tuning(target, output, storage, prefilter_only).run(operators, problems, sample, trials, plots)
     echo(json.dumps(report) if as_json else _text(report))
+    if any(found["known_dropped"] for found in report["configurations"]):
+        raise Exit(1)
 
 
 def model_problems(config: ModelConfig, rows: list[int]) -> list[Problem]:
@@ -126,7 +130,7 @@ class _Tuning:
         return {
             "target": self.target.name,
             "configurations": [
-                {"operator": operator, "implementation": name, **_counts(found)}
+                {"operator": operator, "implementation": name} | _counts(found, implementations(operator)[name].known)
                 for (operator, name), found in verdicts.items()
             ],
             "measured": self.why_not is None,
@@ -212,10 +216,14 @@ def _name(problem: Problem) -> str:
     return f"{problem.operator}:{groups}{problem.rows // problem.groups}x{problem.N}x{problem.K}"
 
 
-def _counts(verdicts: list) -> dict[str, Any]:
+def _counts(verdicts: list, known: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     reasons = [verdict.reason for verdict in verdicts if verdict.reason]
-    dropped = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-    return {"configurations": len(verdicts), "fit": len(verdicts) - len(reasons), "dropped": dropped}
+    return {
+        "configurations": len(verdicts),
+        "fit": len(verdicts) - len(reasons),
+        "dropped": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        "known_dropped": [verdict.config for verdict in verdicts if verdict.reason and verdict.config in known],
+    }
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -226,11 +234,12 @@ def _text(report: dict[str, Any]) -> str:
         why = ", ".join(f"{reason} {count}" for reason, count in found["dropped"].items())
         fit = f"{found['fit']} of {found['configurations']} configurations fit"
         lines.append(f"  {found['operator']} {found['implementation']}: {fit}{why and f'; dropped: {why}'}")
+        lines += [f"    among them, good before: {_knobs(config)}" for config in found["known_dropped"]]
     if not report["measured"]:
         return "\n".join([*lines, f"nothing was measured and no table written: {report['why_not']}"])
     table = [
         [_name(Problem(row["operator"], row["rows"], row["N"], row["K"], row["groups"])), row["best"]["implementation"],
-         " ".join(f"{knob}={value}" for knob, value in row["best"]["config"].items()), row["best"]["median_us"],
+         _knobs(row["best"]["config"]), row["best"]["median_us"],
          row["best"]["p20_us"], row["best"]["p80_us"],
          row["runner_up"] and f"{row['runner_up']['implementation']} {row['runner_up']['median_us']:.1f}"]
         for row in report["rows"]
@@ -238,6 +247,10 @@ def _text(report: dict[str, Any]) -> str:
     headers = ["problem", "implementation", "configuration", "µs", "p20", "p80", "runner-up"]
     lines += ["", tabulate(table, headers, floatfmt=".1f"), "", f"table: {report['table']}"]
     return "\n".join([*lines, f"studies: {report['storage']}"])
+
+
+def _knobs(config: dict[str, Any]) -> str:
+    return " ".join(f"{knob}={value}" for knob, value in config.items())
 
 
 @contextmanager

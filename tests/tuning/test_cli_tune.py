@@ -22,14 +22,15 @@ pytest.importorskip("triton")
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """The command with a prefilter that compiles nothing: its exit code, stdout and stderr."""
+    """The command with a prefilter that compiles nothing and drops what has so many `stages`: its exit code, stdout and
+    stderr."""
     monkeypatch.setenv("DSV3C_TABLES", str(tmp_path / "mine"))
-    monkeypatch.setattr(prefilter_module, "prefilter", lambda configs, target, progress: {
-        of: [Verdict(config, "spills" if config.get("num_stages") == 2 else None) for config in given]
-        for of, given in configs.items()
-    })  # fmt: skip
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, stages: int = 6) -> tuple[int, str, str]:
+        monkeypatch.setattr(prefilter_module, "prefilter", lambda configs, target, progress: {
+            of: [Verdict(config, "spills" if config.get("num_stages") == stages else None) for config in given]
+            for of, given in configs.items()
+        })  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["dsv3c", "tune", *arguments])
         code = 0
         try:
@@ -59,12 +60,24 @@ def test_without_a_gpu_it_compiles_and_says_that_nothing_was_measured(run, tmp_p
     assert "gemm triton: 792 of 990 configurations fit; dropped: spills 198" in out
     assert "nothing was measured and no table written: there is no GPU here" in out
     assert not (tmp_path / "mine").exists()
-    assert "gemm triton: 7 of 7 configurations fit" in run("--kernel", "gemm", "--sample", "7")[1]
+    assert "gemm triton: 6 of 7 configurations fit" in run("--kernel", "gemm", "--sample", "7")[1]
     code, out, _ = run("--kernel", "gemm", "--target", "h800", "--json", "--prefilter-only")
     report = json.loads(out)
     assert (report["target"], report["measured"], report["why_not"]) == ("h800", False, "--prefilter-only")
-    library = {"operator": "gemm", "implementation": "cublaslt", "configurations": 1, "fit": 1, "dropped": {}}
+    library = {"operator": "gemm", "implementation": "cublaslt", "configurations": 1, "fit": 1}
+    library |= {"dropped": {}, "known_dropped": []}
     assert library in report["configurations"]
+
+
+def test_what_was_good_before_and_is_dropped_is_an_error(run):
+    known = "rows=64 columns=128 halves=2 num_warps=4 num_stages=3 band=8 programs=0"
+    code, out, _ = run("--kernel", "grouped_gemm", "--prefilter-only", stages=3)
+    assert code == 1
+    assert f"    among them, good before: {known}\n" in out
+    code, out, _ = run("--kernel", "grouped_gemm", "--prefilter-only", "--json", stages=3)
+    assert code == 1
+    lost = {found["implementation"]: len(found["known_dropped"]) for found in json.loads(out)["configurations"]}
+    assert lost == {"triton": 2, "warp_specialized": 0}
 
 
 def test_with_a_gpu_it_writes_a_table_that_launches_read_and_goes_on(run, pretended, tmp_path):
