@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
-from dsv3c.kernels.quantize import _maximum, _readable, _reciprocal, _scale_inv, column_major
+from dsv3c.kernels.quantize import _maximum, _readable, _reciprocal, _scale_inv, column_major, dense
 from dsv3c.numerics import TILE, ceil_div
 
 ROWS, WARPS = 32, 4  # of a program
@@ -151,7 +151,7 @@ def dequantize_e5m6(packed: Tensor, scale_inv: Tensor, dtype: torch.dtype, out: 
     """Launcher of `dsv3c::dequantize_e5m6`."""
     R, K = out.shape
     if out.numel():
-        words, scale_inv = packed.contiguous().view(torch.int32), column_major(scale_inv)
+        words, scale_inv = dense(packed).view(torch.int32), column_major(scale_inv)
         _dequantize_e5m6_kernel[_grid(R, K)](
             words, scale_inv, out, R, K, 3 * K // 8, scale_inv.stride(1), ROWS, num_warps=WARPS
         )

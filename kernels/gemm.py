@@ -28,7 +28,7 @@ from torch.nn.functional import ScalingType, pad
 from dsv3c.kernels.implementations import Implementation, Problem, Tile, start
 from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import BF16, F32, I32, Variant
-from dsv3c.kernels.quantize import column_major
+from dsv3c.kernels.quantize import column_major, dense, packed
 from dsv3c.numerics import E4M3, TILE, ceil_div, round_up
 
 
@@ -230,7 +230,7 @@ def transpose(w_NK: Tensor) -> Tensor:
         return w_NK.view(torch.uint8).mT.contiguous().view(E4M3)
     t_KN = w_NK.new_empty(*batch, K, N)
     grid = (ceil_div(K, TILE), ceil_div(N, TILE), w_NK.numel() // (N * K))
-    words = w_NK.contiguous().view(torch.int32), t_KN.view(torch.int32)
+    words = dense(w_NK).view(torch.int32), t_KN.view(torch.int32)
     _transpose_kernel[grid](*words, N // 4, K // 4, TILE // 4, TILE // 4)
     return t_KN
 
@@ -306,14 +306,14 @@ def cublaslt(
         out.copy_(wide)
         return
     if w_tiled:
-        w_recipe, w_scale_inv = ScalingType.BlockWise1x128, column_major(w_scale_inv)
+        w_recipe, w_scale_inv = ScalingType.BlockWise1x128, packed(w_scale_inv)
     else:
         w_recipe = ScalingType.BlockWise128x128
         padding = -w_scale_inv.shape[1] % 4
-        w_scale_inv = (pad(w_scale_inv, (0, padding)) if padding else w_scale_inv.contiguous()).t()
+        w_scale_inv = dense(pad(w_scale_inv, (0, padding)) if padding else w_scale_inv).t()
     # What F.scaled_mm calls; that has no `out`.
     torch.ops.aten._scaled_mm_v2.out(
-        x_fp8.contiguous(), w_fp8.contiguous().t(), [column_major(x_scale_inv)], [ScalingType.BlockWise1x128.value],
+        dense(x_fp8), dense(w_fp8).t(), [packed(x_scale_inv)], [ScalingType.BlockWise1x128.value],
         [], [w_scale_inv], [w_recipe.value], [], None, out.dtype, out=out,
     )  # fmt: skip
 

@@ -84,7 +84,7 @@ def tile_map(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
     bound = ceil_div(rows, block) + min(E, rows)
     tiles = torch.empty(3, bound, dtype=torch.int32, device=offs.device)
     first = torch.empty(E + 2, dtype=torch.int32, device=offs.device)
-    _tile_map_kernel[(E + 1,)](offs, tiles, first, E, bound, block, triton.next_power_of_2(E), num_warps=1)
+    _tile_map_kernel[(E + 1,)](offs.contiguous(), tiles, first, E, bound, block, triton.next_power_of_2(E), num_warps=1)
     return tiles, first
 
 
@@ -122,7 +122,9 @@ def tiles_by_length(offs: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor
     bound = ceil_div(rows, block) + min(E, rows)
     tiles = torch.empty(3, bound, dtype=torch.int32, device=offs.device)
     counts = torch.empty(4, dtype=torch.int32, device=offs.device)
-    _tiles_by_length_kernel[(E + 1,)](offs, tiles, counts, E, bound, block, triton.next_power_of_2(E), num_warps=1)
+    _tiles_by_length_kernel[(E + 1,)](
+        offs.contiguous(), tiles, counts, E, bound, block, triton.next_power_of_2(E), num_warps=1
+    )
     return tiles, counts
 
 

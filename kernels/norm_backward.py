@@ -192,7 +192,7 @@ def rms_norm_backward(
     partial = x_RK.new_empty((programs, K), dtype=torch.float32)
     dy, x, dsum = (None if t is None else aligned(t).view(torch.int32) for t in (dy_RK, x_RK, dsum_RK))
     _norm_backward_kernel[(programs,)](
-        dy, x, as_words(weight_K), rstd_R, dsum, as_words(dx_RK), partial, R, dy.stride(0), x.stride(0),
+        dy, x, as_words(weight_K), rstd_R.contiguous(), dsum, as_words(dx_RK), partial, R, dy.stride(0), x.stride(0),
         0 if dsum is None else dsum.stride(0), K, rows, width, stages, K < VALUES, num_warps=WARPS,
     )  # fmt: skip
     sum_programs(partial, dweight_K, most)

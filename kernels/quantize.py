@@ -303,7 +303,7 @@ def _retile(x_RK, offs, amax_floor, pow2, rowwise, transposed) -> None:
     P = t_KP.shape[1]
     if t_KP.numel() == 0:
         return
-    E = 0 if offs is None else len(offs)
+    E, offs = (0, None) if offs is None else (len(offs), offs.contiguous())
     columns, options = _program(rowwise is not None)
     _retile_kernel[(ceil_div(K, columns), P // TILE)](
         x_RK, *(rowwise or (None, None)), t_KP.view(torch.int32), t_scale_inv, offs, R, K, x_RK.stride(0), P // 4, E,
@@ -338,6 +338,17 @@ def _blocks(w: Tensor) -> tuple[int, int, int]:
 def column_major(scale_inv: Tensor) -> Tensor:
     """scale_inv of 1×128 tiles with strides (1, rows), as the operators make it and the kernels read it."""
     return scale_inv if scale_inv.stride(0) == 1 else scale_inv.t().contiguous().t()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it, contiguous and 16-byte aligned."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def packed(scale_inv: Tensor) -> Tensor:
+    """`column_major`, dense, and with the strides (1, rows) even if there is but one column."""
+    return dense(scale_inv.t()).view(-1).view(scale_inv.shape[::-1]).t()
 
 
 def variants() -> Iterator[Variant]:

@@ -143,7 +143,7 @@ def _requantize(x, x_scale_inv, R, permutation_R, top_k, offs, amax_floor, pow2,
     if t_KP.numel() == 0:
         return
     x, x_scale_inv = _words(x), column_major(x_scale_inv)
-    E = 0 if offs is None else len(offs)
+    E, offs = (0, None) if offs is None else (len(offs), offs.contiguous())
     _requantize_kernel[(P // TILE, ceil_div(K, TILE))](
         x, x_scale_inv, t_KP.view(torch.int32), t_scale_inv, permutation_R, offs, R, K, x.stride(0) // 8,
         x_scale_inv.stride(1), P // 4, E, amax_floor, pow2, groups_of(offs), top_k, num_warps=WARPS,

@@ -167,6 +167,11 @@ def rotate_heads_(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: bool) 
     pairs = cos_Rr.shape[1]
     if x_RHD.numel() == 0:
         return
+    if x_RHD.data_ptr() % 4:  # a pair is no word
+        rotated = x_RHD.clone(memory_format=torch.contiguous_format)
+        rotate_heads_(rotated, cos_Rr, sin_Rr, inverse)
+        x_RHD.copy_(rotated)
+        return
     _rotate_heads_kernel[(R, ceil_div(H, HEADS))](
         x_RHD[..., D - 2 * pairs :], cos_Rr.contiguous(), sin_Rr.contiguous(), H, x_RHD.stride(0), x_RHD.stride(1),
         pairs, inverse, HEADS, num_warps=WARPS,
@@ -215,8 +220,9 @@ def latent_backward(
     partial = dnormed_RK.new_empty((programs, K), dtype=torch.float32)
     dy, x = as_words(dnormed_RK), as_words(x_RL)
     _latent_backward_kernel[(programs,)](
-        dy, drope.contiguous(), x, as_words(weight_K), cos_Rr.contiguous(), sin_Rr.contiguous(), rstd_R,
-        dx_RL.view(torch.int32), partial, R, x.stride(0), dy.stride(0), K, cos_Rr.shape[1], ROWS, num_warps=ROWS,
+        dy, drope.contiguous(), x, as_words(weight_K), cos_Rr.contiguous(), sin_Rr.contiguous(),
+        rstd_R.contiguous(), dx_RL.view(torch.int32), partial, R, x.stride(0), dy.stride(0), K, cos_Rr.shape[1], ROWS,
+        num_warps=ROWS,
     )  # fmt: skip
     sum_programs(partial, dweight_K, PROGRAMS)
 

@@ -80,6 +80,7 @@ def _forward(h_RN, weight_R, amax_floor, pow2, a_fp8, a_scale_inv, h_fp8, h_scal
     R, width = a_fp8.shape
     if a_fp8.numel() == 0:
         return
+    weight_R = None if weight_R is None else weight_R.contiguous()
     _swiglu_kernel[(ceil_div(R, ROWS), width // TILE)](
         as_words(h_RN.contiguous()), weight_R, a_fp8.view(torch.int16), a_scale_inv,
         None if h_fp8 is None else h_fp8.view(torch.int16), h_scale_inv, R, width, amax_floor, pow2,

@@ -44,7 +44,7 @@ from dsv3c.kernels.gemm import aligned, multiprocessors
 from dsv3c.kernels.groups import tile_map
 from dsv3c.kernels.launch import Descriptor, launched
 from dsv3c.kernels.offline import F32, I32, Variant
-from dsv3c.kernels.quantize import column_major
+from dsv3c.kernels.quantize import packed
 from dsv3c.kernels.swiglu import sigmoid
 from dsv3c.kernels.swiglu_ptx import (
     blank,
@@ -333,11 +333,12 @@ def swiglu_quantize_backward(
         if drawn:
             _draw_none_kernel[(1,)](first, num_warps=1)
     E, bound = (len(offs), tiles.shape[1]) if grouped else (0, 0)
+    weight_R = weight_R.contiguous() if weighted else None
     partial = da_RI.new_empty((width // TILE, R), dtype=torch.float32) if weighted else dh_scale_inv
     _swiglu_backward_kernel[(programs,)](
         Descriptor(aligned(h_fp8_RN).view(torch.int32), (128, 32), WORDS),
         Descriptor(aligned(da_RI).view(torch.int32).view(R, width // 64, 32), (128, 2, 32), HALVES),
-        column_major(h_scale_inv), weight_R, dh_fp8.view(torch.int32), dh_scale_inv, dht_fp8.view(torch.int32),
+        packed(h_scale_inv), weight_R, dh_fp8.view(torch.int32), dh_scale_inv, dht_fp8.view(torch.int32),
         dht_scale_inv, at_fp8.view(torch.int32), at_scale_inv, partial, tiles, first, R, width, P, E, bound, int(drawn),
         amax_floor, gradient_amax_floor, pow2, weighted, grouped, BAND, **PROGRAM, launch_pdl=True,
     )  # fmt: skip
