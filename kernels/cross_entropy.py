@@ -72,7 +72,7 @@ def _cross_entropy_kernel(
     EIGHTS: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [32, 1], [gl.num_warps(), 1], [1, 0]))
     END: gl.constexpr = SHARED * BLOCK
     at = gl.arange(0, BLOCK, LAYOUT)
-    row_ptr = logits_ptr + gl.program_id(0) * V.to(gl.int64)
+    row_ptr = logits_ptr + gl.program_id(0).to(gl.int64) * V
     least = gl.full([BLOCK // 8], -3.3895313892515355e38, gl.float32, EIGHTS)  # of all numbers in BF16
     zero = gl.full([BLOCK // 8], 0.0, gl.float32, EIGHTS)
     largest, sums = least, zero
@@ -88,8 +88,8 @@ def _cross_entropy_kernel(
     for start in range(END + 2 * BLOCK, V, BLOCK):
         largest, sums = _take(_load(row_ptr, start, at, V), largest, sums)
     for row in range(gl.program_id(0), R, gl.num_programs(0)):
-        row_ptr = logits_ptr + row * V.to(gl.int64)
-        below_ptr = logits_ptr + (row + gl.num_programs(0)) * V.to(gl.int64)
+        row_ptr = logits_ptr + row.to(gl.int64) * V
+        below_ptr = logits_ptr + (row + gl.num_programs(0)).to(gl.int64) * V
         V_below = gl.where(row + gl.num_programs(0) < R, V, 0)
         ahead = _load(below_ptr, 0, at, V_below)
         label = gl.load(labels_ptr + row)

@@ -341,14 +341,14 @@ def column_major(scale_inv: Tensor) -> Tensor:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x, or a copy of it, contiguous and 16-byte aligned."""
-    x = x.contiguous()
+    """x, or a copy of it, 16-byte aligned and contiguous, with the strides of its shape even where a size is 1."""
+    x = x.contiguous().view(-1).view(x.shape)
     return x.clone() if x.data_ptr() % 16 else x
 
 
 def packed(scale_inv: Tensor) -> Tensor:
-    """`column_major`, dense, and with the strides (1, rows) even if there is but one column."""
-    return dense(scale_inv.t()).view(-1).view(scale_inv.shape[::-1]).t()
+    """`column_major`, and `dense`: the strides are (1, rows)."""
+    return dense(scale_inv.t()).t()
 
 
 def variants() -> Iterator[Variant]:

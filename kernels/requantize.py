@@ -27,7 +27,7 @@ from dsv3c.kernels.columns import column_layout, quarters, shared_layout, unpack
 from dsv3c.kernels.groups import find_tile, groups_of
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import F32, I16, I32, Variant
-from dsv3c.kernels.quantize import column_major, store_nothing, store_quarters
+from dsv3c.kernels.quantize import column_major, dense, store_nothing, store_quarters
 from dsv3c.numerics import TILE, ceil_div
 
 WARPS = 4
@@ -154,7 +154,7 @@ def _words(x_fp8: Tensor) -> Tensor:
     """x as words of two columns; copied if its rows do not begin at 16 bytes, or end within a tile."""
     whole = x_fp8.stride(1) == 1 and x_fp8.stride(0) % 16 == 0 and x_fp8.data_ptr() % 16 == 0
     if not whole or x_fp8.shape[1] % TILE:
-        x_fp8 = pad(x_fp8.view(torch.uint8), (0, -x_fp8.shape[1] % TILE)).contiguous()
+        x_fp8 = dense(pad(x_fp8.view(torch.uint8), (0, -x_fp8.shape[1] % TILE)))
     return x_fp8.view(torch.int16)
 
 

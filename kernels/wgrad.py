@@ -76,7 +76,7 @@ def _finish(
         acc0 += tl.load(there, mask=inside, other=0.0)
     tl.store(there, acc0.to(dw_ptr.dtype.element_ty), mask=inside)
     if HALVES == 2:
-        there += ROWS * K.to(tl.int64)
+        there += tl.cast(K, tl.int64) * ROWS
         inside = (rows + ROWS < N) & (columns < K)
         if ACCUMULATE:
             acc1 += tl.load(there, mask=inside, other=0.0)

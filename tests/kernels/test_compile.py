@@ -4,6 +4,12 @@ import re
 
 import pytest
 
+pytest.importorskip("triton", reason="needs Triton")
+
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+
 offline = pytest.importorskip("dsv3c.kernels.offline", reason="needs Triton")
 
 SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90
@@ -23,6 +29,38 @@ def test_compiles_for_sm_90(name):
         assert found.bulk_loads > 0
     assert bool(barriers(compiled.asm["ptx"])) == ("mbarrier.init.shared" in compiled.asm["ptx"])
     assert not barriers(compiled.asm["ptx"]) & others(compiled.asm["ptx"])
+
+
+def sizes(variant) -> list[str]:
+    """Those that Triton specialises a kernel on."""
+    return [
+        p.name
+        for p in variant.kernel.params
+        if not p.do_not_specialize and p.name not in variant.arguments and p.name not in variant.constants
+    ]
+
+
+SIZES = {f"{v.kernel.__name__}-{size}": (v, size) for v in reversed(VARIANTS.values()) for size in sizes(v)}
+SIZES.pop("_swiglu_kernel-width")  # a multiple of 128
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_of_one(name):
+    """Triton makes it a constant, which has no methods of a tensor."""
+    variant, size = SIZES[name]
+    constants = variant.constants | {size: 1}
+    names = variant.kernel.arg_names
+    source = (offline.GluonASTSource if variant.kernel.is_gluon() else ASTSource)(
+        fn=variant.kernel,
+        signature={n: "constexpr" if n in constants else variant.arguments.get(n, "i32") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+    )
+    target = GPUTarget("cuda", 90, 32)
+    backend, context = make_backend(target), ir.context()
+    options = backend.parse_options({"num_warps": variant.num_warps} | source.parse_options())
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
 
 
 def barriers(ptx: str) -> set[int]:
