@@ -14,7 +14,7 @@ from typer import Exit, Option, echo
 from dsv3c.config import ModelConfig
 from dsv3c.errors import TuneError
 from dsv3c.files import make_folder
-from dsv3c.kernels.implementations import FILES, Problem, implementations
+from dsv3c.kernels.implementations import FILES, Config, Problem, implementations
 
 LIMIT_S = 60.0  # a trial's; the first of a problem makes its operands and their float64 product
 
@@ -216,7 +216,7 @@ def _name(problem: Problem) -> str:
     return f"{problem.operator}:{groups}{problem.rows // problem.groups}x{problem.N}x{problem.K}"
 
 
-def _counts(verdicts: list, known: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+def _counts(verdicts: list, known: tuple[Config, ...]) -> dict[str, Any]:
     reasons = [verdict.reason for verdict in verdicts if verdict.reason]
     return {
         "configurations": len(verdicts),

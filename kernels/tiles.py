@@ -119,6 +119,7 @@ def store_tiles(words, q_at, scale_inv_at, inside, amax_floor, POW2: tl.constexp
 
 def as_words(x: Tensor) -> Tensor:
     """x [.., K], BF16, as int32 [.., K/2] with contiguous rows; copied if its rows do not begin at a word."""
-    aligned = x.storage_offset() % 2 == 0 == x.data_ptr() % 4 and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    begins = x.data_ptr() % 4 == 0 and x.storage_offset() % 2 == 0
+    aligned = begins and all(stride % 2 == 0 for stride in x.stride()[:-1])
     x = x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
     return x.view(torch.int32)

@@ -229,8 +229,7 @@ def _launch(problem: Problem, operands: tuple[Tensor, ...], dw: Tensor, accumula
 
 
 def _choose(problem: Problem, accumulate: bool, size: int, whole: bool) -> Choice:
-    """`size`: bytes of a number of the result; `whole`: whether it begins at 16 bytes, as the
-    copy engine wants."""
+    """`size`: bytes of a number of the result; `whole`: whether it begins at 16 bytes, as the copy engine wants."""
     implementation, config = choose(problem)
     if accumulate and not implementation.space:  # a library would need another pass over the gradient
         name, config = _own(problem)
