@@ -5,8 +5,8 @@ Every group is cut into tiles of `block` rows, the last one short; groups withou
 through all groups. There are at most ⌈R/block⌉ + min(E, R) of them, which is what the host allocates and launches for:
 few where few rows meet many groups, as in decoding.
 
-For a kernel with an order of its own, `tiles_by_length` puts tiles of short groups first. Casts find their own tile
-with `find_tile`: a launch before theirs would cost more.
+For a kernel with an order of its own, `tiles_by_length` puts tiles of short groups first. Casts of BF16 find their own
+tile with `find_tile`: a launch before theirs would cost more.
 """
 
 from collections.abc import Iterator
@@ -54,20 +54,51 @@ def _plus(a, b):
 
 
 @gluon.jit
-def find_tile(offs_ptr, tile, E, BLOCK: gl.constexpr, GROUPS: gl.constexpr):
-    """First row of a tile, its rows to the end of the group (0 if it is no group's), and the number of tiles.
+def _numbers(x, LANES: gl.constexpr):
+    """The columns of x [32, n], each as LANES has it; nothing moves."""
+    N: gl.constexpr = x.shape[1] // 2
+    if N == 0:
+        return (gl.convert_layout(gl.reshape(x, (32,)), LANES, assert_trivial=True),)
+    else:
+        left, right = gl.split(gl.permute(gl.reshape(x, (32, 2, N)), (0, 2, 1)))
+        return _numbers(left, LANES) + _numbers(right, LANES)
 
-    Each warp looks through all GROUPS (`groups_of`) for itself.
+
+@gluon.jit
+def _tiles(rows, BLOCK: gl.constexpr):
+    return ((rows + (BLOCK - 1)).to(gl.uint32) // BLOCK).to(gl.int32)
+
+
+@gluon.jit
+def find_tile(offs_ptr, tile, E, BLOCK: gl.constexpr, GROUPS: gl.constexpr):
+    """First row of a tile, its rows to the end of the group (0 or less if it is no group's), and the number of tiles.
+
+    Each warp looks through all GROUPS (`groups_of`) for itself, a lane through neighbours, which it loads 16 bytes at a
+    time if E is a multiple of 16. No tile has more than BLOCK rows: so of the groups whose first tile is not behind
+    this one, the last, which is its own, has the least first row less BLOCK for each tile before, and the largest end.
     """
-    group = gl.arange(0, GROUPS, gl.BlockedLayout([GROUPS // 32], [32], [gl.num_warps()], [0]))
-    end = gl.load(offs_ptr + group, mask=group < E, other=0)
-    start = gl.load(offs_ptr + group - 1, mask=(group > 0) & (group < E), other=0)
-    count = (end - start + (BLOCK - 1)) // BLOCK
-    last = gl.associative_scan(count, 0, _plus)
-    first = last - count
-    mine = (first <= tile) & (tile < last)
-    start = gl.sum(gl.where(mine, start + (tile - first) * BLOCK, 0), 0)
-    return start, gl.sum(gl.where(mine, end, 0), 0) - start, gl.max(last, 0)
+    N: gl.constexpr = GROUPS // 32
+    WIDE: gl.constexpr = gl.BlockedLayout([1, N], [32, 1], [gl.num_warps(), 1], [1, 0])
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    total = gl.load(offs_ptr + E - 1, mask=E > 0, other=0)
+    group = N * gl.arange(0, 32, gl.SliceLayout(1, WIDE))[:, None] + gl.arange(0, N, gl.SliceLayout(0, WIDE))[None, :]
+    ends = _numbers(gl.where(group < E, gl.load(offs_ptr + group, mask=group < E, other=0), total), LANES)
+    before = N * gl.arange(0, 32, LANES)  # groups
+    start = gl.load(offs_ptr + before - 1, mask=(before > 0) & (before <= E), other=0)
+    start = gl.where(before <= E, start, total)
+    count, end = gl.full([32], 0, gl.int32, LANES), start
+    for i in gl.static_range(N):
+        count += _tiles(ends[i] - end, BLOCK)
+        end = ends[i]
+    first = gl.associative_scan(count, 0, _plus) - count
+    origin, last = gl.full([32], 2147483647, gl.int32, LANES), gl.full([32], 0, gl.int32, LANES)
+    for i in gl.static_range(N):
+        origin = gl.where(first <= tile, gl.minimum(origin, start - first * BLOCK), origin)
+        last = gl.where(first <= tile, ends[i], last)
+        first += _tiles(ends[i] - start, BLOCK)
+        start = ends[i]
+    row = gl.min(origin, 0) + tile * BLOCK
+    return row, gl.max(last, 0) - row, gl.sum(count, 0)
 
 
 def groups_of(offs: Tensor | None) -> int:

@@ -184,7 +184,7 @@ def _store_transposed(shared, mine, t_ptr, t_scale_inv_ptr, columns, P_words, am
 
 
 @launched
-@gluon.jit(do_not_specialize=["R", "E"])
+@gluon.jit(do_not_specialize=["R"])
 def _retile_kernel(
     x_ptr, q_ptr, scale_inv_ptr, t_ptr, t_scale_inv_ptr, offs_ptr, R, K, x_stride, P_words, E, amax_floor,
     POW2: gl.constexpr, ROWWISE: gl.constexpr, GROUPS: gl.constexpr, COLUMNS: gl.constexpr,

@@ -5,14 +5,18 @@ Neighbouring programs take neighbouring rows of the same columns. A token's row 
 from the L2 cache if that is soon: 128 columns of 4096 tokens are half a megabyte. With neighbouring columns beside each
 other, all of x went through the cache before a row was read again: 237 MB came from memory in place of 30.
 
-What is scarce then are instructions and the L1 cache, of which shared memory is a part: both are three quarters busy.
-So a quotient takes two instructions (`quantize._reciprocal_and_rest`); a loop casts a quarter of the tile's columns at
-a time, two a thread, in 63 registers, which leaves room for 32 warps; four threads load half a line; and scales of rows
-lie so that 16 bytes a thread are read without bank conflicts.
+What is scarce then are instructions and the L1 cache, of which shared memory is a part. So a quotient takes two
+instructions (`quantize._reciprocal_and_rest`); a loop casts a quarter of the tile's columns at a time, two a thread, in
+64 registers, which leaves room for 32 warps; four threads load half a line; and scales of rows lie so that 16 bytes a
+thread are read without bank conflicts. Which rows a tile has is found by a launch before, once instead of for each 128
+columns: looked up among 256 groups by each program, that was a seventh of the instructions and, a word at a time, four
+times the tile's own loads of the L1 cache.
 
-H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 100 µs in 8 groups and 192 in 256, where
-`permute` takes 75, and zeros alone 76 and 143; `requantize_t` has 0.88 to 0.90 of a copy's speed. No faster: a program
-of several tiles, whether the next is loaded meanwhile or not; loads by `cp.async`; more of the loop unrolled.
+H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 94 µs in 8 groups and 150 in 256, where a
+copy of as many bytes takes 72 and 125, and zeros alone 63 and 118. No faster: a program of several tiles, whether the
+next is loaded meanwhile or not; loads by `cp.async`; more of the loop unrolled; tiles of 64 and 32 rows for the ends of
+groups (154 for 152); 56 registers (spills, 167); x brought into the L2 cache before, all or 8 or 16 programs ahead (153
+to 157); zeros last or in between.
 """
 
 from collections.abc import Iterator
@@ -22,15 +26,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv3c.kernels.columns import column_layout, quarters, shared_layout, unpack
+from dsv3c.kernels.columns import column_layout, of_columns, pack_rows, quarters, shared_layout, unpack
 from dsv3c.kernels.groups import find_tile, groups_of
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import F32, I16, I32, Variant
-from dsv3c.kernels.quantize import column_major, dense, store_nothing, store_quarters
+from dsv3c.kernels.quantize import _maximum, _reciprocal_and_rest, _scale_inv, column_major, dense, store_nothing
+from dsv3c.kernels.tiles import divide
 from dsv3c.numerics import TILE, ceil_div
 
-WARPS = 4
+WARPS, REGISTERS = 4, 64  # room for 32 warps
 
 
 @gluon.constexpr_function
@@ -50,63 +56,137 @@ def _load_layout() -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
+def _row_at(place):
+    """Of a tile's rows, those 16 apart are beside each other in memory: a thread's, when it loads x."""
+    return place // 64 * 64 + place // 4 % 16 + place % 4 * 16
+
+
+@gluon.jit
+def _in_order(x):
+    """Numbers that lie as `_row_at` says, in the rows' order; nothing moves."""
+    return gl.reshape(gl.permute(gl.reshape(x, (2, 16, 4)), (0, 2, 1)), (128,))
+
+
+@launched
+@gluon.jit
+def _rows_kernel(offs_ptr, permutation_ptr, rows_ptr, E, GROUPS: gl.constexpr, TOP_K: gl.constexpr):
+    """One program: which rows of x a tile has, -1 behind them. What follows may begin, and wait."""
+    gdc_launch_dependents()
+    tile = gl.program_id(0)
+    start, rows, _ = find_tile(offs_ptr, tile, E, 128, GROUPS)
+    place = gl.arange(0, 128, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    row = _row_at(place)
+    x_row = start + row
+    if TOP_K:
+        x_row = (gl.load(permutation_ptr + x_row, mask=row < rows, other=0).to(gl.uint32) // TOP_K).to(gl.int32)
+    gl.store(rows_ptr + tile * 128 + place, gl.where(row < rows, x_row, -1))
+
+
+@gluon.jit
 def _scaled(x, scales):
     return x * gl.convert_layout(scales, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
 
 
-@launched
-@gluon.jit(do_not_specialize=["R", "scale_stride", "E"])
-def _requantize_kernel(
-    x_ptr, x_scale_inv_ptr, t_ptr, t_scale_inv_ptr, permutation_ptr, offs_ptr, R, K, x_stride, scale_stride, P_words, E,
-    amax_floor, POW2: gl.constexpr, GROUPS: gl.constexpr, TOP_K: gl.constexpr,
+@gluon.jit
+def _largest(x0, x1, x2, x3):
+    """Of a thread's rows, [8, columns]."""
+    amax = _maximum(_maximum(gl.abs(x0), gl.abs(x1)), _maximum(gl.abs(x2), gl.abs(x3)))
+    return gl.reduce(gl.reshape(amax, (8, 4, amax.shape[1])), 1, _maximum)
+
+
+@gluon.jit
+def _divided(x0, x1, x2, x3, first, second):
+    first, second = of_columns(first, x0)[None, :], of_columns(second, x0)[None, :]
+    return pack_rows(
+        divide(x0, first, second), divide(x1, first, second), divide(x2, first, second), divide(x3, first, second)
+    )
+
+
+@gluon.jit
+def _store_part(
+    words, scales0, scales1, scales2, scales3, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor,
+    POW2: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """One program: 128 rows of a group × 128 columns. x has words of two columns, x_stride times eight of them a row;
-    with TOP_K, one row for each TOP_K of the permutation. Tiles that no group has are zero."""
+    """words [128, 16]: columns x and y of 8 columns of each 16. One thread of two neighbours computes what belongs to a
+    column x, the other what belongs to y."""
+    C: gl.constexpr = words.shape[1]
+    SHARED: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0, 0]], [[0, 0, 1], [2, 0, 0], [0, 1, 0], [0, 2, 0], [4, 0, 0]], [[0, 4, 0], [0, 8, 0]], [], [8, C, 2]
+    )
+    BOTH: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1]], [[0, 0], [0, 0], [1, 0], [2, 0], [0, 0]], [[4, 0], [8, 0]], [], [C, 2]
+    )
+    words0, words1, words2, words3 = quarters(words)
+    x0, y0 = unpack(words0)
+    x1, y1 = unpack(words1)
+    x2, y2 = unpack(words2)
+    x3, y3 = unpack(words3)
+    x0, x1, x2, x3 = _scaled(x0, scales0), _scaled(x1, scales1), _scaled(x2, scales2), _scaled(x3, scales3)
+    y0, y1, y2, y3 = _scaled(y0, scales0), _scaled(y1, scales1), _scaled(y2, scales2), _scaled(y3, scales3)
+    amax = gl.convert_layout(gl.join(_largest(x0, x1, x2, x3), _largest(y0, y1, y2, y3)), SHARED)
+    amax = gl.reduce(gl.reduce(gl.reshape(amax, (2, 4, C, 2)), 1, _maximum), 0, _maximum)  # of neighbouring lanes first
+    scale_inv = _scale_inv(amax, amax_floor, POW2)
+    OWN: gl.constexpr = scale_inv.type.layout
+    pair = gl.arange(0, C, gl.SliceLayout(1, OWN))[:, None]
+    column = 2 * pair + 8 * (pair // 4) + gl.arange(0, 2, gl.SliceLayout(0, OWN))[None, :]
+    gl.store(t_scale_inv_ptr + column, scale_inv, mask=None if WHOLE else column < columns)
+    first, second = _reciprocal_and_rest(scale_inv)
+    first_x, first_y = gl.split(gl.convert_layout(first, BOTH))
+    second_x, second_y = gl.split(gl.convert_layout(second, BOTH))
+    WORDS: gl.constexpr = x0.type.layout
+    pair = gl.arange(0, C, gl.SliceLayout(0, WORDS))[None, :]
+    column = 2 * pair + 8 * (pair // 4)
+    t_ptr += column * P_words + gl.arange(0, 32, gl.SliceLayout(1, WORDS))[:, None]
+    gl.store(t_ptr, _divided(x0, x1, x2, x3, first_x, second_x), mask=None if WHOLE else column < columns)
+    gl.store(t_ptr + P_words, _divided(y0, y1, y2, y3, first_y, second_y), mask=None if WHOLE else column + 1 < columns)
+
+
+@launched
+@gluon.jit(do_not_specialize=["R", "scale_stride"])
+def _requantize_kernel(
+    x_ptr, x_scale_inv_ptr, t_ptr, t_scale_inv_ptr, rows_ptr, R, K, x_stride, scale_stride, P_words, amax_floor,
+    POW2: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """One program: 128 rows of a group × 128 columns, which is less of the last tile if not WHOLE. x has words of two
+    columns, x_stride times eight of them a row, in 2^32 times 16 bytes. Tiles without rows are zero."""
     tile, column = gl.program_id(0), gl.program_id(1) * 128
-    start = tile * 128
-    rows = R - start
-    if GROUPS:
-        start, rows, _ = find_tile(offs_ptr, tile, E, 128, GROUPS)
-    columns = K - column
-    t_ptr += column.to(gl.int64) * P_words + tile * 32
-    t_scale_inv_ptr += tile.to(gl.int64) * K + column
-    if rows <= 0:
-        store_nothing(128, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
-        return
     LOAD: gl.constexpr = _load_layout()
     COLUMNS: gl.constexpr = column_layout(16, gl.num_warps())
     SCALES: gl.constexpr = gl.SharedLinearLayout([[1], [2], [16], [32], [64], [4], [8]])  # a load of 16 bytes is a line
-    row = gl.arange(0, 128, gl.SliceLayout(1, LOAD))
+    PLACES: gl.constexpr = gl.DistributedLinearLayout([[1], [2]], [[0], [0], [64], [4], [8]], [[16], [32]], [], [128])
+    columns = K - column
+    t_ptr += column.to(gl.int64) * P_words + tile * 32
+    t_scale_inv_ptr += tile.to(gl.int64) * K + column
+    place = gl.arange(0, 128, PLACES)
+    own_place = gl.arange(0, 128, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    if rows_ptr is None:
+        x_row, scale_row = tile * 128 + _row_at(place), tile * 128 + _row_at(own_place)
+        x_row, scale_row = gl.where(x_row < R, x_row, -1), gl.where(scale_row < R, scale_row, -1)
+    else:
+        gdc_wait()
+        rows_ptr += tile * 128
+        x_row = gl.load(rows_ptr + place, volatile=True)  # or it would wait until the branch below is not taken
+        scale_row = gl.load(rows_ptr + own_place, volatile=True)
+        if gl.load(rows_ptr) < 0:
+            store_nothing(128, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
+            return
+    x_row = gl.convert_layout(_in_order(x_row), gl.SliceLayout(1, LOAD), assert_trivial=True)
     word = gl.arange(0, 64, gl.SliceLayout(0, LOAD))
-    scaled = gl.arange(0, 128, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    x_row, scale_row = start + row, start + scaled
-    if TOP_K:
-        x_row = gl.load(permutation_ptr + x_row, mask=row < rows, other=0).to(gl.uint32) // TOP_K
-        scale_row = gl.load(permutation_ptr + scale_row, mask=scaled < rows, other=0).to(gl.uint32) // TOP_K
-    x_ptr += x_row.to(gl.int64)[:, None] * (x_stride * 8) + (column // 2 + word[None, :])
-    x = gl.load(x_ptr, mask=row[:, None] < rows, other=0)
-    x_scale_inv_ptr += (column // 128).to(gl.int64) * scale_stride + scale_row.to(gl.int64)
-    x_scale_inv = gl.load(x_scale_inv_ptr, mask=scaled < rows, other=0.0)
+    begin = (x_row.to(gl.uint32) * x_stride).to(gl.int64) * 8
+    x = gl.load(x_ptr + (begin[:, None] + (column // 2 + word[None, :])), mask=x_row[:, None] >= 0, other=0)
+    x_scale_inv_ptr += (column // 128).to(gl.int64) * scale_stride
+    x_scale_inv = gl.load(x_scale_inv_ptr + scale_row, mask=scale_row >= 0, other=0.0)
     shared = gl.allocate_shared_memory(gl.int16, (128, 64), _tile_layout(), x)
-    row_scales = gl.allocate_shared_memory(gl.float32, (128,), SCALES, x_scale_inv)
+    row_scales = gl.allocate_shared_memory(gl.float32, (128,), SCALES, _in_order(x_scale_inv))
     scales02, scales13 = gl.split(gl.reshape(row_scales.load(gl.SliceLayout(1, COLUMNS)), (32, 2, 2)))
     scales0, scales2 = gl.split(scales02)
     scales1, scales3 = gl.split(scales13)
     parts = shared._reinterpret(gl.int16, (4, 128, 16), shared_layout(16, 16))
     for part in range(4):  # unrolled it is 3 % slower
-        words0, words1, words2, words3 = quarters(parts.index(part).load(COLUMNS))
-        x0, y0 = unpack(words0)
-        x1, y1 = unpack(words1)
-        x2, y2 = unpack(words2)
-        x3, y3 = unpack(words3)
         at = part % 2 * 8 + part // 2 * 64  # a part has 8 columns of each 16 of 64
-        store_quarters(
-            _scaled(x0, scales0), _scaled(x1, scales1), _scaled(x2, scales2), _scaled(x3, scales3), True,
-            t_ptr + at * P_words, t_scale_inv_ptr + at, columns - at, P_words, amax_floor, POW2, 2, 8,
-        )  # fmt: skip
-        store_quarters(
-            _scaled(y0, scales0), _scaled(y1, scales1), _scaled(y2, scales2), _scaled(y3, scales3), True,
-            t_ptr + (at + 1) * P_words, t_scale_inv_ptr + at + 1, columns - at - 1, P_words, amax_floor, POW2, 2, 8,
+        _store_part(
+            parts.index(part).load(COLUMNS), scales0, scales1, scales2, scales3, t_ptr + at * P_words,
+            t_scale_inv_ptr + at, columns - at, P_words, amax_floor, POW2, WHOLE,
         )  # fmt: skip
 
 
@@ -142,11 +222,13 @@ def _requantize(x, x_scale_inv, R, permutation_R, top_k, offs, amax_floor, pow2,
     K, P = t_KP.shape
     if t_KP.numel() == 0:
         return
-    x, x_scale_inv = _words(x), column_major(x_scale_inv)
-    E, offs = (0, None) if offs is None else (len(offs), offs.contiguous())
+    x, x_scale_inv, rows = _words(x), column_major(x_scale_inv), None
+    if offs is not None:
+        offs, rows = offs.contiguous(), torch.empty(P, dtype=torch.int32, device=x.device)
+        _rows_kernel[(P // TILE,)](offs, permutation_R, rows, len(offs), groups_of(offs), top_k, num_warps=WARPS)
     _requantize_kernel[(P // TILE, ceil_div(K, TILE))](
-        x, x_scale_inv, t_KP.view(torch.int32), t_scale_inv, permutation_R, offs, R, K, x.stride(0) // 8,
-        x_scale_inv.stride(1), P // 4, E, amax_floor, pow2, groups_of(offs), top_k, num_warps=WARPS,
+        x, x_scale_inv, t_KP.view(torch.int32), t_scale_inv, rows, R, K, x.stride(0) // 8, x_scale_inv.stride(1),
+        P // 4, amax_floor, pow2, K % TILE == 0, num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=rows is not None,
     )  # fmt: skip
 
 
@@ -159,10 +241,13 @@ def _words(x_fp8: Tensor) -> Tensor:
 
 
 def variants() -> Iterator[Variant]:
-    for groups, top_k in ((0, 0), (32, 0), (32, 8)):
+    for grouped in (False, True):
         pointers = {"x_ptr": I16, "x_scale_inv_ptr": F32, "t_ptr": I32, "t_scale_inv_ptr": F32}
-        pointers |= {"offs_ptr": I32} if groups else {}
-        pointers |= {"permutation_ptr": I32} if top_k else {}
-        absent = {n: None for n in _requantize_kernel.arg_names if n.endswith("_ptr") and n not in pointers}
-        flags = {"POW2": False, "GROUPS": groups, "TOP_K": top_k}
-        yield Variant(_requantize_kernel, pointers | {"amax_floor": "fp32"}, flags | absent, num_warps=WARPS)
+        pointers |= {"rows_ptr": I32} if grouped else {}
+        flags = {"POW2": False, "WHOLE": True} | ({} if grouped else {"rows_ptr": None})
+        arguments = pointers | {"amax_floor": "fp32"}
+        yield Variant(_requantize_kernel, arguments, flags, num_warps=WARPS, maxnreg=REGISTERS)
+    for top_k in (0, 8):
+        pointers = {"offs_ptr": I32, "rows_ptr": I32} | ({"permutation_ptr": I32} if top_k else {})
+        flags = {"GROUPS": 256, "TOP_K": top_k} | ({} if top_k else {"permutation_ptr": None})
+        yield Variant(_rows_kernel, pointers, flags, num_warps=WARPS)

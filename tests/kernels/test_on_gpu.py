@@ -7,6 +7,7 @@ import torch
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.kernels.reference import casts as reference
+from dsv3c.kernels.reference.permute import permute_requantize_t_ref
 from dsv3c.numerics import Recipe
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -67,6 +68,25 @@ def test_transposing_casts(check, sizes, columns):
         odd = beside.clone().flatten()[1 : 1 + q.numel()].view(q.shape).copy_(q)
         for each in (q, beside[:, :-1], odd):
             assert_same_bits(ops.requantize_t(each, scale_inv, offs, FLOOR, pow2), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 33, 48, 256, 300])
+def test_casts_of_many_groups(check, groups):
+    """Tiles are looked up among groups of which a thread has several, and loads several at once, or not."""
+    sizes = random.Random(groups).choices([0, 0, 1, 31, 127, 128, 129, 200], k=groups)
+    offs = check.ends([*sizes[:-1], 5], device="cuda")
+    R, (T, K) = sum(sizes[:-1]) + 5 + 43, (40, 8)
+    x = check.varied(R, 200, torch.bfloat16, device="cuda")
+    q = ops.quantize_tile(x, FLOOR, False)
+    assert_same_bits(ops.quantize_tile_t(x, offs, FLOOR, False), reference.quantize_tile_t_ref(x, offs, FLOOR, False))
+    expected = reference.quantize_tile_both_ref(x, offs, FLOOR, False)
+    assert_same_bits(ops.quantize_tile_both(x, offs, FLOOR, False), expected)
+    assert_same_bits(ops.requantize_t(*q, offs, FLOOR, False), reference.requantize_t_ref(*q, offs, FLOOR, False))
+    permutation = torch.randperm(T * K, device="cuda").int()
+    inverse = permutation.argsort().int().view(T, K)
+    offs = check.ends([n * T * K // (sum(sizes) + 1) for n in sizes], device="cuda")
+    arguments = *(each[:T] for each in q), permutation, inverse, offs, FLOOR, False
+    assert_same_bits(ops.permute_requantize_t(*arguments), permute_requantize_t_ref(*arguments))
 
 
 @pytest.mark.parametrize("sizes", [None, *GROUPS])
