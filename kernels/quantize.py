@@ -14,7 +14,7 @@ column a thread. In `quantize_tile_both` 64 registers make room for four program
 experts make many, are only filled. FP8 is cast again in `requantize.py`.
 
 H200, 4096 and 32768 rows of 2048 to 18432, in the time of a copy of as many bytes: `quantize_tile` 0.92 to 1.00,
-`quantize_tile_t` 0.93 to 0.95, `quantize_tile_both` 0.89 to 0.93.
+`quantize_tile_t` 0.93 to 0.95, `quantize_tile_both` 0.89 to 0.93; `quantize_tile_t` of 32768 rows in 256 groups 0.85.
 """
 
 from collections.abc import Iterator
