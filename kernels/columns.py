@@ -137,12 +137,10 @@ def divide_words(words, others, first, second):
 
 
 @gluon.jit
-def store_columns(words, scale_inv, t_ptr, scale_inv_ptr, columns, P_words, STEP: gl.constexpr, GAP: gl.constexpr = 0):
-    """words [R/4, C], four rows of a column each, and scales, to every STEP-th row of t as far as columns go; with a
-    GAP behind every fourth."""
+def store_columns(words, scale_inv, t_ptr, scale_inv_ptr, columns, P_words):
+    """words [R/4, C], four rows of a column each, and scales, to rows of t as far as columns go."""
     LAYOUT: gl.constexpr = words.type.layout
     word = gl.arange(0, words.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]
     column = gl.arange(0, words.shape[1], gl.SliceLayout(0, LAYOUT))
-    column = STEP * column + GAP * (column // 4)
     gl.store(t_ptr + (column[None, :] * P_words + word), words, mask=column[None, :] < columns)
     gl.store(scale_inv_ptr + column, scale_inv, mask=column < columns)

@@ -71,7 +71,7 @@ def _cast_columns(tile, t_ptr, scale_inv_ptr, columns, P_words, amax_floor, POW2
     scale = scale_inv(largest(words, others), amax_floor, POW2)
     first, second = reciprocal(scale)
     words = divide_words(words, others, first[None, :], second[None, :])
-    store_columns(words, scale, t_ptr, scale_inv_ptr, columns, P_words, 1)
+    store_columns(words, scale, t_ptr, scale_inv_ptr, columns, P_words)
 
 
 @launched

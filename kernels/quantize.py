@@ -143,9 +143,8 @@ def _quantize_tile_kernel(
 
 
 @gluon.jit
-def store_quarters(
-    x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr,
-    STEP: gl.constexpr = 1, GAP: gl.constexpr = 0,
+def _store_quarters(
+    x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2: gl.constexpr
 ):  # fmt: skip
     """Float32 numbers, to rows of t as `store_columns` takes them; zero if the tile is no group's."""
     amax = _maximum(_maximum(gl.abs(x0), gl.abs(x1)), _maximum(gl.abs(x2), gl.abs(x3)))
@@ -156,7 +155,7 @@ def store_quarters(
     words = pack_rows(
         divide(x0, first, second), divide(x1, first, second), divide(x2, first, second), divide(x3, first, second)
     )
-    store_columns(gl.where(mine, words, 0), scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, STEP, GAP)
+    store_columns(gl.where(mine, words, 0), scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words)
 
 
 @gluon.jit
@@ -165,7 +164,7 @@ def store_nothing(COLUMNS: gl.constexpr, t_ptr, t_scale_inv_ptr, columns, P_word
     WORDS: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, gl.num_warps()], [0, 1])
     words = gl.full([32, COLUMNS], 0, gl.int32, WORDS)
     scale_inv = _scale_inv(gl.full([COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, WORDS)), amax_floor, POW2)
-    store_columns(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
+    store_columns(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words)
 
 
 @gluon.jit
@@ -177,10 +176,10 @@ def _store_transposed(shared, mine, t_ptr, t_scale_inv_ptr, columns, P_words, am
         scale_inv = _scale_inv(gl.where(mine, largest(words, others), 0.0), amax_floor, POW2)
         first, second = reciprocal(scale_inv)
         words = gl.where(mine, divide_words(words, others, first[None, :], second[None, :]), 0)
-        store_columns(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words, 1)
+        store_columns(words, scale_inv, t_ptr, t_scale_inv_ptr, columns, P_words)
     else:
         x0, x1, x2, x3 = quarters(shared.load(column_layout(C, gl.num_warps())).to(gl.float32))
-        store_quarters(x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
+        _store_quarters(x0, x1, x2, x3, mine, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
 
 
 @launched
