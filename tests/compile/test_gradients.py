@@ -89,7 +89,7 @@ def test_a_mask_that_is_added(shape, learned, make_their_model, same):
     mask = torch.randn(shape) + causal
 
     def run(model):
-        added = mask.to(model.dtype).requires_grad_(learned)
+        added = mask.detach().clone().to(model.dtype).requires_grad_(learned)
         out = model(tokens, attention_mask=added, use_cache=False).logits
         out.square().mean().backward()
         return (out.detach(), *([added.grad] if learned else []))

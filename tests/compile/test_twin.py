@@ -166,8 +166,6 @@ def test_a_layer_s_own_forward_of_the_user_s_stays(make_their_model, compiled, l
     model = make_their_model()
     model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
     with pytest.warns(UserWarning, match="model.layers.1 runs eagerly"):
-
-
         result = compile(model, precision="exact")
     with torch.no_grad():
         tokens = ids(1, 6)
