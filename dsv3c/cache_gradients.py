@@ -2,11 +2,12 @@
 layer by it. Few ask for that, so units return entries without a gradient; where it is asked for they are computed
 again, by the layer's own attention."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 
 from dsv3c.errors import Dsv3cError
 
@@ -19,18 +20,18 @@ class NewEntries:
 
     def update(self, latent: Tensor, rope: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         self.latent, self.rope = latent, rope
-        if self.past_latent is None:
+        if self.past_latent is None or self.past_rope is None:
             return latent, rope
         return torch.cat((self.past_latent, latent), 2), torch.cat((self.past_rope, rope), 2)
 
 
 def differentiable(
-    layer: nn.Module, out: Tensor, latent: Tensor, rope: Tensor, x: Tensor, cos: Tensor, sin: Tensor
+    layer: Any, out: Tensor, latent: Tensor, rope: Tensor, x: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """latent [B, 1, T, L] and rope [B, 1, T, r], which `layer` made of x [B, T, D] beside `out`, with their gradients;
     until the backward of `out`, which frees x as it frees all that is saved."""
-    inputs = [x, cos, sin]
-    out.grad_fn.register_hook(lambda *_: inputs.clear())
+    inputs, node = [x, cos, sin], cast(Node, out.grad_fn)
+    node.register_hook(lambda *_: inputs.clear())
     parameters = (*layer.input_layernorm.parameters(), *layer.self_attn.parameters())
     return _Entries.apply(layer, inputs, latent, rope, x, *parameters)
 

@@ -23,8 +23,8 @@ def give_forward(module: nn.Module, forward: Callable) -> None:
 
 def copied_as(module: nn.Module, made: Callable[[nn.Module], nn.Module]) -> None:
     """Deep copies and pickles of `module` are `made(a copy of its eager twin)`."""
-    module.__deepcopy__ = lambda memo: made(copy.deepcopy(eager_twin(module), memo))
-    module.__reduce_ex__ = lambda protocol: (made, (eager_twin(module),))
+    vars(module)["__deepcopy__"] = lambda memo: made(copy.deepcopy(eager_twin(module), memo))
+    vars(module)["__reduce_ex__"] = lambda protocol: (made, (eager_twin(module),))
 
 
 def _same(module: nn.Module) -> nn.Module:
