@@ -1,6 +1,8 @@
 """`dsv3c::attention` (kernels/attention.py computes) and the gradients of what is raised from the captured graph with
 it: operators of later levels have none."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -24,6 +26,25 @@ for _device in ("CPU", "CUDA"):
 def _heads_inside(x: Tensor, B, H, T, size) -> Tensor:
     """An empty [B, H, T, size] laid out as [B, T, H, size]."""
     return x.new_empty((B, T, H, size)).transpose(1, 2)
+
+
+def _under_autocast(device: str) -> Callable:
+    """As torch casts what it calls this for."""
+
+    def attention(q, k, v, mask, scale, is_causal):
+        def cast(x: Tensor | None) -> Tensor | None:
+            narrows = x is not None and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(torch.get_autocast_dtype(device)) if narrows else x
+
+        q, k, v, mask = map(cast, (q, k, v, mask))
+        with torch.autocast(device, enabled=False):
+            return torch.ops.dsv3c.attention(q, k, v, mask, scale, is_causal)
+
+    return attention
+
+
+_LIBRARY.impl("attention", _under_autocast("cpu"), "AutocastCPU")
+_LIBRARY.impl("attention", _under_autocast("cuda"), "AutocastCUDA")
 
 
 @torch.library.register_fake("dsv3c::attention")

@@ -26,10 +26,12 @@ from dsv3c.errors import Dsv3cError
 from dsv3c.families import LAYERS, OTHERS, Outputs, call_of
 from dsv3c.out_of_memory import watch_backward
 from dsv3c.passes.regions import REGIONS
+from dsv3c.twin import HOOKS, eager_twin
 
+CONSTANTS = (int, float, bool, str, type(None))
+NOT_COMPUTED_WITH = ("training", "layer_idx", "gradient_checkpointing")
 BackendFactory = Callable[["Unit"], Callable]
 OutOfMemory = Callable[[str, torch.OutOfMemoryError, Any], None]  # where, what was raised, a layer's backward node
-SET_BY_COMPILE = ("forward", "__deepcopy__", "weights_changed", "_dsv3c")  # the last three on the model alone
 
 
 class Argument(NamedTuple):
@@ -56,10 +58,16 @@ class Kind(NamedTuple):
 
     module_class: str
     parameters: tuple[tuple[str, torch.Size, torch.dtype], ...]
+    parts: tuple[tuple, ...] = ()  # of each its path, its class, and the numbers and words that it computes with
 
     @classmethod
     def of(cls, module: nn.Module) -> "Kind":
-        return cls(type(module).__name__, tuple((name, p.shape, p.dtype) for name, p in tensors_of(module).items()))
+        parameters = tuple((name, p.shape, p.dtype) for name, p in tensors_of(module).items())
+        parts = tuple(
+            (path, f"{type(part).__module__}.{type(part).__qualname__}", *_constants(part))
+            for path, part in module.named_modules()
+        )
+        return cls(type(module).__name__, parameters, parts)
 
     @property
     def name(self) -> str:
@@ -67,6 +75,14 @@ class Kind(NamedTuple):
             return OTHERS[self.module_class][0]
         moe = any(name.startswith("mlp.experts.") for name, *_ in self.parameters)
         return f"{'mtp' if self.module_class == 'MTPLayer' else 'moe' if moe else 'dense'}_layer"
+
+
+def _constants(part: nn.Module) -> list[tuple[str, object]]:
+    return [
+        (name, constant)
+        for name, constant in vars(part).items()
+        if type(constant) in CONSTANTS and not name.startswith("_") and name not in NOT_COMPUTED_WITH
+    ]
 
 
 class Variant(NamedTuple):
@@ -194,6 +210,7 @@ class Units:
         """Through Dynamo. `functions` are those that the module has been called with. Returns the way of later calls,
         too."""
         symbolic = call_of(module).symbolic
+        tensors = tuple(_varying_sizes(x) for x in tensors)
         arguments = tuple(map(Argument.of, tensors, symbolic))
         kinds = [(p.requires_grad, p.dtype) for p in parameters.values()]
         key = (arguments, *kinds, torch.is_grad_enabled())
@@ -219,6 +236,11 @@ class Units:
         return self.functions[kind, variant]
 
 
+def _varying_sizes(x: Tensor | None) -> Tensor | None:
+    """x, or all of it: to Dynamo a Parameter's sizes are fixed, those of inputs that are trained too."""
+    return torch.ops.aten._unsafe_view.default(x, x.shape) if isinstance(x, nn.Parameter) else x
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
@@ -232,12 +254,10 @@ def template_of(module: nn.Module) -> nn.Module:
     for tensor in tensors_of(module).values():
         meta = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    attributes = vars(module)
-    ours = {name: attributes.pop(name) for name in SET_BY_COMPILE if name in attributes}
-    try:
-        template = copy.deepcopy(module, memo)
-    finally:
-        attributes.update(ours)
+    template = copy.deepcopy(eager_twin(module), memo)
+    for part in template.modules():
+        for name in HOOKS:
+            getattr(part, name).clear()
     return template.eval()
 
 

@@ -1,6 +1,5 @@
 """`dsv3c.compile`: a model in, the same model with compiled modules out."""
 
-import copy
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dsv3c.out_of_memory import explain
 from dsv3c.passes import OrderSums, Pass, Pipeline, default
 from dsv3c.passes.choose_saved import Memory
 from dsv3c.tuning.targets import Target, resolve
+from dsv3c.twin import copied_as, eager_twin, give_forward
 from dsv3c.weights import QuantizedWeights
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def compile(  # the name users type
     """The same model with all but its embedding compiled; `model` itself stays eager.
 
     The result is of the same class, with the same call, config, `generate`, `state_dict` and Parameter objects.
-    Nothing is compiled before the first call. `result.weights_changed()` says that weights were written behind
+    Nothing is compiled before the first call. A layer that gets a hook inside, or a part replaced, runs eagerly from then
+    on, with a warning. `result.weights_changed()` says that weights were written behind
     torch's back (through `.data`), so that their FP8 copies are made again.
 
     Args:
@@ -105,19 +106,29 @@ def compile(  # the name users type
         explain(error, where, model.parameters(), weights, pipeline.memory, node)
 
     units = Units(backend, out_of_memory)
-    compiled = _shallow_copy(model, {})
-    for _, module in families.compiled_modules(compiled):
-        module.forward = families.call_of(module).forward(module, units.runner(module))
+    compiled = eager_twin(model)
+    for path, module in families.compiled_modules(compiled):
+        if "forward" in vars(module):
+            _runs_eagerly(path, notes)
+        else:
+            eagerly = partial(_runs_eagerly, path, notes)
+            give_forward(module, families.forward_of(module, units.runner(module), eagerly))
     families.adapt(compiled)
     compiled._dsv3c = Compilation(resolved, resolve(target), pipeline, weights, units, backends, notes)
     compiled.weights_changed = weights.forget if weights else lambda: None
-    # A copied module would go on calling its unit with this one's parameters, so a deep copy is compiled anew.
     again = partial(
         compile, target=target, precision=precision, memory=memory, deterministic=deterministic, skip=skip,
         passes=passes,
     )  # fmt: skip
-    compiled.__deepcopy__ = lambda memo: again(copy.deepcopy(model, memo))
+    copied_as(compiled, again)
     return compiled
+
+
+def _runs_eagerly(path: str, notes: list[str]) -> None:
+    note = f"{path or 'the model'} runs eagerly: a part of it was replaced, or has somebody's hook or forward"
+    if note not in notes:
+        notes.append(note)
+        warnings.warn(f"dsv3c.compile: {note}", stacklevel=2)
 
 
 def compilation_of(model: nn.Module) -> Compilation:
@@ -140,18 +151,3 @@ def _precision(precision: str, model: nn.Module) -> tuple[str, list[str]]:
         warnings.warn(f"dsv3c.compile: {note}", stacklevel=3)
         return precision, [note]
     return precision, []
-
-
-def _shallow_copy(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """The same tree of modules over the same tables of parameters and buffers: whatever is assigned to a parameter of
-    one is seen by the other, but hooks and forwards are their own."""
-    if id(module) not in memo:
-        new = memo[id(module)] = module.__class__.__new__(module.__class__)
-        shared = ("_parameters", "_buffers")
-        new.__dict__.update(
-            {k: v if k in shared or not isinstance(v, dict) else v.copy() for k, v in module.__dict__.items()}
-        )
-        new.__dict__["_modules"] = {
-            name: child and _shallow_copy(child, memo) for name, child in module._modules.items()
-        }
-    return memo[id(module)]

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3c.cache import Pages
+from dsv3c.cache_gradients import NewEntries, differentiable
 from dsv3c.embedding import embedding_forward, is_plain
 from dsv3c.errors import CompileError
+from dsv3c.twin import give_forward, has_ours, unchanged
 
 Outputs = Tensor | tuple[Tensor, ...]
 RunUnit = Callable[..., Outputs]
@@ -81,9 +83,9 @@ class TransformersLayer:
     symbolic = ((0, 1), (0, 1), (0, 1), (0, 2, 3), (0, 2), (0, 2))
 
     def trace(self, call, x, cos, sin, mask, past_latent, past_rope):
-        cache = _NewEntries(past_latent, past_rope)
+        cache = NewEntries(past_latent, past_rope)
         x = call(x, attention_mask=mask, past_key_values=cache, position_embeddings=(cos, sin))
-        return x, cache.latent, cache.rope
+        return x, cache.latent.detach(), cache.rope.detach()
 
     def forward(self, layer, run):
         eager = type(layer).forward
@@ -100,18 +102,24 @@ class TransformersLayer:
         ):
             attention_mask = None if _is_causal(attention_mask) else attention_mask
             past = _past_of(past_key_values, index)
-            if past is None or any(value is not None and value is not False for value in kwargs.values()):
-                # A cache that is not a plain growing one, or arguments of other attention kernels: transformers' own
-                # code.
+            if (
+                past is None
+                or any(value is not None and value is not False for value in kwargs.values())
+                or any(x is not None and x.requires_grad for x in (attention_mask, *position_embeddings))
+            ):
+                # A cache that is not a plain growing one, arguments of other attention kernels, or a mask or angles
+                # that are learned: transformers' own code.
                 return eager(
                     layer, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings,
                     **kwargs,
                 )  # fmt: skip
             mask = attention_mask.contiguous() if attention_mask is not None else None
-            hidden_states, latent, rope = run(hidden_states, *position_embeddings, mask, *past)
+            out, latent, rope = run(hidden_states, *position_embeddings, mask, *past)
             if past_key_values is not None:
+                if out.requires_grad:
+                    latent, rope = differentiable(layer, out, latent, rope, hidden_states, *position_embeddings)
                 past_key_values.update(latent, rope, index)
-            return hidden_states
+            return out
 
         return forward
 
@@ -128,9 +136,9 @@ def adapt(model: nn.Module) -> None:
     body = getattr(model, "model", None)
     embedding = getattr(body, "embed_tokens", None)
     if is_plain(embedding) and "forward" not in vars(embedding):
-        embedding.forward = embedding_forward(embedding)
+        give_forward(embedding, embedding_forward(embedding))
     if type(body).__name__ == "DeepseekV3Model" and "forward" not in vars(body):
-        body.forward = _body_forward(body)
+        give_forward(body, _body_forward(body))
 
 
 def _body_forward(body: nn.Module) -> Callable:
@@ -142,7 +150,7 @@ def _body_forward(body: nn.Module) -> Callable:
 
     def forward(*args, **kwargs):
         given = [*args[1:], *map(kwargs.get, ("attention_mask", "position_ids", "past_key_values"))]
-        compiled = body.config._attn_implementation == "sdpa" and all("forward" in vars(x) for x in body.layers)
+        compiled = body.config._attn_implementation == "sdpa" and all(map(has_ours, body.layers))
         inputs = (*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds")))
         tokens = next((x for x in inputs if x is not None), None) if compiled else None
         if tokens is None:
@@ -187,21 +195,8 @@ class _WrittenOut:
         return answer
 
 
-class _NewEntries:
-    """Stands in for a transformers Cache while one layer is captured: joins past and new, and keeps the new."""
-
-    def __init__(self, past_latent: Tensor | None, past_rope: Tensor | None) -> None:
-        self.past_latent, self.past_rope = past_latent, past_rope
-
-    def update(self, latent: Tensor, rope: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        self.latent, self.rope = latent.detach(), rope.detach()
-        if self.past_latent is None:
-            return latent, rope
-        return torch.cat((self.past_latent, latent), 2), torch.cat((self.past_rope, rope), 2)
-
-
 class RowWise:
-    """The final norm, the head and a MoE alone, on x [B, T, D]."""
+    """The final norm, the head and a MoE alone, on x [B, T, D]; on x of other dimensions eager."""
 
     symbolic = ((0, 1),)
 
@@ -209,8 +204,10 @@ class RowWise:
         return call(x)
 
     def forward(self, module, run):
+        eager = type(module).forward
+
         def forward(x):
-            return run(_no_view(x))
+            return run(_no_view(x)) if x.dim() == 3 else eager(module, x)
 
         return forward
 
@@ -232,11 +229,14 @@ class Angles:
 
 def _no_view(x: Tensor) -> Tensor:
     """x, or all of what it is a view of in the same shape, or a copy: of a view, such as the last tokens alone, Dynamo
-    guards the sizes of what it is a view of."""
+    guards the sizes of what it is a view of. Gradients go where x's go, through hooks that are views too."""
     base = x._base
-    if base is None or (base.shape, base.stride()) == (x.shape, x.stride()):
-        return x if base is None else base
-    if base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous():
+    if base is None:
+        return x
+    plain = x.dtype == base.dtype and not (torch.is_grad_enabled() and (x.requires_grad or base.requires_grad))
+    if plain and (base.shape, base.stride()) == (x.shape, x.stride()):
+        return base
+    if base.numel() == x.numel() and x.is_contiguous():
         return torch.ops.aten._unsafe_view.default(x, x.shape)  # the same memory, and no view to autograd
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -280,6 +280,22 @@ OTHERS: dict[str, tuple[str, Call]] = {
 def call_of(module: nn.Module) -> Call:
     name = type(module).__name__
     return LAYERS[name] if name in LAYERS else OTHERS[name][1]
+
+
+def forward_of(module: nn.Module, run: RunUnit, eagerly: Callable[[], None]) -> Callable[..., Outputs]:
+    """A forward for `module` that computes with `run`; or, which it says by calling `eagerly`, with the module's own
+    where a part of it has changed since."""
+    compiled, eager, is_unchanged = call_of(module).forward(module, run), type(module).forward, unchanged(module)
+
+    def forward(*args, **kwargs):
+        if is_unchanged():
+            return compiled(*args, **kwargs)
+        eagerly()
+        if _is_causal(kwargs.get("attention_mask")):
+            kwargs["attention_mask"] = None
+        return eager(module, *args, **kwargs)
+
+    return forward
 
 
 def check(model: nn.Module) -> None:

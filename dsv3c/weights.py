@@ -11,13 +11,14 @@ gradient would transpose its weight again (V3's MoE layer on an H200: 5.6 ms of 
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import dsv3c.operators  # noqa: F401  (defines torch.ops.dsv3c)
@@ -26,13 +27,30 @@ from dsv3c.numerics import Recipe
 _caches: "weakref.WeakSet[QuantizedWeights]" = weakref.WeakSet()
 
 
+class _Source(NamedTuple):
+    """A weight as it was. Its storage is held weakly: its address alone may be that of another one since."""
+
+    weight: weakref.ref
+    storage: StorageWeakRef
+    address: int
+    version: int | None  # inference tensors have none
+
+    @classmethod
+    def of(cls, weight: Tensor, forget: Callable[[weakref.ref], None]) -> "_Source":
+        version = None if weight.is_inference() else weight._version
+        storage = StorageWeakRef(weight.untyped_storage())
+        return cls(weakref.ref(weight, forget), storage, weight.data_ptr(), version)
+
+
 class _Copy(NamedTuple):
-    sources: list[tuple[weakref.ref, int, int]]  # of each weight: itself, its storage, its version
+    sources: list[_Source]
     tensors: tuple[Tensor, ...]
 
     def is_fresh(self, weights: Sequence[Tensor]) -> bool:
-        for (alive, storage, version), weight in zip(self.sources, weights, strict=True):
-            if alive() is not weight or storage != weight.data_ptr() or version != weight._version:
+        for (alive, storage, address, version), weight in zip(self.sources, weights, strict=True):
+            if alive() is not weight or address != weight.data_ptr():
+                return False
+            if storage.cdata != weight.untyped_storage()._cdata or (version is not None and version != weight._version):
                 return False
         return True
 
@@ -77,7 +95,7 @@ class QuantizedWeights:
         made = iter(self.quantize([stack for _, stack in stale], training=training))
         for key, stack in stale:
             forget = partial(_forget, copies, key)
-            sources = [(weakref.ref(weight, forget), weight.data_ptr(), weight._version) for weight in stack]
+            sources = [_Source.of(weight, forget) for weight in stack]
             copies[key] = _Copy(sources, tuple(islice(made, 4 if training else 2)))
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ def attention(
     """softmax(q kᵀ · scale + mask) v, and the log-sum-exp of each row where the kernel has it (zeros otherwise).
 
     Returns [B, H, T, v] in q's dtype, laid out as [B, T, H, v], and float32 [B, H, T]. `mask` is bool, True = attend,
-    broadcastable to [B, H, T, S], or None.
+    or added to the scores, in q's dtype; broadcastable to [B, H, T, S]; or None.
     """
     if _cudnn(q_BHTd, k_BHSd, v_BHSv, mask, scale, is_causal):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
@@ -126,7 +126,7 @@ def _explicit_backward(dout, q, k, v, mask, scale, is_causal) -> tuple[Tensor, T
     if is_causal:
         mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
+        scores_BHTS = scores_BHTS + _bias(mask, dtype)
     p_BHTS = scores_BHTS.softmax(-1).nan_to_num(0.0)  # a row that attends to nothing gives nothing
     dp_BHTS = dout32 @ v32.transpose(2, 3)
     ds_BHTS = p_BHTS * (dp_BHTS - (dp_BHTS * p_BHTS).sum(-1, keepdim=True)) * scale
@@ -135,8 +135,10 @@ def _explicit_backward(dout, q, k, v, mask, scale, is_causal) -> tuple[Tensor, T
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bool mask as cuDNN takes it: added to the scores."""
-    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    """A mask as cuDNN takes it: added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask if mask is None else mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask, scale: float, is_causal: bool) -> bool:

@@ -81,7 +81,7 @@ def _fuse_swiglu(cast: fx.Node) -> int:
 
 
 def norm_of(y: fx.Node) -> Norm | None:
-    """`weight · bf16(x/rms)`, with the sums in float32."""
+    """`weight · bf16(x/rms)`, with the sums in float32, of x and weight in BF16."""
     weight, normed = _operands(y, aten.mul.Tensor, lambda node: value(node).dim() == 1)
     if normed is None or not _casts(normed, torch.bfloat16):
         return None
@@ -97,7 +97,8 @@ def norm_of(y: fx.Node) -> Norm | None:
     if not last or square.target is not aten.pow.Tensor_Scalar or square.args != (x32, 2):
         return None
     x = x32.args[0]
-    return Norm(x, weight, normed, shifted.args[1], rstd) if value(x).dtype == torch.bfloat16 else None
+    ours = value(x).dtype == value(weight).dtype == torch.bfloat16
+    return Norm(x, weight, normed, shifted.args[1], rstd) if ours else None
 
 
 def _stacked(a: fx.Node) -> fx.Node | None:

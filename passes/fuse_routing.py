@@ -144,6 +144,9 @@ def _choice(choice: fx.Node) -> _Gate | None:
         return None
     if logits is None or (worth is not None and not _worth(worth, biased, bias is not None)):
         return None
+    if value(logits).dtype != torch.float32:
+        leave(choice, "logits of another dtype than float32, as under autocast")
+        return None
     return _Gate(logits, scores, bias, n_group, topk_group)
 
 

@@ -70,6 +70,18 @@ def other_storage(weight):
     weight.data = torch.randn_like(weight)
 
 
+def other_storage_at_the_same_address(weight):
+    """As an allocator gives it to the next but one of replaced weights. Shapes go along, which no version counts."""
+    address, shape = weight.data_ptr(), weight.shape
+    held = []
+    for _ in range(100):
+        weight.data = weight.new_empty(0)
+        held.append(torch.randn(shape))
+        weight.data = held[-1]
+        if weight.data_ptr() == address:
+            break
+
+
 def loaded(weight):
     module = torch.nn.Linear(256, 128, bias=False)
     module.weight = weight
@@ -89,13 +101,14 @@ def stepped(optimizer):
     [
         in_place,
         other_storage,
+        other_storage_at_the_same_address,
         loaded,
         stepped(lambda p: torch.optim.SGD(p, lr=1.0)),
         stepped(lambda p: torch.optim.AdamW(p, lr=1.0)),
         stepped(lambda p: torch.optim.AdamW(p, lr=1.0, fused=True)),
         stepped(lambda p: torch.optim.SGD(p, lr=1.0, fused=True)),
     ],
-    ids=["in_place", "storage", "load_state_dict", "sgd", "adamw", "fused_adamw", "fused_sgd"],
+    ids=["in_place", "storage", "address", "load_state_dict", "sgd", "adamw", "fused_adamw", "fused_sgd"],
 )
 def test_made_again_after(change, weights, weight):
     before = copy_of(weights, weight)[0].clone()
