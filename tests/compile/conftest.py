@@ -61,6 +61,24 @@ def model(request):
     return MODELS[request.param]()
 
 
+@pytest.fixture(scope="module", params=list(MODELS))
+def shared(request):
+    """A model and its compilation in exact precision, for all tests of a file that change neither: what one of them
+    has called is compiled for the next."""
+    torch.manual_seed(0)
+    return in_exact_precision(MODELS[request.param]())
+
+
+@pytest.fixture(scope="module")
+def our_shared():
+    torch.manual_seed(0)
+    return in_exact_precision(our_model())
+
+
+def in_exact_precision(model):
+    return model, compile(model, precision="exact")
+
+
 @pytest.fixture
 def make_model():
     return our_model

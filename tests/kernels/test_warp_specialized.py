@@ -1,10 +1,6 @@
 """The warp-specialised products: the same bits as the plain kernel's, which test_on_gpu.py holds against float64."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -104,12 +100,9 @@ assert bool((y[start:] == 7.0).all()), "rows of no group are written"
     ([3, 1, 130, 2, 1, 1, 5], 256, 384, CONFIGS[0], 1),  # from (e, 1) to (e + 1, 0)
     ([20, 30, 150, 65, 33, 7], 392, 256, CONFIGS[0], 5),  # three of them begin with short groups
 ], ids=str)  # fmt: skip
-def test_tiles_tickets_and_barriers(case):
+def test_tiles_tickets_and_barriers(interpreted, case):
     """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    command = [sys.executable, "-P", "-c", PROGRAM, str(Path(__file__).parent), repr(case)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    interpreted(PROGRAM, repr(case))
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda config: "-".join(map(str, config.values())))

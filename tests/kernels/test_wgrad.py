@@ -1,11 +1,7 @@
 """Weight gradients: accumulation, and the implementation with specialised warps, which shares the plain one's bits."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -132,12 +128,9 @@ for e, n in enumerate(sizes):
     ([130, 0, 300], 128, 640, torch.float32, True, specialized.KNOWN[0]),
     ([0, 0, 0, 200, 0, 0], 256, 264, torch.bfloat16, False, specialized.KNOWN[1]),
 ], ids=str)  # fmt: skip
-def test_tiles_and_barriers(case, tiles):
+def test_tiles_and_barriers(interpreted, case, tiles):
     """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    command = [sys.executable, "-P", "-c", PROGRAM, str(Path(__file__).parent), repr(case), tiles]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    interpreted(PROGRAM, repr(case), tiles)
 
 
 def test_what_is_not_aligned_is_left_to_the_plain_kernel():
