@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -61,22 +62,24 @@ def model(request):
     return MODELS[request.param]()
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@cache
+def compiled_once(file, family):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MODELS[family]()
+    return model, compile(model, precision="exact")
+
+
+@pytest.fixture(params=list(MODELS))
 def shared(request):
     """A model and its compilation in exact precision, for all tests of a file that change neither: what one of them
     has called is compiled for the next."""
-    torch.manual_seed(0)
-    return in_exact_precision(MODELS[request.param]())
+    return compiled_once(request.path, request.param)
 
 
-@pytest.fixture(scope="module")
-def our_shared():
-    torch.manual_seed(0)
-    return in_exact_precision(our_model())
-
-
-def in_exact_precision(model):
-    return model, compile(model, precision="exact")
+@pytest.fixture
+def our_shared(request):
+    return compiled_once(request.path, "ours")
 
 
 @pytest.fixture

@@ -79,20 +79,21 @@ def test_a_deep_copy_has_parameters_of_its_own(make_model, compiled):
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 9), (2, 7), (2, 1)])
-def test_forward_equals_eager(model, compiled, logits, batch, tokens):
-    result, tokens = compiled(model), ids(batch, tokens)
+def test_forward_equals_eager(shared, logits, batch, tokens):
+    (model, result), tokens = shared, ids(batch, tokens)
     with torch.no_grad():
         out, eager = logits(result, tokens), logits(model, tokens)
         assert close(out, eager, logits(float64(model), tokens))
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_equal_eager(model, compiled, logits, training):
-    tokens, gradients = ids(2, 12), []
-    for candidate in (compiled(model).train(training), model, float64(model)):
+def test_gradients_equal_eager(shared, logits, training):
+    (model, result), tokens, gradients = shared, ids(2, 12), []
+    for candidate in (result.train(training), model, float64(model)):
         candidate.zero_grad()
         logits(candidate, tokens).square().mean().backward()
         gradients.append({n: p.grad.clone() for n, p in candidate.named_parameters() if p.grad is not None})
+    result.eval()
     out, eager, exact = gradients
     assert set(out) == set(eager)
     for name, gradient in out.items():
@@ -225,25 +226,24 @@ def test_forwards_of_the_user_s_stay(make_their_model, compiled):
     assert result.model.forward is model.model.forward
 
 
-def test_the_embedding_s_gradient_is_ours(model, compiled, logits, monkeypatch):
+def test_the_embedding_s_gradient_is_ours(shared, logits, monkeypatch):
     asked, apply = [], embedding._Embedding.apply
     monkeypatch.setattr(embedding._Embedding, "apply", lambda *args: asked.append(args) or apply(*args))
-    logits(compiled(model), ids(1, 8))
+    logits(shared[1], ids(2, 8))
     assert len(asked) == 1
 
 
-def test_left_padding_equals_eager(model, compiled, logits):
-    tokens, mask = ids(2, 10), torch.ones(2, 10, dtype=torch.long)
+def test_left_padding_equals_eager(shared, logits):
+    (model, result), tokens, mask = shared, ids(2, 10), torch.ones(2, 10, dtype=torch.long)
     mask[0, :4] = 0
     with torch.no_grad():
-        out, eager = (logits(m, tokens, attention_mask=mask)[mask.bool()] for m in (compiled(model), model))
+        out, eager = (logits(m, tokens, attention_mask=mask)[mask.bool()] for m in (result, model))
         exact = logits(float64(model), tokens, attention_mask=mask)[mask.bool()]
     assert close(out, eager, exact)
 
 
-def test_cache_is_updated_in_place(make_model, compiled):
-    model, tokens = make_model(), ids(2, 9)
-    result, outs = compiled(model), []
+def test_cache_is_updated_in_place(our_shared):
+    (model, result), tokens, outs = our_shared, ids(2, 9), []
     for candidate in (result, model):
         cache = LatentCache(model.config, 2, 16)
         with torch.no_grad():
@@ -281,9 +281,9 @@ def test_another_head_runs_eagerly(make_model, compiled, units):
     assert {unit.kind.name for unit in units(result).values()} == {"rotary", "dense_layer", "final_norm"}
 
 
-def test_greedy_tokens_equal_eager(make_model, compiled):
-    model, prompt = make_model(), ids(2, 5)
-    assert torch.equal(generate(compiled(model), prompt, max_new_tokens=6), generate(model, prompt, max_new_tokens=6))
+def test_greedy_tokens_equal_eager(our_shared):
+    (model, result), prompt = our_shared, ids(2, 5)
+    assert torch.equal(generate(result, prompt, max_new_tokens=6), generate(model, prompt, max_new_tokens=6))
 
 
 def test_transformers_generate_works_on_the_result(make_their_model, compiled):
