@@ -62,6 +62,12 @@ def model(request):
     return MODELS[request.param]()
 
 
+@pytest.fixture(params=list(MODELS))
+def dense_model(request):
+    """Two equal layers without experts, for what has nothing to do with these: a MoE takes twice as long to compile."""
+    return MODELS[request.param](num_hidden_layers=2, first_k_dense_replace=2)
+
+
 @cache
 def compiled_once(file, family):
     with torch.random.fork_rng():
@@ -80,6 +86,11 @@ def shared(request):
 @pytest.fixture
 def our_shared(request):
     return compiled_once(request.path, "ours")
+
+
+@pytest.fixture
+def their_shared(request):
+    return compiled_once(request.path, "transformers")
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from dsv3c.passes.contract import Level
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
 
+DENSE = {"num_hidden_layers": 2, "first_k_dense_replace": 2}  # for what has nothing to do with experts
+
 
 def ids(batch, tokens):
     return torch.randint(0, 256, (batch, tokens))
@@ -50,8 +52,8 @@ def test_class_parameters_and_state_dict(model, compiled):
         assert ours is theirs, name
 
 
-def test_the_given_model_stays_eager(model, compiled, logits, units, monkeypatch):
-    result = compiled(model)
+def test_the_given_model_stays_eager(dense_model, compiled, logits, units, monkeypatch):
+    model, result = dense_model, compiled(dense_model)
     with torch.no_grad():
         logits(model, ids(1, 8))
         assert not units(result)  # the eager call compiled nothing
@@ -61,8 +63,8 @@ def test_the_given_model_stays_eager(model, compiled, logits, units, monkeypatch
             logits(result, ids(1, 8))
 
 
-def test_assigning_a_parameter_reaches_both(model, compiled, logits):
-    result = compiled(model)
+def test_assigning_a_parameter_reaches_both(dense_model, compiled, logits):
+    model, result = dense_model, compiled(dense_model)
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     with torch.no_grad():
         assert not logits(result, ids(1, 4)).any()
@@ -101,8 +103,9 @@ def test_gradients_equal_eager(shared, logits, training):
         assert close(gradient, eager[name], exact[name]), name
 
 
-def test_gradients_of_what_is_not_frozen(model, compiled, logits):
+def test_gradients_of_what_is_not_frozen(dense_model, compiled, logits):
     """A frozen first layer is a unit of its own, and so is the next, whose input then has no gradient."""
+    model = dense_model
     for frozen in (model.model.embed_tokens, model.model.layers[0]):
         frozen.requires_grad_(False)
     tokens, gradients = ids(2, 12), []
@@ -121,7 +124,7 @@ def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_mod
 
     asked, find = [], masking_utils.find_packed_sequence_indices
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda x: asked.append(x) or find(x))
-    model, tokens = make_their_model(), ids(1, 8)
+    model, tokens = make_their_model(**DENSE), ids(1, 8)
     result = compiled(model)
     with torch.no_grad():
         for candidate, positions, expected in (
@@ -138,7 +141,7 @@ def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_mod
 
 def test_a_causal_mask_written_out_is_no_mask(make_their_model, compiled, logits, units):
     """Of the caller's, bool [B, 1, T, T]; another one, one of another size, or changed since, is a mask."""
-    model, tokens = make_their_model(), ids(2, 8)
+    model, tokens = make_their_model(**DENSE), ids(2, 8)
     result, exact = compiled(model), float64(model)
     causal = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
     window = causal.triu(-3)
@@ -177,9 +180,9 @@ def test_who_is_asked_whether_a_mask_is_causal():
     assert not families._WrittenOut()(causal, 3, 8)
 
 
-def test_within_a_caller_s_torch_compile(model, compiled, logits):
+def test_within_a_caller_s_torch_compile(dense_model, compiled, logits):
     """Around the model: it breaks the graph at the units, whether their calls are new or seen."""
-    result, tokens = compiled(model), ids(1, 9)
+    model, result, tokens = dense_model, compiled(dense_model), ids(1, 9)
     outer = torch.compile(lambda x: logits(result, x), backend="eager")
     with torch.no_grad():
         eager, exact = logits(model, tokens), logits(float64(model), tokens)
@@ -189,10 +192,10 @@ def test_within_a_caller_s_torch_compile(model, compiled, logits):
 
 def test_layers_that_are_not_compiled_and_other_attention(make_their_model, compiled, logits):
     """Both get the mask that transformers makes."""
-    tokens, model = ids(1, 8), make_their_model()
+    tokens, model = ids(1, 8), make_their_model(**DENSE)
     result = compiled(model)
     result.model.layers[1] = model.model.layers[1]
-    eager = make_their_model()
+    eager = make_their_model(**DENSE)
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
     with torch.no_grad():
@@ -202,7 +205,7 @@ def test_layers_that_are_not_compiled_and_other_attention(make_their_model, comp
 
 
 def test_a_hook_that_copies_the_mask(make_their_model, compiled, logits):
-    model, tokens = make_their_model(), ids(1, 8)
+    model, tokens = make_their_model(**DENSE), ids(1, 8)
     result = compiled(model)
     for layer in result.model.layers:
         layer.register_forward_pre_hook(
@@ -286,8 +289,8 @@ def test_greedy_tokens_equal_eager(our_shared):
     assert torch.equal(generate(result, prompt, max_new_tokens=6), generate(model, prompt, max_new_tokens=6))
 
 
-def test_transformers_generate_works_on_the_result(make_their_model, compiled):
-    model, prompt = make_their_model(), ids(2, 5)
+def test_transformers_generate_works_on_the_result(their_shared):
+    (model, result), prompt = their_shared, ids(2, 5)
     mask = torch.ones_like(prompt)
     arguments = {
         "max_new_tokens": 6,
@@ -296,7 +299,7 @@ def test_transformers_generate_works_on_the_result(make_their_model, compiled):
         "attention_mask": mask,
         "eos_token_id": None,
     }
-    assert torch.equal(compiled(model).generate(prompt, **arguments), model.generate(prompt, **arguments))
+    assert torch.equal(result.generate(prompt, **arguments), model.generate(prompt, **arguments))
 
 
 def test_other_caches_run_transformers_own_layers(make_their_model, compiled, units):
@@ -311,8 +314,7 @@ def test_other_caches_run_transformers_own_layers(make_their_model, compiled, un
 def test_the_callers_tensors_keep_no_marks(make_their_model, compiled, logits):
     """What else is compiled for them, plain torch.compile above all, would be bound by ours."""
     transformers = pytest.importorskip("transformers")
-    model = make_their_model()
-    result, cache = compiled(model), transformers.DynamicCache()
+    result, cache = compiled(make_their_model(**DENSE)), transformers.DynamicCache()
     with torch.no_grad():
         logits(result, ids(1, 5), past_key_values=cache)
         logits(result, ids(1, 3), past_key_values=cache)
