@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -59,6 +60,37 @@ MODELS = {"ours": our_model, "transformers": their_model}
 @pytest.fixture(params=list(MODELS))
 def model(request):
     return MODELS[request.param]()
+
+
+@pytest.fixture(params=list(MODELS))
+def dense_model(request):
+    """Two equal layers without experts, for what has nothing to do with these: a MoE takes twice as long to compile."""
+    return MODELS[request.param](num_hidden_layers=2, first_k_dense_replace=2)
+
+
+@cache
+def compiled_once(file, family):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MODELS[family]()
+    return model, compile(model, precision="exact")
+
+
+@pytest.fixture(params=list(MODELS))
+def shared(request):
+    """A model and its compilation in exact precision, for all tests of a file that change neither: what one of them
+    has called is compiled for the next."""
+    return compiled_once(request.path, request.param)
+
+
+@pytest.fixture
+def our_shared(request):
+    return compiled_once(request.path, "ours")
+
+
+@pytest.fixture
+def their_shared(request):
+    return compiled_once(request.path, "transformers")
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from dsv3c.passes.contract import Level
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
 
+DENSE = {"num_hidden_layers": 2, "first_k_dense_replace": 2}  # for what has nothing to do with experts
+
 
 def ids(batch, tokens):
     return torch.randint(0, 256, (batch, tokens))
@@ -50,8 +52,8 @@ def test_class_parameters_and_state_dict(model, compiled):
         assert ours is theirs, name
 
 
-def test_the_given_model_stays_eager(model, compiled, logits, units, monkeypatch):
-    result = compiled(model)
+def test_the_given_model_stays_eager(dense_model, compiled, logits, units, monkeypatch):
+    model, result = dense_model, compiled(dense_model)
     with torch.no_grad():
         logits(model, ids(1, 8))
         assert not units(result)  # the eager call compiled nothing
@@ -61,8 +63,8 @@ def test_the_given_model_stays_eager(model, compiled, logits, units, monkeypatch
             logits(result, ids(1, 8))
 
 
-def test_assigning_a_parameter_reaches_both(model, compiled, logits):
-    result = compiled(model)
+def test_assigning_a_parameter_reaches_both(dense_model, compiled, logits):
+    model, result = dense_model, compiled(dense_model)
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     with torch.no_grad():
         assert not logits(result, ids(1, 4)).any()
@@ -79,20 +81,21 @@ def test_a_deep_copy_has_parameters_of_its_own(make_model, compiled):
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 9), (2, 7), (2, 1)])
-def test_forward_equals_eager(model, compiled, logits, batch, tokens):
-    result, tokens = compiled(model), ids(batch, tokens)
+def test_forward_equals_eager(shared, logits, batch, tokens):
+    (model, result), tokens = shared, ids(batch, tokens)
     with torch.no_grad():
         out, eager = logits(result, tokens), logits(model, tokens)
         assert close(out, eager, logits(float64(model), tokens))
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_equal_eager(model, compiled, logits, training):
-    tokens, gradients = ids(2, 12), []
-    for candidate in (compiled(model).train(training), model, float64(model)):
+def test_gradients_equal_eager(shared, logits, training):
+    (model, result), tokens, gradients = shared, ids(2, 12), []
+    for candidate in (result.train(training), model, float64(model)):
         candidate.zero_grad()
         logits(candidate, tokens).square().mean().backward()
         gradients.append({n: p.grad.clone() for n, p in candidate.named_parameters() if p.grad is not None})
+    result.eval()
     out, eager, exact = gradients
     assert set(out) == set(eager)
     for name, gradient in out.items():
@@ -100,8 +103,9 @@ def test_gradients_equal_eager(model, compiled, logits, training):
         assert close(gradient, eager[name], exact[name]), name
 
 
-def test_gradients_of_what_is_not_frozen(model, compiled, logits):
+def test_gradients_of_what_is_not_frozen(dense_model, compiled, logits):
     """A frozen first layer is a unit of its own, and so is the next, whose input then has no gradient."""
+    model = dense_model
     for frozen in (model.model.embed_tokens, model.model.layers[0]):
         frozen.requires_grad_(False)
     tokens, gradients = ids(2, 12), []
@@ -120,7 +124,7 @@ def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_mod
 
     asked, find = [], masking_utils.find_packed_sequence_indices
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda x: asked.append(x) or find(x))
-    model, tokens = make_their_model(), ids(1, 8)
+    model, tokens = make_their_model(**DENSE), ids(1, 8)
     result = compiled(model)
     with torch.no_grad():
         for candidate, positions, expected in (
@@ -137,7 +141,7 @@ def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_mod
 
 def test_a_causal_mask_written_out_is_no_mask(make_their_model, compiled, logits, units):
     """Of the caller's, bool [B, 1, T, T]; another one, one of another size, or changed since, is a mask."""
-    model, tokens = make_their_model(), ids(2, 8)
+    model, tokens = make_their_model(**DENSE), ids(2, 8)
     result, exact = compiled(model), float64(model)
     causal = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
     window = causal.triu(-3)
@@ -176,9 +180,9 @@ def test_who_is_asked_whether_a_mask_is_causal():
     assert not families._WrittenOut()(causal, 3, 8)
 
 
-def test_within_a_caller_s_torch_compile(model, compiled, logits):
+def test_within_a_caller_s_torch_compile(dense_model, compiled, logits):
     """Around the model: it breaks the graph at the units, whether their calls are new or seen."""
-    result, tokens = compiled(model), ids(1, 9)
+    model, result, tokens = dense_model, compiled(dense_model), ids(1, 9)
     outer = torch.compile(lambda x: logits(result, x), backend="eager")
     with torch.no_grad():
         eager, exact = logits(model, tokens), logits(float64(model), tokens)
@@ -188,10 +192,10 @@ def test_within_a_caller_s_torch_compile(model, compiled, logits):
 
 def test_layers_that_are_not_compiled_and_other_attention(make_their_model, compiled, logits):
     """Both get the mask that transformers makes."""
-    tokens, model = ids(1, 8), make_their_model()
+    tokens, model = ids(1, 8), make_their_model(**DENSE)
     result = compiled(model)
     result.model.layers[1] = model.model.layers[1]
-    eager = make_their_model()
+    eager = make_their_model(**DENSE)
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
     with torch.no_grad():
@@ -201,7 +205,7 @@ def test_layers_that_are_not_compiled_and_other_attention(make_their_model, comp
 
 
 def test_a_hook_that_copies_the_mask(make_their_model, compiled, logits):
-    model, tokens = make_their_model(), ids(1, 8)
+    model, tokens = make_their_model(**DENSE), ids(1, 8)
     result = compiled(model)
     for layer in result.model.layers:
         layer.register_forward_pre_hook(
@@ -225,25 +229,24 @@ def test_forwards_of_the_user_s_stay(make_their_model, compiled):
     assert result.model.forward is model.model.forward
 
 
-def test_the_embedding_s_gradient_is_ours(model, compiled, logits, monkeypatch):
+def test_the_embedding_s_gradient_is_ours(shared, logits, monkeypatch):
     asked, apply = [], embedding._Embedding.apply
     monkeypatch.setattr(embedding._Embedding, "apply", lambda *args: asked.append(args) or apply(*args))
-    logits(compiled(model), ids(1, 8))
+    logits(shared[1], ids(2, 8))
     assert len(asked) == 1
 
 
-def test_left_padding_equals_eager(model, compiled, logits):
-    tokens, mask = ids(2, 10), torch.ones(2, 10, dtype=torch.long)
+def test_left_padding_equals_eager(shared, logits):
+    (model, result), tokens, mask = shared, ids(2, 10), torch.ones(2, 10, dtype=torch.long)
     mask[0, :4] = 0
     with torch.no_grad():
-        out, eager = (logits(m, tokens, attention_mask=mask)[mask.bool()] for m in (compiled(model), model))
+        out, eager = (logits(m, tokens, attention_mask=mask)[mask.bool()] for m in (result, model))
         exact = logits(float64(model), tokens, attention_mask=mask)[mask.bool()]
     assert close(out, eager, exact)
 
 
-def test_cache_is_updated_in_place(make_model, compiled):
-    model, tokens = make_model(), ids(2, 9)
-    result, outs = compiled(model), []
+def test_cache_is_updated_in_place(our_shared):
+    (model, result), tokens, outs = our_shared, ids(2, 9), []
     for candidate in (result, model):
         cache = LatentCache(model.config, 2, 16)
         with torch.no_grad():
@@ -281,13 +284,13 @@ def test_another_head_runs_eagerly(make_model, compiled, units):
     assert {unit.kind.name for unit in units(result).values()} == {"rotary", "dense_layer", "final_norm"}
 
 
-def test_greedy_tokens_equal_eager(make_model, compiled):
-    model, prompt = make_model(), ids(2, 5)
-    assert torch.equal(generate(compiled(model), prompt, max_new_tokens=6), generate(model, prompt, max_new_tokens=6))
+def test_greedy_tokens_equal_eager(our_shared):
+    (model, result), prompt = our_shared, ids(2, 5)
+    assert torch.equal(generate(result, prompt, max_new_tokens=6), generate(model, prompt, max_new_tokens=6))
 
 
-def test_transformers_generate_works_on_the_result(make_their_model, compiled):
-    model, prompt = make_their_model(), ids(2, 5)
+def test_transformers_generate_works_on_the_result(their_shared):
+    (model, result), prompt = their_shared, ids(2, 5)
     mask = torch.ones_like(prompt)
     arguments = {
         "max_new_tokens": 6,
@@ -296,7 +299,7 @@ def test_transformers_generate_works_on_the_result(make_their_model, compiled):
         "attention_mask": mask,
         "eos_token_id": None,
     }
-    assert torch.equal(compiled(model).generate(prompt, **arguments), model.generate(prompt, **arguments))
+    assert torch.equal(result.generate(prompt, **arguments), model.generate(prompt, **arguments))
 
 
 def test_other_caches_run_transformers_own_layers(make_their_model, compiled, units):
@@ -311,8 +314,7 @@ def test_other_caches_run_transformers_own_layers(make_their_model, compiled, un
 def test_the_callers_tensors_keep_no_marks(make_their_model, compiled, logits):
     """What else is compiled for them, plain torch.compile above all, would be bound by ours."""
     transformers = pytest.importorskip("transformers")
-    model = make_their_model()
-    result, cache = compiled(model), transformers.DynamicCache()
+    result, cache = compiled(make_their_model(**DENSE)), transformers.DynamicCache()
     with torch.no_grad():
         logits(result, ids(1, 5), past_key_values=cache)
         logits(result, ids(1, 3), past_key_values=cache)

@@ -1,7 +1,11 @@
 """Inputs that can fail, and oracles written from the definition rather than from the code."""
 
+import os
+import subprocess
+import sys
 import zlib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +171,40 @@ def transposed(x: Tensor, sizes: list[int] | None) -> Tensor:
         out[:, first : first + n] = x[start : start + n].T
         start, first = start + n, first - (-n // 128) * 128
     return out
+
+
+# The interpreter puts its own operators into Triton's language at each call of a device function, too: once a launch
+# and module will do, and takes a third of the time off.
+PATCH_ONCE = """
+from triton.runtime import interpreter
+
+def patch_once(fn, patch=interpreter._patch_lang):
+    if id(fn.__globals__) in patched:
+        return interpreter._LangPatchScope()
+    patched.add(id(fn.__globals__))
+    return patch(fn)
+
+def restore_all(scope, restore=interpreter._LangPatchScope.restore):
+    patched.clear()
+    restore(scope)
+
+patched = set()
+interpreter._patch_lang, interpreter._LangPatchScope.restore = patch_once, restore_all
+"""
+
+
+@pytest.fixture
+def interpreted():
+    """interpreted(program, *arguments): runs it with Triton's interpreter, chosen as Triton is imported: hence in a
+    process of its own. sys.argv[1] is this folder."""
+    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
+
+    def run(program, *arguments):
+        command = [sys.executable, "-P", "-c", f"{PATCH_ONCE}\n{program}", str(Path(__file__).parent), *arguments]
+        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
 
 
 @pytest.fixture

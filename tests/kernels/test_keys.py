@@ -1,10 +1,6 @@
 """Keys and values from one product: against float64, the bits of the product stored plainly, and where the parts go."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -67,13 +63,10 @@ conftest.assert_product(torch.cat((own, values), 2).flatten(1), *conftest.produc
 
 
 @pytest.mark.parametrize("case", [(2, 70, 3, 272, 8), (1, 140, 2, 128, 64)], ids=str)
-def test_places(case):
+def test_places(interpreted, case):
     """Threads run the product's kernel, Triton's interpreter the other: chosen as Triton is imported, hence a
     process."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    command = [sys.executable, "-P", "-c", PROGRAM, str(Path(__file__).parent), repr(case)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    interpreted(PROGRAM, repr(case))
 
 
 @pytest.mark.gpu

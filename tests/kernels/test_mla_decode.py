@@ -1,10 +1,5 @@
 """Absorbed attention over the latent cache: definition, schedule and kernels against the textbook in float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -136,13 +131,9 @@ for i, (programs, T, H, lengths) in enumerate(cases):
 """
 
 
-def test_kernels_on_the_cpu():
+def test_kernels_on_the_cpu(interpreted):
     """Threads run the first kernel, Triton's interpreter the second: chosen as Triton is imported, hence a process."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-P", "-c", PROGRAM, str(Path(__file__).parent)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    interpreted(PROGRAM)
 
 
 class TestOnGpu:

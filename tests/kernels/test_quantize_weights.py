@@ -1,9 +1,5 @@
 """A layer's weights quantised in one call: each stack as `quantize_block` would, twice if transposed, bit for bit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -120,12 +116,8 @@ for stacks in ([[(384, 144), (80, 144)], [(144, 16)]], [[(2, 130, 140)]]):
 """
 
 
-def test_indices_and_masks():
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = [sys.executable, "-P", "-c", INDEXING]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_indices_and_masks(interpreted):
+    interpreted(INDEXING)
 
 
 @pytest.mark.gpu

@@ -1,9 +1,5 @@
 """Few rows: splits of the contraction, swapped operands."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -64,13 +60,9 @@ for M, N, K in [(1, 130, 1168), (140, 72, 640), (16, 264, 400)]:
 """
 
 
-def test_indices_and_masks():
+def test_indices_and_masks(interpreted):
     """Triton's interpreter, as in `test_indexing.py`: more blocks than splits divide, splits without a block."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    program = f"CONFIGS = {CONFIGS[1:8]}\n{PROGRAM}"
-    run = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    interpreted(f"CONFIGS = {CONFIGS[1:8]}\n{PROGRAM}")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

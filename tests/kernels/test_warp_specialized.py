@@ -1,10 +1,6 @@
 """The warp-specialised products: the same bits as the plain kernel's, which test_on_gpu.py holds against float64."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -69,30 +65,32 @@ from dsv3c.kernels import gemm, warp_specialized as ws
 from test_warp_specialized import GROUPS, operands
 
 ws._warp_specialized_gemm_kernel = specialized_gemm(ws.__file__)
-torch.manual_seed(0)
-sizes, N, K, config, programs = eval(sys.argv[2])
-gemm.multiprocessors = lambda: programs
-E = len(sizes) if isinstance(sizes, list) else None
-rows = sum(sizes) + 3 if E else sizes
-given = operands(conftest, rows, N, K, E, device="cpu")
-y = torch.full((rows, N), 7.0, dtype=torch.bfloat16)
-if E:
-    ws.launch_grouped(*given, conftest.ends(sizes), y, **config)
-else:
-    ws.launch(*given, y, **config)
-x, x_scale_inv, w, w_scale_inv = given
-start = 0
-for e, n in enumerate(sizes if E else [rows]):
-    mine = slice(start, start + n)
-    if n:
-        weight = (w[e], w_scale_inv[e]) if E else (w, w_scale_inv)
-        conftest.assert_product(y[mine], *conftest.product(x[mine], x_scale_inv[mine], *weight), K)
-    start += n
-assert bool((y[start:] == 7.0).all()), "rows of no group are written"
+for case in eval(sys.argv[2]):
+    print(case, file=sys.stderr)
+    sizes, N, K, config, programs = case
+    torch.manual_seed(0)
+    gemm.multiprocessors = lambda: programs
+    E = len(sizes) if isinstance(sizes, list) else None
+    rows = sum(sizes) + 3 if E else sizes
+    given = operands(conftest, rows, N, K, E, device="cpu")
+    y = torch.full((rows, N), 7.0, dtype=torch.bfloat16)
+    if E:
+        ws.launch_grouped(*given, conftest.ends(sizes), y, **config)
+    else:
+        ws.launch(*given, y, **config)
+    x, x_scale_inv, w, w_scale_inv = given
+    start = 0
+    for e, n in enumerate(sizes if E else [rows]):
+        mine = slice(start, start + n)
+        if n:
+            weight = (w[e], w_scale_inv[e]) if E else (w, w_scale_inv)
+            conftest.assert_product(y[mine], *conftest.product(x[mine], x_scale_inv[mine], *weight), K)
+        start += n
+    assert bool((y[start:] == 7.0).all()), "rows of no group are written"
 """
 
 
-@pytest.mark.parametrize("case", [
+CASES = [
     (200, 264, 400, DENSE[1], 3),  # of four tiles, one in parts
     (140, 72, 64, DENSE[0], 3),
     (140, 576, 640, DENSE[1], 7),  # six tiles
@@ -103,13 +101,13 @@ assert bool((y[start:] == 7.0).all()), "rows of no group are written"
     ([20, 0, 150, 65, 33], 328, 512, CONFIGS[0], 3),
     ([3, 1, 130, 2, 1, 1, 5], 256, 384, CONFIGS[0], 1),  # from (e, 1) to (e + 1, 0)
     ([20, 30, 150, 65, 33, 7], 392, 256, CONFIGS[0], 5),  # three of them begin with short groups
-], ids=str)  # fmt: skip
-def test_tiles_tickets_and_barriers(case):
-    """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    command = [sys.executable, "-P", "-c", PROGRAM, str(Path(__file__).parent), repr(case)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+]  # fmt: skip
+
+
+def test_tiles_tickets_and_barriers(interpreted):
+    """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process,
+    the same for all cases, which names each as it begins."""
+    interpreted(PROGRAM, repr(CASES))
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda config: "-".join(map(str, config.values())))

@@ -1,11 +1,7 @@
 """Weight gradients: accumulation, and the implementation with specialised warps, which shares the plain one's bits."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +82,7 @@ def test_specialized_compiles_without_spills(config):
 
 PROGRAM = """
 import sys
+from itertools import product
 from types import FunctionType, SimpleNamespace
 
 import torch
@@ -103,41 +100,42 @@ specialized._wgrad_specialized_kernel = Kernel(
     swizzle=FunctionType(gemm.swizzle.fn.__code__, {"tl": SimpleNamespace(minimum=min)}),
 )
 specialized.multiprocessors = lambda: 3
-specialized.DRAWN = 0 if sys.argv[3] == "drawn" else 1000
-torch.manual_seed(0)
-sizes, N, K, dtype, accumulate, config = eval(sys.argv[2])
-(dyt, dyt_scale_inv, xt, xt_scale_inv), offs = operands(conftest, sizes, N, K, "cpu")
-first = torch.tensor([0, *(-(-n // 128) for n in sizes)]).cumsum(0)
-before = torch.randn(len(sizes), N, K).to(dtype) if accumulate else torch.zeros(len(sizes), N, K, dtype=dtype)
-dw = before.clone() if accumulate else torch.full_like(before, torch.nan)
-given = dyt, dyt_scale_inv, xt, xt_scale_inv, first.to(torch.int32)
-specialized.launch(*given, dw, accumulate=accumulate, **config)
-for e, n in enumerate(sizes):
-    blocks = slice(int(first[e]), int(first[e + 1]))
-    rows = slice(128 * blocks.start, 128 * blocks.stop)
-    parts = dyt[:, rows], dyt_scale_inv[:, blocks], xt[:, rows], xt_scale_inv[:, blocks]
-    if n == 0:
-        assert torch.equal(dw[e], before[e])
-    else:
-        reference, norm = conftest.product(*parts)
-        reference, norm = reference + before[e], norm + before[e].abs().double()
-        conftest.assert_product(dw[e], reference, norm, n)
+for case, tiles in product(eval(sys.argv[2]), ("drawn", "dealt out")):
+    print(case, tiles, file=sys.stderr)
+    specialized.DRAWN = 0 if tiles == "drawn" else 1000
+    sizes, N, K, dtype, accumulate, config = case
+    torch.manual_seed(0)
+    (dyt, dyt_scale_inv, xt, xt_scale_inv), offs = operands(conftest, sizes, N, K, "cpu")
+    first = torch.tensor([0, *(-(-n // 128) for n in sizes)]).cumsum(0)
+    before = torch.randn(len(sizes), N, K).to(dtype) if accumulate else torch.zeros(len(sizes), N, K, dtype=dtype)
+    dw = before.clone() if accumulate else torch.full_like(before, torch.nan)
+    given = dyt, dyt_scale_inv, xt, xt_scale_inv, first.to(torch.int32)
+    specialized.launch(*given, dw, accumulate=accumulate, **config)
+    for e, n in enumerate(sizes):
+        blocks = slice(int(first[e]), int(first[e + 1]))
+        rows = slice(128 * blocks.start, 128 * blocks.stop)
+        parts = dyt[:, rows], dyt_scale_inv[:, blocks], xt[:, rows], xt_scale_inv[:, blocks]
+        if n == 0:
+            assert torch.equal(dw[e], before[e])
+        else:
+            reference, norm = conftest.product(*parts)
+            reference, norm = reference + before[e], norm + before[e].abs().double()
+            conftest.assert_product(dw[e], reference, norm, n)
 """
 
 
-@pytest.mark.parametrize("tiles", ["drawn", "dealt out"])
-@pytest.mark.parametrize("case", [
+CASES = [
     ([5, 0, 384, 129], 256, 392, torch.bfloat16, False, specialized.KNOWN[0]),
     ([700], 196, 264, torch.float32, False, specialized.KNOWN[1]),
     ([130, 0, 300], 128, 640, torch.float32, True, specialized.KNOWN[0]),
     ([0, 0, 0, 200, 0, 0], 256, 264, torch.bfloat16, False, specialized.KNOWN[1]),
-], ids=str)  # fmt: skip
-def test_tiles_and_barriers(case, tiles):
-    """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    command = [sys.executable, "-P", "-c", PROGRAM, str(Path(__file__).parent), repr(case), tiles]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+]  # fmt: skip
+
+
+def test_tiles_and_barriers(interpreted):
+    """Threads run the kernel, Triton's interpreter the map of tiles: chosen as Triton is imported, hence a process,
+    the same for all cases, which names each as it begins."""
+    interpreted(PROGRAM, repr(CASES))
 
 
 def test_what_is_not_aligned_is_left_to_the_plain_kernel():

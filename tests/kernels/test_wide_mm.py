@@ -1,8 +1,5 @@
 """Logits: BF16 operands, float32 sums."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -42,12 +39,9 @@ for multiprocessors in (1, 7, 22):
 """
 
 
-def test_indices_and_masks():
+def test_indices_and_masks(interpreted):
     """Triton's interpreter: one split, splits that the blocks do not divide into, more than are added at once."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter fails with numpy from 2.4 on")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-P", "-c", PROGRAM], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    interpreted(PROGRAM)
 
 
 @pytest.mark.parametrize("variant", [*wide_mm.variants()], ids=lambda variant: variant.name)

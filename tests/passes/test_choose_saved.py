@@ -1,14 +1,17 @@
 """ChooseSaved: what backward computes again, by policy and by region."""
 
+import copy
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import fx
+from torch._inductor import config
 
 import dsv3c.attention
 import dsv3c.operators  # noqa: F401
+from dsv3c import backend
 from dsv3c.artifact import MODES, unit_of
 from dsv3c.backend import JointPasses, lower
 from dsv3c.config import preset
@@ -159,25 +162,39 @@ SMALL = replace(preset("tiny"), num_hidden_layers=2, first_k_dense_replace=1)
 (TRAINING,) = (mode for mode in MODES if mode.training)
 
 
-def saved_by(kind, precision, memory):
-    """Bytes that a layer's forward keeps in its attention, in its MLP or MoE, and around them, on fake tensors."""
-    recipe = recipe_of(SMALL)
-    pipeline = Pipeline.of(default(precision, recipe, memory))
+def saved_by(kind, precision, memories, monkeypatch):
+    """Bytes that a layer's forward keeps in its attention, in its MLP or MoE, and around them, on fake tensors; by each
+    of `memories`, of one capture: it takes most of the time, and the policies come behind it."""
+    recipe, found, partition = recipe_of(SMALL), [], backend.partition_fn
+    pipeline = Pipeline.of(default(precision, recipe))
     weights = QuantizedWeights(recipe) if pipeline.quantizes else None
-    bytes_of = {"attention": 0, "mlp": 0, "layer": 0}
-    for region, size in saved(*lower(unit_of(SMALL, kind, TRAINING), pipeline, weights).halves).items():
-        bytes_of[{"self_attn": "attention", "mlp": "mlp"}.get(region.path.partition(".")[0], "layer")] += size
-    return bytes_of
+
+    def partition_by_each(gm, inputs, **kwargs):
+        given = config.joint_custom_pre_pass
+        assert sum(isinstance(step, ChooseSaved) for step in given.steps) == 1
+        for memory in memories:
+            steps = (ChooseSaved.of(memory) if isinstance(step, ChooseSaved) else step for step in given.steps)
+            with config.patch(joint_custom_pre_pass=JointPasses(tuple(steps))):
+                halves = partition(copy.deepcopy(gm), inputs, **kwargs)
+            bytes_of = {"attention": 0, "mlp": 0, "layer": 0}
+            for region, size in saved(*halves).items():
+                where = {"self_attn": "attention", "mlp": "mlp"}.get(region.path.partition(".")[0], "layer")
+                bytes_of[where] += size
+            found.append(bytes_of)
+        return halves
+
+    monkeypatch.setattr(backend, "partition_fn", partition_by_each)
+    lower(unit_of(SMALL, kind, TRAINING), pipeline, weights)
+    return found
 
 
 @pytest.mark.parametrize(("precision", "around"), [("fp8", "layer"), ("exact", "moe")])
-def test_saved_bytes_follow_the_policy_of_their_region(precision, around):
+def test_saved_bytes_follow_the_policy_of_their_region(precision, around, monkeypatch):
     """The norm in front of a MoE, in FP8 with its cast, is the layer's; the router's casts are the MoE's."""
-    default = saved_by("moe_layer", precision, "default")
-    low = saved_by("moe_layer", precision, {"attention": "low"})
+    memories = "default", {"attention": "low"}, {around: "none", "attention": "default"}
+    default, low, more = saved_by("moe_layer", precision, memories, monkeypatch)
     assert low["attention"] < default["attention"]
     assert {**low, "attention": default["attention"]} == default
-    more = saved_by("moe_layer", precision, {around: "none", "attention": "default"})
     where = "mlp" if around == "moe" else around
     assert more[where] > default[where]
     assert more["attention"] <= default["attention"]
