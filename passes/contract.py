@@ -185,7 +185,7 @@ def text(gm: fx.GraphModule) -> str:
     Free of node names, paths and addresses, so that equal programs have equal texts.
     """
     number = {node: f"%{i}" for i, node in enumerate(gm.graph.nodes)}
-    symbols: dict[str, str] = {}
+    symbols: Symbols = {}, {}
 
     def written(value) -> str:
         if isinstance(value, fx.Node):
@@ -210,7 +210,10 @@ def text(gm: fx.GraphModule) -> str:
     return "".join(lines)
 
 
-def _typed(value, symbols: dict[str, str]) -> str:
+Symbols = tuple[dict[str, str], dict[Any, str]]  # their names in a text, and the expressions in it as written
+
+
+def _typed(value, symbols: Symbols) -> str:
     """` : bf16[s0, 7168]`, with symbols renamed in order of appearance."""
     if isinstance(value, torch.Tensor):
         sizes = ", ".join(_size(size, symbols) for size in value.shape)
@@ -224,15 +227,18 @@ def _typed(value, symbols: dict[str, str]) -> str:
     return ""
 
 
-def _size(size, symbols: dict[str, str]) -> str:
+def _size(size, symbols: Symbols) -> str:
     if not isinstance(size, torch.SymInt):
         return str(size)
     expression = size.node.expr
-    renamed = {
-        symbol: symbols.setdefault(str(symbol), f"s{len(symbols)}")
-        for symbol in sorted(expression.free_symbols, key=str)
-    }
-    return str(expression.xreplace({symbol: type(symbol)(name) for symbol, name in renamed.items()}))
+    names, texts = symbols
+    if expression not in texts:  # few are, and writing one takes a while
+        renamed = {
+            symbol: names.setdefault(str(symbol), f"s{len(names)}")
+            for symbol in sorted(expression.free_symbols, key=str)
+        }
+        texts[expression] = str(expression.xreplace({symbol: type(symbol)(name) for symbol, name in renamed.items()}))
+    return texts[expression]
 
 
 def fingerprint(*folders: Path) -> str:
