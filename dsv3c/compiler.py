@@ -58,9 +58,9 @@ def compile(  # the name users type
     """The same model with all but its embedding compiled; `model` itself stays eager.
 
     The result is of the same class, with the same call, config, `generate`, `state_dict` and Parameter objects.
-    Nothing is compiled before the first call. A layer that gets a hook inside, or a part replaced, runs eagerly from then
-    on, with a warning. `result.weights_changed()` says that weights were written behind
-    torch's back (through `.data`), so that their FP8 copies are made again.
+    Nothing is compiled before the first call. While a layer has a hook inside, or a part replaced, it runs eagerly, with
+    a warning. `result.weights_changed()` says that weights were written behind torch's back (through `.data`), so that
+    their FP8 copies are made again.
 
     Args:
         model: a dsv3c.DeepseekV3, or transformers' DeepseekV3ForCausalLM as it is; or one MoE module of either.
