@@ -58,7 +58,7 @@ def compile(  # the name users type
     """The same model with all but its embedding compiled; `model` itself stays eager.
 
     The result is of the same class, with the same call, config, `generate`, `state_dict` and Parameter objects.
-    Nothing is compiled before the first call. While a layer has a hook inside, or a part replaced, it runs eagerly, with
+    Nothing is compiled before the first call. While a layer has a hook inside or a part replaced, it runs eagerly, with
     a warning. `result.weights_changed()` says that weights were written behind torch's back (through `.data`), so that
     their FP8 copies are made again.
 
