@@ -248,6 +248,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@torch._dynamo.disable  # else a caller's torch.compile traces it
 def template_of(module: nn.Module) -> nn.Module:
     """A copy of `module` on the meta device, as it was before `compile`, in evaluation mode."""
     memo = {}
