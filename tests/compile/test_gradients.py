@@ -12,7 +12,7 @@ from dsv3c.kernels.attention import attention, attention_backward
 from dsv3c.numerics import MODEL_DISTANCE, distance
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
-SMALL = {"num_hidden_layers": 2}
+SMALL = {"num_hidden_layers": 2, "first_k_dense_replace": 2}
 
 
 def ids(batch, tokens):
@@ -82,8 +82,9 @@ def test_through_a_cache_after_the_backward_that_frees_it(make_their_model, comp
         model(tokens[:, 4:], past_key_values=out.past_key_values).logits.square().mean().backward()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 1, 8, 8), (2, 4, 8, 8)])
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "learned"), [((1, 1, 8, 8), False), ((2, 4, 8, 8), False), ((2, 1, 8, 8), True)]
+)  # fmt: skip
 def test_a_mask_that_is_added(shape, learned, make_their_model, same):
     tokens, causal = ids(2, 8), torch.full((8, 8), -1e4).triu(1)
     mask = torch.randn(shape) + causal
@@ -138,7 +139,7 @@ def test_bits_seen_as_another_dtype(make_model, compiled):
 
 
 @pytest.mark.parametrize("where", ["model.norm", "lm_head", "model.layers.1"])
-def test_backward_hooks(where, model, same):
+def test_backward_hooks(where, dense_model, same):
     def run(candidate):
         module, seen = candidate.get_submodule(where), []
         handles = [
@@ -151,7 +152,7 @@ def test_backward_hooks(where, model, same):
             handle.remove()
         return seen
 
-    assert same(model, run)
+    assert same(dense_model, run)
 
 
 def test_of_trained_embeddings(make_their_model, same):
@@ -166,15 +167,23 @@ def test_of_trained_embeddings(make_their_model, same):
     assert same(make_their_model(**SMALL), run)
 
 
-@pytest.mark.parametrize("precision", ["exact", "fp8"])
-def test_under_autocast(precision, model, compiled, logits):
-    """As many products are in bfloat16 as in eager, and afterwards none."""
-    result, tokens = compiled(model, precision), ids(2, 8)
+def autocasts(result, model, logits) -> bool:
+    """As eager does, in forward and backward, and afterwards no more."""
+    tokens = ids(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         outs = [logits(candidate, tokens) for candidate in (result, model)]
-    assert outs[0].dtype == outs[1].dtype == torch.bfloat16
     outs[0].float().square().mean().backward()
-    assert all(
-        p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()) for p in result.parameters()
+    gradients = [p.grad for p in result.parameters() if p.grad is not None]
+    return (
+        outs[0].dtype == outs[1].dtype == torch.bfloat16
+        and all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+        and logits(result, tokens).dtype == torch.float32
     )
-    assert logits(result, tokens).dtype == torch.float32
+
+
+def test_under_autocast(dense_model, compiled, logits):
+    assert autocasts(compiled(dense_model), dense_model, logits)
+
+
+def test_in_fp8_under_autocast(model, compiled, logits):
+    assert autocasts(compiled(model, "fp8"), model, logits)

@@ -69,8 +69,8 @@ def test_a_deep_copy_of_the_model_keeps_what_was_done_to_it(make_their_model, co
     assert compilation_of(copied) is not compilation_of(result)
 
 
-def test_pickles(model, compiled, logits):
-    result, file, tokens = compiled(model), io.BytesIO(), ids(1, 6)
+def test_pickles(dense_model, compiled, logits):
+    result, file, tokens = compiled(dense_model), io.BytesIO(), ids(1, 6)
     with torch.no_grad():
         expected = logits(result, tokens)
         torch.save({"all": result, "part": result.model}, file)
@@ -81,22 +81,25 @@ def test_pickles(model, compiled, logits):
     assert loaded["part"].embed_tokens.weight is loaded["all"].model.embed_tokens.weight
 
 
-def test_compiled_again_in_another_precision(model, compiled, logits):
-    once, tokens = compiled(model), ids(1, 6)
+def test_compiled_again_in_another_precision(dense_model, compiled, logits):
+    once, tokens = compiled(dense_model), ids(1, 6)
     with torch.no_grad():
         logits(once, tokens)
-        assert torch.equal(logits(compiled(once, "fp8"), tokens), logits(compiled(model, "fp8"), tokens))
+        assert torch.equal(logits(compiled(once, "fp8"), tokens), logits(compiled(dense_model, "fp8"), tokens))
 
 
 def steered(module, args, out):
     return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
 
 
-@pytest.mark.parametrize("where", ["layers.1.mlp", "layers.0.self_attn.o_proj", "layers.1", "embed_tokens", "norm"])
-@pytest.mark.parametrize("first", [True, False])
-def test_hooks(where, first, model, compiled, logits, agree):
+@pytest.mark.parametrize(
+    ("where", "first"),
+    [("layers.1.mlp", False), ("layers.0.self_attn.o_proj", True), ("layers.1", True), ("layers.1", False),
+     ("embed_tokens", False), ("norm", True)],
+)  # fmt: skip
+def test_hooks(where, first, dense_model, compiled, logits, agree):
     """On one module, before the first call or after; a hook on a part has its layer run eagerly, and says so."""
-    result, eager, tokens = compiled(model), copy.deepcopy(model), ids(1, 6)
+    result, eager, tokens = compiled(dense_model), copy.deepcopy(dense_model), ids(1, 6)
     if not first:
         logits(result, tokens)
     handles = [m.model.get_submodule(where).register_forward_hook(steered) for m in (result, eager)]
@@ -138,17 +141,17 @@ class LowRank(nn.Module):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_linear_replaced_in_one_layer(first, model, compiled, logits, agree):
+def test_a_linear_replaced_in_one_layer(first, dense_model, compiled, logits, agree):
     """Before or after the model is compiled."""
-    eager, tokens = copy.deepcopy(model), ids(1, 6)
-    result = None if first else compiled(model)
+    eager, tokens = copy.deepcopy(dense_model), ids(1, 6)
+    result = None if first else compiled(dense_model)
     if result is not None:
         logits(result, tokens)
-    for candidate in (model if first else result, eager):
+    for candidate in (dense_model if first else result, eager):
         attention = candidate.model.layers[1].self_attn
         attention.q_b_proj = LowRank(attention.q_b_proj)
     if first:
-        assert agree(compiled(model), eager, tokens)
+        assert agree(compiled(dense_model), eager, tokens)
     else:
         with pytest.warns(UserWarning, match="model.layers.1 runs eagerly: a part of it was replaced"):
             assert agree(result, eager, tokens)
