@@ -32,7 +32,7 @@ def test_main_loop_has_no_spills(config):
     assert found.shared_bytes <= SHARED_LIMIT
     assert found.fp8_mma == (16 if grouped else 24)  # two consumers; four products; in the loop, last, and of a part
     assert found.spills == 0
-    assert found.stack_bytes <= 32  # a tile's: where it is, addresses of the masked store
+    assert found.stack_bytes == 0  # forms with one took 8 to 10 % longer: registers of the loop shared banks
 
 
 @pytest.mark.parametrize("config", [DENSE[-1], *CONFIGS[1:3]], ids=lambda config: "-".join(map(str, config.values())))
