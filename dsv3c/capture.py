@@ -28,8 +28,8 @@ from dsv3c.out_of_memory import watch_backward
 from dsv3c.passes.regions import REGIONS
 from dsv3c.twin import HOOKS, eager_twin
 
-CONSTANTS = (int, float, bool, str, type(None))
-NOT_COMPUTED_WITH = ("training", "layer_idx", "gradient_checkpointing")
+CONSTANTS = (int, float, bool, str, type(None))  # of attributes that what a module computes may depend on
+NOT_COMPUTED_WITH = ("training", "layer_idx", "gradient_checkpointing")  # or layers would be compiled one by one
 BackendFactory = Callable[["Unit"], Callable]
 OutOfMemory = Callable[[str, torch.OutOfMemoryError, Any], None]  # where, what was raised, a layer's backward node
 

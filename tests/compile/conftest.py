@@ -1,5 +1,6 @@
-"""Fixtures of the compiler's tests: small models of both families, and how to compile and call them."""
+"""Fixtures of the compiler's tests: small models of both families, and how to compile, call and compare them."""
 
+import copy
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -10,6 +11,7 @@ import torch
 from dsv3c.compiler import compilation_of, compile
 from dsv3c.config import preset
 from dsv3c.model import DeepseekV3
+from dsv3c.numerics import MODEL_DISTANCE, distance
 
 # One dense and two MoE layers; sizes are multiples of 128 where V3's are.
 SMALL = replace(preset("tiny"), num_hidden_layers=3, vocab_size=256)
@@ -127,3 +129,26 @@ def logits():
 @pytest.fixture
 def units():
     return lambda model: compilation_of(model).units.units
+
+
+@pytest.fixture
+def float64():
+    """float64(model): a copy that computes in it."""
+
+    def make(model):
+        exact = copy.deepcopy(model).double()
+        if hasattr(exact, "set_experts_implementation"):
+            exact.set_experts_implementation("eager")  # transformers' grouped products know no float64
+        return exact
+
+    return make
+
+
+@pytest.fixture
+def close():
+    """As close to the float64 evaluation as eager is, up to the factor that evaluation orders make."""
+
+    def compare(out, eager, exact) -> bool:
+        return all(c <= MODEL_DISTANCE * e for c, e in zip(distance(out, exact), distance(eager, exact), strict=True))
+
+    return compare

@@ -14,7 +14,6 @@ from dsv3c.compiler import compilation_of, compile
 from dsv3c.errors import CompileError, Dsv3cError
 from dsv3c.generation import generate
 from dsv3c.model import DeepseekV3
-from dsv3c.numerics import MODEL_DISTANCE, distance
 from dsv3c.passes import PassError, Tier
 from dsv3c.passes.contract import Level
 
@@ -27,20 +26,8 @@ def ids(batch, tokens):
     return torch.randint(0, 256, (batch, tokens))
 
 
-def float64(model):
-    exact = copy.deepcopy(model).double()
-    if hasattr(exact, "set_experts_implementation"):
-        exact.set_experts_implementation("eager")  # transformers' grouped products know no float64
-    return exact
-
-
 def _never(*args):
     raise AssertionError("a compiled unit was asked for")
-
-
-def close(out, eager, exact) -> bool:
-    """As close to the float64 evaluation as eager is, up to the factor that evaluation orders make."""
-    return all(c <= MODEL_DISTANCE * e for c, e in zip(distance(out, exact), distance(eager, exact), strict=True))
 
 
 def test_class_parameters_and_state_dict(model, compiled):
@@ -81,7 +68,7 @@ def test_a_deep_copy_has_parameters_of_its_own(make_model, compiled):
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 9), (2, 7), (2, 1)])
-def test_forward_equals_eager(shared, logits, batch, tokens):
+def test_forward_equals_eager(shared, logits, batch, tokens, float64, close):
     (model, result), tokens = shared, ids(batch, tokens)
     with torch.no_grad():
         out, eager = logits(result, tokens), logits(model, tokens)
@@ -89,7 +76,7 @@ def test_forward_equals_eager(shared, logits, batch, tokens):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_equal_eager(shared, logits, training):
+def test_gradients_equal_eager(shared, logits, training, float64, close):
     (model, result), tokens, gradients = shared, ids(2, 12), []
     for candidate in (result.train(training), model, float64(model)):
         candidate.zero_grad()
@@ -103,7 +90,7 @@ def test_gradients_equal_eager(shared, logits, training):
         assert close(gradient, eager[name], exact[name]), name
 
 
-def test_gradients_of_what_is_not_frozen(dense_model, compiled, logits):
+def test_gradients_of_what_is_not_frozen(dense_model, compiled, logits, float64, close):
     """A frozen first layer is a unit of its own, and so is the next, whose input then has no gradient."""
     model = dense_model
     for frozen in (model.model.embed_tokens, model.model.layers[0]):
@@ -118,7 +105,9 @@ def test_gradients_of_what_is_not_frozen(dense_model, compiled, logits):
     assert all(close(gradient, eager[name], exact[name]) for name, gradient in out.items())
 
 
-def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_model, compiled, logits, monkeypatch):
+def test_whether_sequences_are_packed_is_asked_of_positions_given(
+    make_their_model, compiled, logits, monkeypatch, float64, close
+):
     """Asking waits for the GPU."""
     from transformers import masking_utils
 
@@ -139,7 +128,7 @@ def test_whether_sequences_are_packed_is_asked_of_positions_given(make_their_mod
             assert close(out, logits(model, tokens, use_cache=False, **kwargs), exact)
 
 
-def test_a_causal_mask_written_out_is_no_mask(make_their_model, compiled, logits, units):
+def test_a_causal_mask_written_out_is_no_mask(make_their_model, compiled, logits, units, float64, close):
     """Of the caller's, bool [B, 1, T, T]; another one, one of another size, or changed since, is a mask."""
     model, tokens = make_their_model(**DENSE), ids(2, 8)
     result, exact = compiled(model), float64(model)
@@ -180,7 +169,7 @@ def test_who_is_asked_whether_a_mask_is_causal():
     assert not families._WrittenOut()(causal, 3, 8)
 
 
-def test_within_a_caller_s_torch_compile(dense_model, compiled, logits):
+def test_within_a_caller_s_torch_compile(dense_model, compiled, logits, float64, close):
     """Around the model: it breaks the graph at the units, whether their calls are new or seen."""
     model, result, tokens = dense_model, compiled(dense_model), ids(1, 9)
     outer = torch.compile(lambda x: logits(result, x), backend="eager")
@@ -190,7 +179,7 @@ def test_within_a_caller_s_torch_compile(dense_model, compiled, logits):
             assert close(call(tokens), eager, exact)
 
 
-def test_layers_that_are_not_compiled_and_other_attention(make_their_model, compiled, logits):
+def test_layers_that_are_not_compiled_and_other_attention(make_their_model, compiled, logits, float64, close):
     """Both get the mask that transformers makes."""
     tokens, model = ids(1, 8), make_their_model(**DENSE)
     result = compiled(model)
@@ -204,7 +193,7 @@ def test_layers_that_are_not_compiled_and_other_attention(make_their_model, comp
             assert close(logits(candidate, tokens, use_cache=False), expected, exact)
 
 
-def test_a_hook_that_copies_the_mask(make_their_model, compiled, logits):
+def test_a_hook_that_copies_the_mask(make_their_model, compiled, logits, float64, close):
     model, tokens = make_their_model(**DENSE), ids(1, 8)
     result = compiled(model)
     for layer in result.model.layers:
@@ -236,7 +225,7 @@ def test_the_embedding_s_gradient_is_ours(shared, logits, monkeypatch):
     assert len(asked) == 1
 
 
-def test_left_padding_equals_eager(shared, logits):
+def test_left_padding_equals_eager(shared, logits, float64, close):
     (model, result), tokens, mask = shared, ids(2, 10), torch.ones(2, 10, dtype=torch.long)
     mask[0, :4] = 0
     with torch.no_grad():
@@ -245,7 +234,7 @@ def test_left_padding_equals_eager(shared, logits):
     assert close(out, eager, exact)
 
 
-def test_cache_is_updated_in_place(our_shared):
+def test_cache_is_updated_in_place(our_shared, float64, close):
     (model, result), tokens, outs = our_shared, ids(2, 9), []
     for candidate in (result, model):
         cache = LatentCache(model.config, 2, 16)
@@ -257,7 +246,7 @@ def test_cache_is_updated_in_place(our_shared):
         assert close(outs[0], outs[1], float64(model)(tokens))
 
 
-def test_mtp_layer_is_compiled(make_model, compiled, units):
+def test_mtp_layer_is_compiled(make_model, compiled, units, float64, close):
     config = make_model().config
     model = DeepseekV3(config, mtp=True).eval()
     if not model.mtp:
@@ -275,7 +264,7 @@ def test_mtp_layer_is_compiled(make_model, compiled, units):
     }  # fmt: skip
 
 
-def test_another_head_runs_eagerly(make_model, compiled, units):
+def test_another_head_runs_eagerly(make_model, compiled, units, float64, close):
     model = make_model(num_hidden_layers=1)
     model.lm_head = torch.nn.Identity()
     result, tokens = compiled(model), ids(1, 6)
@@ -317,10 +306,10 @@ def test_the_callers_tensors_keep_no_marks(make_their_model, compiled, logits):
     result, cache = compiled(make_their_model(**DENSE)), transformers.DynamicCache()
     with torch.no_grad():
         logits(result, ids(1, 5), past_key_values=cache)
+        given = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         logits(result, ids(1, 3), past_key_values=cache)
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    assert tensors
-    assert not any(vars(tensor) for tensor in tensors)
+    assert given
+    assert not any(vars(tensor) for tensor in given)
 
 
 @pytest.mark.parametrize(

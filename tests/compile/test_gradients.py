@@ -1,15 +1,12 @@
 """Gradients that go other ways than from a loss over the logits to the parameters: through a cache, a mask, a view, a
 hook; and under autocast."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 from dsv3c.errors import Dsv3cError
 from dsv3c.kernels.attention import attention, attention_backward
-from dsv3c.numerics import MODEL_DISTANCE, distance
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
 SMALL = {"num_hidden_layers": 2, "first_k_dense_replace": 2}
@@ -19,19 +16,8 @@ def ids(batch, tokens):
     return torch.randint(0, 256, (batch, tokens))
 
 
-def float64(model):
-    exact = copy.deepcopy(model).double()
-    if hasattr(exact, "set_experts_implementation"):
-        exact.set_experts_implementation("eager")  # transformers' grouped products know no float64
-    return exact
-
-
-def close(out, eager, exact) -> bool:
-    return all(c <= MODEL_DISTANCE * e for c, e in zip(distance(out, exact), distance(eager, exact), strict=True))
-
-
 @pytest.fixture
-def same(compiled):
+def same(compiled, float64, close):
     """Whether `run(model)` leaves the gradients that it leaves in eager's model, and returns what it returns there."""
 
     def ask(model, run) -> bool:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from dsv3c.compiler import compilation_of, compile
-from dsv3c.numerics import MODEL_DISTANCE, distance
 
 pytestmark = pytest.mark.usefixtures("without_codegen")
 
@@ -20,7 +19,7 @@ def ids(batch, tokens):
 
 
 @pytest.fixture
-def agree(logits):
+def agree(logits, float64, close):
     """Whether a model's logits and gradients are as close to float64's as eager's are."""
 
     def ask(result, eager, tokens) -> bool:
@@ -33,17 +32,6 @@ def agree(logits):
         return len(found[0]) == len(found[1]) and all(map(close, *found))
 
     return ask
-
-
-def float64(model):
-    exact = copy.deepcopy(model).double()
-    if hasattr(exact, "set_experts_implementation"):
-        exact.set_experts_implementation("eager")  # transformers' grouped products know no float64
-    return exact
-
-
-def close(out, eager, exact) -> bool:
-    return all(c <= MODEL_DISTANCE * e for c, e in zip(distance(out, exact), distance(eager, exact), strict=True))
 
 
 def test_a_copy_of_a_part_is_eager_and_has_its_own_parameters(make_their_model, compiled, units):
@@ -114,7 +102,7 @@ def test_hooks(where, first, dense_model, compiled, logits, agree):
     assert agree(result, eager, tokens)
 
 
-def test_transformers_hooks_stay_and_do_nothing(make_their_model, compiled, agree, units):
+def test_transformers_hooks_stay_and_do_nothing(make_their_model, compiled, agree, units, float64, close):
     """Asked once for hidden states, the model keeps hooks on each attention and router."""
     model, tokens = make_their_model(), ids(1, 6)
     result, eager = compiled(model), copy.deepcopy(model)
@@ -165,7 +153,7 @@ def test_layers_with_equal_parameters_and_other_constants(model, compiled, agree
     assert agree(compiled(model), eager, tokens)
 
 
-def test_a_layer_s_own_forward_of_the_user_s_stays(make_their_model, compiled, logits):
+def test_a_layer_s_own_forward_of_the_user_s_stays(make_their_model, compiled, logits, float64, close):
     model = make_their_model()
     model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
     with pytest.warns(UserWarning, match="model.layers.1 runs eagerly"):
