@@ -81,13 +81,16 @@ def steered(module, args, out):
 
 
 @pytest.mark.parametrize(
-    ("where", "first"),
-    [("layers.1.mlp", False), ("layers.0.self_attn.o_proj", True), ("layers.1", True), ("layers.1", False),
-     ("embed_tokens", False), ("norm", True)],
+    ("family", "where", "first"),
+    [("transformers", "layers.1.mlp", False), ("ours", "layers.0.self_attn.o_proj", True), ("ours", "layers.1", True),
+     ("transformers", "layers.1", False), ("transformers", "embed_tokens", False), ("ours", "embed_tokens", False),
+     ("transformers", "norm", True)],
 )  # fmt: skip
-def test_hooks(where, first, dense_model, compiled, logits, agree):
+def test_hooks(family, where, first, make_model, make_their_model, compiled, logits, agree):
     """On one module, before the first call or after; a hook on a part has its layer run eagerly, and says so."""
-    result, eager, tokens = compiled(dense_model), copy.deepcopy(dense_model), ids(1, 6)
+    make = {"ours": make_model, "transformers": make_their_model}[family]
+    model = make(num_hidden_layers=2, first_k_dense_replace=2)
+    result, eager, tokens = compiled(model), copy.deepcopy(model), ids(1, 6)
     if not first:
         logits(result, tokens)
     handles = [m.model.get_submodule(where).register_forward_hook(steered) for m in (result, eager)]
@@ -145,8 +148,9 @@ def test_a_linear_replaced_in_one_layer(first, dense_model, compiled, logits, ag
             assert agree(result, eager, tokens)
 
 
-def test_layers_with_equal_parameters_and_other_constants(model, compiled, agree):
-    eager, tokens = copy.deepcopy(model), ids(1, 6)
+def test_layers_with_equal_parameters_and_other_constants(make_model, compiled, agree):
+    model, tokens = make_model(), ids(1, 6)
+    eager = copy.deepcopy(model)
     for candidate in (model, eager):
         candidate.model.layers[2].mlp.gate.routed_scaling_factor *= 3
         candidate.model.layers[2].mlp.gate.top_k = 2
