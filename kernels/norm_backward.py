@@ -17,8 +17,8 @@ and not with its first: 18.5 -> 18.0 and 21.7 -> 21.1, 16384 rows 47.9 -> 46.6; 
 By programs that load a row, compute and store it, of 7168, 2048, 1536 and 512 columns: 0.84, 0.76, 0.72, 0.63. Slower
 at 7168: two programs a multiprocessor (0.76), 16 warps (0.88), the last sum by 8 columns a program (0.89); at 1536: two
 programs (0.74), 16 warps (0.73), eight rows a turn (0.73), a row a warp with barriers of its own, two or three turns at
-a time (24.7 and 19.0 us for 18.5), five or eight (19.0, 20.0), 128 programs (20.2), a copy for a row (18.5) or for all
-rows of a turn (18.8), each thread with columns of all rows (20.0); at 2048: a row a turn (0.67). The second launch:
+a time (24.7 and 19.0 us for 18.5), five or eight (19.0, 20.0), a copy for a row (18.5) or for all rows of a turn (18.8;
+by 128 programs 20.2), each thread with columns of all rows (20.0); at 2048: a row a turn (0.67). The second launch:
 waiting alone takes 0.4 to 1.1 us; polling for the programs' sums instead 0.5 to 2.8 more.
 """
 
