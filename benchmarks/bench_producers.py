@@ -21,7 +21,8 @@ from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import interleaved
 from dsv3c.kernels.reference import casts as reference
 from dsv3c.kernels.reference import cross_entropy, heads, norm, rotary, swiglu
-from dsv3c.numerics import E4M3, Recipe, distance, quantized_gemm_rms, unit_roundoff
+from dsv3c.kernels.reference.permute import permute_requantize_t_ref
+from dsv3c.numerics import E4M3, TILE, Recipe, distance, quantized_gemm_rms, unit_roundoff
 
 ops = torch.ops.dsv3c
 FLOOR, GRADIENT_FLOOR = Recipe().amax_floor, Recipe().gradient_amax_floor
@@ -78,6 +79,14 @@ def casts() -> Iterator[Case]:
         ]:
             definition = getattr(reference, f"{name}_ref")
             yield case(f"{name} {R}x{K}", name, arguments, definition, int(size * n), exact=True)
+    T, H, top_k = 4096, 7168, 8
+    for groups in (8, 256):
+        idx = torch.rand(T, groups).topk(top_k).indices.int()
+        _, offs, permutation, inverse = ops.sort_by_expert(idx, groups)
+        arguments = *ops.quantize_tile(normal(T, H), FLOOR, False), permutation, inverse, offs, FLOOR, False
+        rows = T + top_k * T + TILE * groups  # x's, read once, and what is written; a scale for each 128 bytes
+        title = f"permute_requantize_t {top_k * T}x{H} in {groups}"
+        yield case(title, "permute_requantize_t", arguments, permute_requantize_t_ref, rows * H * 33 // 32, exact=True)
     for shape in [(7168, 16384), (32, 4096, 7168)]:
         w = normal(*shape)
         quantized = ops.quantize_block(w, FLOOR, False)

@@ -1,22 +1,25 @@
 """The gradient of RMSNorm, memory-bound: 6 bytes a value, 8 with the gradient that reaches x beside the norm.
 
 The weight's gradient is a sum over rows. One program a multiprocessor (two of narrow rows) adds up those of its rows
-in registers, and a second launch, which begins while the first one runs, adds up the programs'. No atomics: the order
+in registers, and a second launch, which begins as the first one ends, adds up the programs'. No atomics: the order
 is always the same.
 
 With so few programs most of a row's time would be spent waiting. So the copy engine brings rows up to three turns
 ahead, and the weight stays in registers.
 
-H200, 4096 rows, in the time of a copy of as many bytes: of 7168 columns 0.89, 0.88 without the second gradient (16384
-rows 0.97); of 1536 0.84 both; earlier forms of 2048 0.85 and 0.81, of 512 0.78 and 0.77. Rows narrower than 7168 are
-marked as what makes room in the L2 cache first: of 1536 columns 19.2 -> 18.6 and 22.6 -> 21.9 us, of 2048 23.2 -> 22.3
-and 26.8 -> 26.3, 16384 rows of 1536 48.0 -> 47.3; of 512 no difference; 7168 columns would take longer (68.2 -> 71.1,
-16384 rows 233 -> 252). The sum with all of a thread's loads, 16 bytes each, on their way at once: 0.83 -> 0.84 of 1536.
+H200, 4096 rows, in the time of a copy of as many bytes: of 7168 columns 0.91, 0.88 without the second gradient (16384
+rows 0.97); of 2048 0.85 and 0.87; of 1536 0.87 and 0.86; of 512 0.77. Rows narrower than 7168 are marked as what makes
+room in the L2 cache first: of 1536 columns 19.2 -> 18.6 and 22.6 -> 21.9 us, of 2048 23.2 -> 22.3 and 26.8 -> 26.3; of
+512 no difference; 7168 columns would take longer (68.2 -> 71.1, 16384 rows 233 -> 252). The sum with all of a thread's
+loads, 16 bytes each, on their way at once: 0.83 -> 0.84 of 1536. The second launch let in with a program's last turn
+and not with its first: 18.5 -> 18.0 and 21.7 -> 21.1, 16384 rows 47.9 -> 46.6; why it disturbs is not known.
 
 By programs that load a row, compute and store it, of 7168, 2048, 1536 and 512 columns: 0.84, 0.76, 0.72, 0.63. Slower
 at 7168: two programs a multiprocessor (0.76), 16 warps (0.88), the last sum by 8 columns a program (0.89); at 1536: two
-programs (0.74), 16 warps (0.73), eight rows a turn (0.73), a row a warp with barriers of its own; at 2048: a row a turn
-(0.67). The second launch: waiting alone takes 0.4 to 1.1 us; polling for the programs' sums instead 0.5 to 2.8 more.
+programs (0.74), 16 warps (0.73), eight rows a turn (0.73), a row a warp with barriers of its own, two or three turns at
+a time (24.7 and 19.0 us for 18.5), five or eight (19.0, 20.0), a copy for a row (18.5) or for all rows of a turn (18.8;
+by 128 programs 20.2), each thread with columns of all rows (20.0); at 2048: a row a turn (0.67). The second launch:
+waiting alone takes 0.4 to 1.1 us; polling for the programs' sums instead 0.5 to 2.8 more.
 """
 
 from collections.abc import Iterator
@@ -38,9 +41,11 @@ from dsv3c.kernels.tiles import as_words, high, low, pack
 from dsv3c.numerics import ceil_div
 
 WARPS = 8
-VALUES = 7168  # of rows of a turn, if there are several
+WIDE = 7168  # columns
 SUMMED, PARTS = 1024, 5  # numbers at a time, 16 bytes a thread; times, all on their way before the first is added
 SHARED = 216 << 10  # bytes of rows
+# Columns at most, rows of a turn, turns whose rows there is room for.
+TURNS = ((896, 8, 4), (1792, 4, 4), (2048, 4, 3), (3584, 2, 4), (16384, 1, 4))
 _wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
 
@@ -103,7 +108,6 @@ def _norm_backward_kernel(
             dy_ptr, x_ptr, dsum_ptr, dy_stride, x_stride, dsum_stride, first + stage * step, R,
             base + stage * OPERANDS * ROW, full + 8 * stage, K, ROWS, WIDTH, OPERANDS, ROW, ONCE,
         )  # fmt: skip
-    gdc_launch_dependents()
     word = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
     inner = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     weights, evens, odds = (), (), ()  # the last two of the weight's gradient
@@ -140,6 +144,8 @@ def _norm_backward_kernel(
             dy_ptr, x_ptr, dsum_ptr, dy_stride, x_stride, dsum_stride, start + (STAGES - 1) * step, R,
             base + before * (OPERANDS * ROW), full + 8 * before, K, ROWS, WIDTH, OPERANDS, ROW, ONCE,
         )  # fmt: skip
+        if ROWS > 1 and start + step >= R:  # as soon as the first turn, it takes up to 4 % longer
+            gdc_launch_dependents()
         dx_row = dx_ptr + row[:, None].to(gl.int64) * (K // 2)
         for chunk in gl.static_range(CHUNKS):
             inside = known & (word + chunk * WIDTH < K // 2)
@@ -155,6 +161,8 @@ def _norm_backward_kernel(
         if stage == STAGES:
             stage = 0
             phase ^= 1
+    if ROWS == 1:
+        gdc_launch_dependents()
     column = gl.arange(0, 2 * WIDTH, gl.SliceLayout(0, COLUMN))
     partial_ptr += gl.program_id(0).to(gl.int64) * K
     for chunk in gl.static_range(CHUNKS):
@@ -193,7 +201,7 @@ def rms_norm_backward(
     dy, x, dsum = (None if t is None else aligned(t).view(torch.int32) for t in (dy_RK, x_RK, dsum_RK))
     _norm_backward_kernel[(programs,)](
         dy, x, as_words(weight_K), rstd_R.contiguous(), dsum, as_words(dx_RK), partial, R, dy.stride(0), x.stride(0),
-        0 if dsum is None else dsum.stride(0), K, rows, width, stages, K < VALUES, num_warps=WARPS,
+        0 if dsum is None else dsum.stride(0), K, rows, width, stages, K < WIDE, num_warps=WARPS,
     )  # fmt: skip
     sum_programs(partial, dweight_K, most)
 
@@ -213,10 +221,10 @@ def _program(K: int, add: bool) -> tuple[int, int, int, int]:
     """Programs of a multiprocessor; rows of a turn, words of a chunk, and turns whose rows there is room for."""
     if K <= 512 and not add:
         return 2, 8, 256, 3
-    rows = max(rows for rows in (1, 2, 4, 8) if rows == 1 or rows * K <= VALUES)
+    rows, turns = next((rows, turns) for most, rows, turns in TURNS if most >= K)
     width = 256 if rows > 2 else 512
     turn = (3 if add else 2) * rows * 4 * ceil_div(K // 2, width) * width
-    return 1, rows, width, min(4, SHARED // turn)
+    return 1, rows, width, min(turns, SHARED // turn)
 
 
 def variants() -> Iterator[Variant]:
@@ -226,7 +234,7 @@ def variants() -> Iterator[Variant]:
             _norm_backward_kernel,
             {"dy_ptr": I32, "x_ptr": I32, "weight_ptr": I32, "rstd_ptr": F32, "dx_ptr": I32, "partial_ptr": F32}
             | ({"dsum_ptr": I32} if add else {}),
-            {"K": K, "ROWS": rows, "WIDTH": width, "STAGES": stages, "ONCE": K < VALUES}
+            {"K": K, "ROWS": rows, "WIDTH": width, "STAGES": stages, "ONCE": K < WIDE}
             | ({} if add else {"dsum_ptr": None}),
             num_warps=WARPS,
         )

@@ -8,16 +8,20 @@ other, all of x went through the cache before a row was read again: 237 MB came 
 What is scarce then are instructions and the L1 cache, of which shared memory is a part. So a quotient takes two
 instructions (`quantize._reciprocal_and_rest`); a loop casts a quarter of the tile's columns at a time, two a thread, in
 64 registers, which leaves room for 32 warps; four threads load half a line; and scales of rows lie so that 16 bytes a
-thread are read without bank conflicts. Which rows a tile has is found by a launch before, once instead of for each 128
-columns: among 256 groups that was a seventh of all instructions by count, and loading their ends a word at a time took
-17 of 195 µs.
+thread are read without bank conflicts. What is loaded of x brings the line beside it into the L2 cache, that of the
+next 128 columns (8 groups 95 -> 93.5 µs, 256 groups 152 -> 146). Which rows a tile has is found by a launch before,
+once instead of for each 128 columns: among 256 groups that was a seventh of all instructions by count, and loading
+their ends a word at a time took 17 of 195 µs.
 
-H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 95 µs in 8 groups and 151 in 256, where a
-copy of as many bytes takes 71 and 125, zeros alone 63 and 118, and the same without arithmetic 84 and 153;
-`requantize_t` has 0.82 to 0.87 of a copy's speed. No faster: a program of several tiles, whether the next is loaded
-meanwhile or not; loads by `cp.async`; more of the loop unrolled; in 256 groups tiles of 64 and 32 rows for the ends of
-groups (154 for 152), 56 registers (spills, 167), x brought into the L2 cache before, all of it or the columns of 8 or
-16 programs at a time (153 to 157 for 150), zeros first or in between (+2 %).
+H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 92 µs in 8 groups and 144 in 256, where a
+copy of as many bytes takes 71 and 125; before, 94 and 151, without stores 85 and 131, with rows from 128 tokens only 89
+and 138. `requantize_t` has 0.84 to 0.92 of a copy's speed. No faster: a program of several tiles, whether the next is
+loaded meanwhile or not; loads by `cp.async`, or past the L1 cache; more of the loop unrolled; 40 warps, 28, or 24 that
+cast twice as many columns at a time (98, 98 and 102 µs for 94); programs of 256 rows and 64 or 128 columns (107, 95) or
+of 512 rows (121); neighbouring columns beside each other, 2, 4 or 8 (102 to 109); whole lines by eight threads (98);
+first programs that find their rows themselves (97), or all that look for an empty tile later; in 256 groups tiles of 64
+and 32 rows for the ends of groups (154 for 152), x brought into the L2 cache before, all of it or the columns of 8 or
+16 programs at a time (153 to 157 for 150), zeros first or in between (+2 %), results marked to leave that cache (+3 %).
 """
 
 from collections.abc import Iterator
@@ -29,7 +33,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv3c.kernels.columns import column_layout, of_columns, pack_rows, quarters, shared_layout, unpack
+from dsv3c.kernels.columns import column_layout, pack_rows, quarters, shared_layout, unpack
 from dsv3c.kernels.groups import find_tile, groups_of
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import F32, I16, I32, Variant
@@ -42,18 +46,26 @@ WARPS, REGISTERS = 4, 64  # room for 32 warps
 
 @gluon.constexpr_function
 def _tile_layout() -> gl.SharedLinearLayout:
-    """A tile of 128 rows of 64 words, each of two columns: four parts of 16 that lie as `shared_layout` says, and have
-    every other four of 32."""
-    bases = [[row, word % 4 + word // 4 * 8] for row, word in shared_layout(16, 16).offset_bases]
-    return gl.SharedLinearLayout([*bases, [0, 4], [0, 32]])
+    """A tile of 128 rows of 32 words, each of four columns: four parts of 8 that lie as `shared_layout` says, and have
+    every other two of 16."""
+    bases = [[row, (word % 4 + word // 4 * 8) // 2] for row, word in shared_layout(16, 16).offset_bases[1:]]
+    return gl.SharedLinearLayout([*bases, [0, 2], [0, 16]])
 
 
 @gluon.constexpr_function
 def _load_layout() -> gl.DistributedLinearLayout:
     """16 bytes a load, half a line of a row four threads; each writes 8 bytes to either of two parts."""
-    registers = [[0, 1], [0, 2], [0, 4], [16, 0], [32, 0], [0, 32]]
-    lanes = [[0, 8], [0, 16], [64, 0], [1, 0], [2, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[4, 0], [8, 0]], [], [128, 64])
+    registers = [[0, 1], [0, 2], [16, 0], [32, 0], [0, 16]]
+    lanes = [[0, 4], [0, 8], [64, 0], [1, 0], [2, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[4, 0], [8, 0]], [], [128, 32])
+
+
+@gluon.constexpr_function
+def _vector_layout() -> gl.DistributedLinearLayout:
+    """Of those 16 bytes."""
+    registers = [[16, 0], [32, 0], [0, 4]]
+    lanes = [[0, 1], [0, 2], [64, 0], [1, 0], [2, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[4, 0], [8, 0]], [], [128, 8])
 
 
 @gluon.jit
@@ -83,6 +95,34 @@ def _rows_kernel(offs_ptr, permutation_ptr, rows_ptr, E, GROUPS: gl.constexpr, T
     gl.store(rows_ptr + tile * 128 + place, gl.where(row < rows, x_row, -1))
 
 
+# Of the line and the one beside it, what the L2 cache does not have comes with what is asked for.
+_LOAD = gl.constexpr("""{
+    .reg .pred mine;
+    setp.ne.u32 mine, $5, 0;
+    mov.b32 $0, 0;
+    mov.b32 $1, 0;
+    mov.b32 $2, 0;
+    mov.b32 $3, 0;
+    @mine ld.global.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];
+}""")
+
+
+@gluon.jit
+def _load_tile(x_ptr, x_row, column, x_stride):
+    """Words [128, 32], zero where x_row [128] is negative."""
+    VECTORS: gl.constexpr = _vector_layout()
+    x_row = gl.convert_layout(x_row, gl.SliceLayout(1, VECTORS), assert_trivial=True)
+    begin = (x_row.to(gl.uint32) * x_stride).to(gl.int64) * 8
+    vector = gl.arange(0, 8, gl.SliceLayout(0, VECTORS))
+    source = x_ptr + (begin[:, None] + (column // 2 + 8 * vector[None, :]))
+    a, b, c, d = gl.inline_asm_elementwise(
+        _LOAD, "=r,=r,=r,=r,l,r", [source.to(gl.int64, bitcast=True), (x_row[:, None] >= 0).to(gl.int32)],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+    x = gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), (128, 32))
+    return gl.convert_layout(x, _load_layout(), assert_trivial=True)
+
+
 @gluon.jit
 def _scaled(x, scales):
     return x * gl.convert_layout(scales, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
@@ -95,12 +135,46 @@ def _largest(x0, x1, x2, x3):
     return gl.reduce(gl.reshape(amax, (8, 4, amax.shape[1])), 1, _maximum)
 
 
+_EXCHANGE = gl.constexpr("""{
+    .reg .pred odd;
+    .reg .f32 own, other;
+    setp.ne.u32 odd, $3, 0;
+    selp.f32 own, $2, $1, odd;
+    selp.f32 other, $1, $2, odd;
+    shfl.sync.bfly.b32 other, other, 1, 31, -1;
+    max.NaN.f32 own, own, other;
+    shfl.sync.bfly.b32 other, own, 2, 31, -1;
+    max.NaN.f32 own, own, other;
+    shfl.sync.bfly.b32 other, own, 16, 31, -1;
+    max.NaN.f32 $0, own, other;
+}""")
+_BOTH = gl.constexpr("""{
+    shfl.sync.idx.b32 $0, $2, 0, 0x1e1f, -1;
+    shfl.sync.idx.b32 $1, $2, 1, 0x1e1f, -1;
+}""")
+
+
+@gluon.jit
+def _both(x):
+    """Of two neighbouring lanes, that of the even one and that of the odd one."""
+    return gl.inline_asm_elementwise(_BOTH, "=f,=f,f", [x], dtype=(gl.float32, gl.float32), is_pure=False, pack=1)
+
+
+@gluon.jit
+def _rows(x):
+    """[32, C] as [8, 4, C]: a thread's four words; nothing moves."""
+    return gl.reshape(x, (8, 4, x.shape[1]))
+
+
 @gluon.jit
 def _divided(x0, x1, x2, x3, first, second):
-    first, second = of_columns(first, x0)[None, :], of_columns(second, x0)[None, :]
-    return pack_rows(
+    x0, x1, x2, x3 = _rows(x0), _rows(x1), _rows(x2), _rows(x3)
+    first = gl.convert_layout(first, gl.SliceLayout(1, x0.type.layout), assert_trivial=True)[:, None, :]
+    second = gl.convert_layout(second, gl.SliceLayout(1, x0.type.layout), assert_trivial=True)[:, None, :]
+    words = pack_rows(
         divide(x0, first, second), divide(x1, first, second), divide(x2, first, second), divide(x3, first, second)
     )
+    return gl.reshape(words, (32, words.shape[2]))
 
 
 @gluon.jit
@@ -108,15 +182,9 @@ def _store_part(
     words, scales0, scales1, scales2, scales3, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor,
     POW2: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """words [128, 16]: columns x and y of 8 columns of each 16. One thread of two neighbours computes what belongs to a
-    column x, the other what belongs to y."""
+    """words [128, 16]: columns x and y of 8 columns of each 16. Of eight lanes that have both columns, the even ones
+    compute what belongs to x, the others what belongs to y."""
     C: gl.constexpr = words.shape[1]
-    SHARED: gl.constexpr = gl.DistributedLinearLayout(
-        [[1, 0, 0]], [[0, 0, 1], [2, 0, 0], [0, 1, 0], [0, 2, 0], [4, 0, 0]], [[0, 4, 0], [0, 8, 0]], [], [8, C, 2]
-    )
-    BOTH: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1]], [[0, 0], [0, 0], [1, 0], [2, 0], [0, 0]], [[4, 0], [8, 0]], [], [C, 2]
-    )
     words0, words1, words2, words3 = quarters(words)
     x0, y0 = unpack(words0)
     x1, y1 = unpack(words1)
@@ -124,22 +192,27 @@ def _store_part(
     x3, y3 = unpack(words3)
     x0, x1, x2, x3 = _scaled(x0, scales0), _scaled(x1, scales1), _scaled(x2, scales2), _scaled(x3, scales3)
     y0, y1, y2, y3 = _scaled(y0, scales0), _scaled(y1, scales1), _scaled(y2, scales2), _scaled(y3, scales3)
-    amax = gl.convert_layout(gl.join(_largest(x0, x1, x2, x3), _largest(y0, y1, y2, y3)), SHARED)
-    amax = gl.reduce(gl.reduce(gl.reshape(amax, (2, 4, C, 2)), 1, _maximum), 0, _maximum)  # of neighbouring lanes first
+    amax_x, amax_y = _largest(x0, x1, x2, x3), _largest(y0, y1, y2, y3)
+    OWN: gl.constexpr = amax_x.type.layout
+    lane = gl.arange(0, 8, gl.SliceLayout(1, OWN))[:, None]
+    amax = gl.inline_asm_elementwise(
+        _EXCHANGE, "=f,f,f,r", [amax_x, amax_y, lane & 1], dtype=gl.float32, is_pure=False, pack=1
+    )
     scale_inv = _scale_inv(amax, amax_floor, POW2)
-    OWN: gl.constexpr = scale_inv.type.layout
-    pair = gl.arange(0, C, gl.SliceLayout(1, OWN))[:, None]
-    column = 2 * pair + 8 * (pair // 4) + gl.arange(0, 2, gl.SliceLayout(0, OWN))[None, :]
-    gl.store(t_scale_inv_ptr + column, scale_inv, mask=None if WHOLE else column < columns)
+    pair = gl.arange(0, C, gl.SliceLayout(0, OWN))[None, :]
+    column = 2 * pair + 8 * (pair // 4) + (lane & 1)
+    mine = (lane < 2) if WHOLE else (lane < 2) & (column < columns)
+    gl.store(t_scale_inv_ptr + column, scale_inv, mask=mine)
     first, second = _reciprocal_and_rest(scale_inv)
-    first_x, first_y = gl.split(gl.convert_layout(first, BOTH))
-    second_x, second_y = gl.split(gl.convert_layout(second, BOTH))
-    WORDS: gl.constexpr = x0.type.layout
+    first_x, first_y = _both(first)
+    second_x, second_y = _both(second)
+    x, y = _divided(x0, x1, x2, x3, first_x, second_x), _divided(y0, y1, y2, y3, first_y, second_y)
+    WORDS: gl.constexpr = x.type.layout
     pair = gl.arange(0, C, gl.SliceLayout(0, WORDS))[None, :]
     column = 2 * pair + 8 * (pair // 4)
-    t_ptr += column * P_words + gl.arange(0, 32, gl.SliceLayout(1, WORDS))[:, None]
-    gl.store(t_ptr, _divided(x0, x1, x2, x3, first_x, second_x), mask=None if WHOLE else column < columns)
-    gl.store(t_ptr + P_words, _divided(y0, y1, y2, y3, first_y, second_y), mask=None if WHOLE else column + 1 < columns)
+    at = column * P_words + gl.arange(0, 32, gl.SliceLayout(1, WORDS))[:, None]
+    gl.store(t_ptr + at, x, mask=None if WHOLE else column < columns)
+    gl.store(t_ptr + P_words + at, y, mask=None if WHOLE else column + 1 < columns)
 
 
 @launched
@@ -151,7 +224,6 @@ def _requantize_kernel(
     """One program: 128 rows of a group × 128 columns, which is less of the last tile if not WHOLE. x has words of two
     columns, x_stride times eight of them a row, in 2^32 times 16 bytes. Tiles without rows are zero."""
     tile, column = gl.program_id(0), gl.program_id(1) * 128
-    LOAD: gl.constexpr = _load_layout()
     COLUMNS: gl.constexpr = column_layout(16, gl.num_warps())
     SCALES: gl.constexpr = gl.SharedLinearLayout([[1], [2], [16], [32], [64], [4], [8]])  # a load of 16 bytes is a line
     PLACES: gl.constexpr = gl.DistributedLinearLayout([[1], [2]], [[0], [0], [64], [4], [8]], [[16], [32]], [], [128])
@@ -170,13 +242,10 @@ def _requantize_kernel(
         if gl.load(rows_ptr) < 0:
             store_nothing(128, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
             return
-    x_row = gl.convert_layout(_in_order(x_row), gl.SliceLayout(1, LOAD), assert_trivial=True)
-    word = gl.arange(0, 64, gl.SliceLayout(0, LOAD))
-    begin = (x_row.to(gl.uint32) * x_stride).to(gl.int64) * 8
-    x = gl.load(x_ptr + (begin[:, None] + (column // 2 + word[None, :])), mask=x_row[:, None] >= 0, other=0)
+    x = _load_tile(x_ptr, _in_order(x_row), column, x_stride)
     x_scale_inv_ptr += (column // 128).to(gl.int64) * scale_stride
     x_scale_inv = gl.load(x_scale_inv_ptr + scale_row, mask=scale_row >= 0, other=0.0)
-    shared = gl.allocate_shared_memory(gl.int16, (128, 64), _tile_layout(), x)
+    shared = gl.allocate_shared_memory(gl.int32, (128, 32), _tile_layout(), x)
     row_scales = gl.allocate_shared_memory(gl.float32, (128,), SCALES, _in_order(x_scale_inv))
     scales02, scales13 = gl.split(gl.reshape(row_scales.load(gl.SliceLayout(1, COLUMNS)), (32, 2, 2)))
     scales0, scales2 = gl.split(scales02)

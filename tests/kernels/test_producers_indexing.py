@@ -90,11 +90,12 @@ WORDS = dict(
 )
 norm_backward._norm_backward_kernel = Kernel(norm_backward.__file__, "_norm_backward_kernel", **WORDS)
 norm_backward.multiprocessors = lambda: 2
-# More turns than there is room for; rows without a last chunk, or a last turn's; rows that begin anywhere.
-for R, K, add in [(1, 128, True), (203, 256, False), (90, 256, True), (19, 1536, True), (30, 1152, True),
-                  (11, 4224, False), (20, 2176, True), (3, 10240, True)]:
+# More turns than there is room for; rows without a last chunk, or a last turn's; rows that begin anywhere, x's behind
+# each other.
+for R, K, add in [(1, 128, True), (203, 256, False), (90, 256, True), (19, 1536, True), (37, 1536, False),
+                  (30, 1152, True), (11, 4224, False), (20, 2176, True), (3, 10240, True)]:
     wide = normal(R, 3 * K + (3 if add else 16))
-    dy, x, dsum = wide[:, :K], wide[:, K : 2 * K], wide[:, 2 * K : 3 * K] if add else None
+    dy, x, dsum = wide[:, :K], wide[:, K : 2 * K].contiguous(), wide[:, 2 * K : 3 * K] if add else None
     weight, rstd = normal(1, K)[0], torch.rand(R)
     out = empty(norm_op._rms_norm_backward(dy, x, weight, rstd, dsum))
     norm_backward.rms_norm_backward(dy, x, weight, rstd, dsum, out)
