@@ -40,17 +40,6 @@ def _latent_quantize(x_RL, weight_K, cos_Rr, sin_Rr, eps, amax_floor, pow2):
     return x_RL.new_empty(x_RL.shape), *empty_tiles(x_RL, R, K), x_RL.new_empty(R, dtype=torch.float32)
 
 
-def _latent_backward(dnormed_RK, drope, x_RL, weight_K, cos_Rr, sin_Rr, rstd_R):
-    _check_latent(x_RL, weight_K, cos_Rr, sin_Rr)
-    R, K = x_RL.shape[0], weight_K.shape[0]
-    for name, gradient, columns in (("dnormed", dnormed_RK, K), ("drope", drope, 2 * cos_Rr.shape[1])):
-        expect(f"dtype of {name}", gradient.dtype, torch.bfloat16)
-        expect(f"shape of {name}", tuple(gradient.shape), (R, columns))
-    expect("dtype of rstd", rstd_R.dtype, torch.float32)
-    expect("shape of rstd", tuple(rstd_R.shape), (R,))
-    return x_RL.new_empty(x_RL.shape), x_RL.new_empty(K, dtype=torch.float32)
-
-
 _ANGLES = "Tensor cos, Tensor sin"
 
 define(f"rotate_heads_(Tensor(a!) x, {_ANGLES}, bool inverse) -> ()",
@@ -60,12 +49,5 @@ define(
     "(Tensor, Tensor, Tensor, Tensor)",
     _latent_quantize,
     rotary.latent_quantize_ref,
-    "rotary",
-)
-define(
-    f"latent_backward(Tensor dnormed, Tensor drope, Tensor x, Tensor weight, {_ANGLES}, Tensor rstd) -> "
-    "(Tensor, Tensor)",
-    _latent_backward,
-    rotary.latent_backward_ref,
     "rotary",
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv3c.kernels.reference.casts import quantize_tile_ref
-from dsv3c.kernels.reference.norm import rms_norm, rms_norm_backward_ref
+from dsv3c.kernels.reference.norm import rms_norm
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -39,17 +39,3 @@ def latent_quantize_ref(
     normed_RK, rstd_R = rms_norm(x_RL[:, :K], weight_K, eps)
     rope = rotate(x_RL[:, K:], cos_Rr, sin_Rr).to(x_RL.dtype)
     return torch.cat((normed_RK, rope), dim=-1), *quantize_tile_ref(normed_RK, amax_floor, pow2), rstd_R
-
-
-def latent_backward_ref(
-    dnormed_RK: Tensor,
-    drope: Tensor,
-    x_RL: Tensor,
-    weight_K: Tensor,
-    cos_Rr: Tensor,
-    sin_Rr: Tensor,
-    rstd_R: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(dx [R, K + 2r], dweight float32 [K]) from the gradients of both parts of the latent, drope [R, 2r]."""
-    dx_RK, dweight_K = rms_norm_backward_ref(dnormed_RK, x_RL[:, : len(weight_K)], weight_K, rstd_R, None)
-    return torch.cat((dx_RK, rotate(drope, cos_Rr, sin_Rr, inverse=True).to(dx_RK.dtype)), dim=-1), dweight_K

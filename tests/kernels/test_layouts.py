@@ -74,7 +74,6 @@ def samples(check, T: int, K: int) -> dict[str, list[Any]]:
         "add_rms_norm_quantize": [x, y, weight, EPS, *scale, True],
         "rms_norm_backward": [x, y, weight, rstd, x.clone()],
         "latent_quantize": [latent, weight, *angles, EPS, *scale],
-        "latent_backward": [x, heads[:, 0, :64].clone(), latent, weight, *angles, rstd],
         "rotate_heads_": [heads, *angles, False],
         "rotate_heads": [heads, *angles, True],
         "rotate_quantize_both": [heads, *angles, *scale],

@@ -6,7 +6,6 @@ import torch
 import dsv3c.operators  # noqa: F401
 from dsv3c import layers, numerics
 from dsv3c.kernels.reference import rotary as reference
-from dsv3c.kernels.reference.norm import rms_norm
 from dsv3c.numerics import Recipe, rounded_between
 from dsv3c.operators import OperatorError
 
@@ -82,18 +81,6 @@ def test_latent(check, rows, width, pairs, device):
     assert torch.equal(pair[1], again[1])
     assert pair[1].stride() == again[1].stride()
 
-    dnormed = check.varied(rows, width, torch.bfloat16, device)
-    drope = check.varied(rows, 2 * pairs, torch.bfloat16, device)
-    dx, dweight = ops.latent_backward(dnormed, drope, x, weight, cos, sin, rstd)
-    assert between(dx[:, width:], rotated_between(drope, cos, sin, True))
-    normed = x[:, :width].double() * rstd[:, None].double()
-    scaled = dnormed.double() * weight.double()
-    exact = rstd[:, None].double() * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    error = numerics.norm_gradient_bound(scaled, normed, rstd.double(), exact)
-    assert between(dx[:, :width], rounded_between(exact, error))
-    terms = dnormed.double() * normed
-    assert bool(((dweight - terms.sum(0)).abs() <= numerics.sum_bound(terms, rows + 3, 0)).all())
-
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_rows(device):
@@ -101,21 +88,6 @@ def test_no_rows(device):
     cos = torch.empty(0, 4, device=device)
     ops.rotate_heads_(x, cos, cos, False)
     assert x.shape == (0, 4, 24)
-
-
-def test_definitions_are_the_model_s_autograd():
-    """The latent in float64: gradients of the plain formulas."""
-    R, pairs, K = 3, 2, 128
-    x = torch.randn(R, K + 2 * pairs, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(K, dtype=torch.float64, requires_grad=True)
-    cos, sin = (t.double() for t in angles(R, pairs, "cpu"))
-    normed, rstd = rms_norm(x[:, :K], weight, EPS)
-    rope = layers.rotate(x[:, K:], cos, sin)
-    dnormed, drope = torch.randn(R, K, dtype=torch.float64), torch.randn(R, 2 * pairs, dtype=torch.float64)
-    expected = torch.autograd.grad((normed, rope), (x, weight), (dnormed, drope))
-    found = reference.latent_backward_ref(dnormed, drope, x.detach(), weight.detach(), cos, sin, rstd.detach())
-    for f, e in zip(found, expected, strict=True):
-        assert numerics.distance(f.detach(), e.detach())[1] <= numerics.reordered_bound(1, K, torch.float64)
 
 
 @pytest.mark.gpu
