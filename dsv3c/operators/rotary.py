@@ -40,6 +40,19 @@ def _latent_quantize(x_RL, weight_K, cos_Rr, sin_Rr, eps, amax_floor, pow2):
     return x_RL.new_empty(x_RL.shape), *empty_tiles(x_RL, R, K), x_RL.new_empty(R, dtype=torch.float32)
 
 
+def _latent_append_(pages_NPL, x_BL, weight_K, cos_Br, sin_Br, eps, table_BM, lengths_B):
+    _check_latent(x_BL, weight_K, cos_Br, sin_Br)
+    check_rank("pages", pages_NPL, 3)
+    expect("dtype of pages", pages_NPL.dtype, x_BL.dtype)
+    expect("columns of pages", pages_NPL.shape[2], x_BL.shape[1])
+    expect("strides of pages", pages_NPL.stride()[1:], (x_BL.shape[1], 1))
+    check_rank("table", table_BM, 2)
+    expect("rows of table", table_BM.shape[0], x_BL.shape[0])
+    expect("shape of lengths", tuple(lengths_B.shape), (x_BL.shape[0],))
+    expect("dtypes of table and lengths", (table_BM.dtype, lengths_B.dtype), (torch.int32, torch.int32))
+    return x_BL.new_empty(x_BL.shape)
+
+
 _ANGLES = "Tensor cos, Tensor sin"
 
 define(f"rotate_heads_(Tensor(a!) x, {_ANGLES}, bool inverse) -> ()",
@@ -49,5 +62,12 @@ define(
     "(Tensor, Tensor, Tensor, Tensor)",
     _latent_quantize,
     rotary.latent_quantize_ref,
+    "rotary",
+)
+define(
+    f"latent_append_(Tensor(a!) pages, Tensor x, Tensor weight, {_ANGLES}, float eps, Tensor table, Tensor lengths) -> "
+    "Tensor",
+    _latent_append_,
+    rotary.latent_append_ref,
     "rotary",
 )

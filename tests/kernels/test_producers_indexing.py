@@ -129,6 +129,12 @@ for R, K, pairs in [(2, 384, 8)]:
     close(out[0], expected[0], expected[0].float().abs().max(1, keepdim=True).values)
     tiles_close(out[1:3], expected[0][:, :K])
     close(out[3], expected[3])
+    pages, table, lengths = normal(6, 4, K + 2 * pairs), torch.randperm(6).int().view(2, 3), torch.tensor([3, 9]).int()
+    places = table[torch.arange(2), lengths // 4], lengths % 4
+    latent, before = empty([torch.empty(R, K + 2 * pairs).bfloat16()])[0], pages.clone()
+    rotary.latent_append_(pages, x, weight, cos, sin, eps, table, lengths, latent)
+    before[places] = latent
+    assert torch.equal(latent, out[0]) and torch.equal(pages, before)
 
 # Bits: float32 sums in one order. Runs of one token that end before, at and behind what is read at a time.
 for R, V, H in [(1, 1, 16), (37, 100, 200), (300, 33, 1040), (16, 17, 32), (17, 17, 32), (18, 17, 32), (0, 5, 16)]:

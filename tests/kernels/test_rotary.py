@@ -83,6 +83,23 @@ def test_latent(check, rows, width, pairs, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "width", "pairs", "size"), [(1, 512, 32, 64), (70, 128, 8, 4)])
+def test_append(check, rows, width, pairs, size, device):
+    """The bits of `latent_quantize`, returned and behind each sequence's last token; all else in the pages stays."""
+    x = check.varied(rows, width + 2 * pairs + 6, torch.bfloat16, device)[:, : width + 2 * pairs]
+    weight, (cos, sin) = check.varied(1, width, torch.bfloat16, device)[0], angles(rows, pairs, device)
+    pages = torch.randn(3 * rows + 1, size, width + 2 * pairs, device=device).bfloat16()
+    table = torch.randperm(3 * rows, device=device).int().view(rows, 3) + 1
+    lengths = torch.randint(0, 3 * size, (rows,), device=device, dtype=torch.int32)
+    before = pages.clone()
+    latent = ops.latent_append_(pages, x, weight, cos, sin, EPS, table, lengths)
+    assert torch.equal(latent, ops.latent_quantize(x, weight, cos, sin, EPS, FLOOR, False)[0])
+    for row, length in enumerate(lengths.tolist()):
+        before[table[row, length // size], length % size] = latent[row]
+    assert torch.equal(pages, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_no_rows(device):
     x = torch.empty(0, 4, 24, dtype=torch.bfloat16, device=device)
     cos = torch.empty(0, 4, device=device)
@@ -113,3 +130,15 @@ def test_what_is_refused():
         ops.rotate_heads_(x.transpose(1, 2), cos, cos, False)
     with pytest.raises(OperatorError, match="columns of x"):
         ops.latent_quantize(x.flatten(1)[:, :40], torch.zeros(0, dtype=torch.bfloat16), cos, cos, EPS, FLOOR, False)
+    x, weight, pages = torch.zeros(4, 136).bfloat16(), torch.zeros(128).bfloat16(), torch.zeros(9, 2, 136).bfloat16()
+    table, lengths = torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    for message, wrong in {
+        "columns of pages": (pages[..., :100], table, lengths),
+        "dtype of pages": (pages.float(), table, lengths),
+        "strides of pages": (pages.mT.contiguous().mT, table, lengths),
+        "rows of table": (pages, table[:3], lengths),
+        "shape of lengths": (pages, table, lengths[:3]),
+        "dtypes of table and lengths": (pages, table, lengths.long()),
+    }.items():
+        with pytest.raises(OperatorError, match=message):
+            ops.latent_append_(wrong[0], x, weight, cos, cos, EPS, *wrong[1:])
