@@ -203,18 +203,11 @@ def rms_norm_backward(
         dy, x, as_words(weight_K), rstd_R.contiguous(), dsum, as_words(dx_RK), partial, R, dy.stride(0), x.stride(0),
         0 if dsum is None else dsum.stride(0), K, rows, width, stages, K < WIDE, num_warps=WARPS,
     )  # fmt: skip
-    sum_programs(partial, dweight_K, most)
-
-
-def sum_programs(partial_PK: Tensor, out_K: Tensor, most: int) -> None:
-    """The kernel before calls `gdc_launch_dependents`. Its programs are `most` or fewer, which number of rows there may
-    be: another `most` compiles anew."""
-    P, K = partial_PK.shape
-    columns = next((c for c in (32, 16) if most * c <= PARTS * SUMMED), 8)
-    rows = SUMMED // columns
+    columns = 32 if most * 32 <= PARTS * SUMMED else 16  # by `most`: any number of rows has one kernel
     _sum_programs_kernel[(ceil_div(K, columns),)](
-        partial_PK, out_K, P, K, rows, columns, ceil_div(most, rows), num_warps=8, launch_pdl=True
-    )
+        partial, dweight_K, programs, K, SUMMED // columns, columns, ceil_div(most * columns, SUMMED),
+        num_warps=8, launch_pdl=True,
+    )  # fmt: skip
 
 
 def _program(K: int, add: bool) -> tuple[int, int, int, int]:
@@ -238,7 +231,7 @@ def variants() -> Iterator[Variant]:
             | ({} if add else {"dsum_ptr": None}),
             num_warps=WARPS,
         )
-    for columns, parts in ((8, 4), (16, 5), (32, 5)):  # of 512, 264 and 132 programs
+    for columns, parts in ((16, 5), (32, 5)):  # of 264 and 132 programs
         yield Variant(
             _sum_programs_kernel,
             {"partial_ptr": F32, "out_ptr": F32},

@@ -1,19 +1,11 @@
 """What multi-head latent attention does between its products, fused: the rotation of the queries in place, and the
-latent's norm and rotation and cast.
+latent's norm and rotation, with the cast, or of a new token into its page.
 
 Memory-bound. A pair that is rotated is one 32-bit word of two BF16 numbers, so that interleaved pairs are loaded and
 stored 16 bytes at a time.
 
-The latent's gradient has a row a warp. What it adds up for the weight lies in several warps then, and changes its
-layout before it is summed: with Triton's own sum across warps a launch took 22 µs instead of 11, presumably for bank
-conflicts. A second launch, which begins while the first one runs, adds up what the programs have.
-
 H200, 4096 tokens and 128 heads, in the time of a copy of as many bytes: queries 0.88 (42 µs), their gradient 0.79, the
-latent 0.93 (10 µs), its gradient 0.80 (12.2 µs; 0.85 of 16384 tokens). Of those, the second launch is 1.4 µs; a launch
-that does nothing takes 5.4. One launch, in which clusters sum columns and hand their sums on in shared memory: the
-columns alone take 12.8. Sums made before the gradients are stored, for which the second launch waits by flags: 14.5.
-Two or four rows a warp at a time, more warps or fewer programs: 12.4 to 15. All rows at once by the copy engine, which
-leaves 132 to 528 programs' sums: 12.1 to 14.6, the rows alone 10.4 to 10.9.
+latent 0.93 (10 µs).
 """
 
 from collections.abc import Iterator
@@ -22,19 +14,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.norm import scaled, squares
-from dsv3c.kernels.norm_backward import sum_programs
 from dsv3c.kernels.offline import BF16, F32, I16, I32, Variant
 from dsv3c.kernels.tiles import as_words, high, low, pack, store_tiles, times
 from dsv3c.numerics import TILE, ceil_div
 
 HEADS, WARPS = 128, 4  # of a program
-PROGRAMS, ROWS = 512, 4  # of the latent's backward kernel; rows of a program at a time, one a warp
+PAGE = 64  # tokens
 
 
 @triton.jit
@@ -72,10 +60,17 @@ def _rotate_heads_kernel(
 @launched
 @triton.jit(do_not_specialize=["R"])
 def _latent_kernel(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, latent_ptr, q_ptr, scale_inv_ptr, rstd_ptr, R, K, x_stride, eps, amax_floor,
-    POW2: tl.constexpr, TILES: tl.constexpr, PAIRS: tl.constexpr,
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, latent_ptr, q_ptr, scale_inv_ptr, rstd_ptr, pages_ptr, table_ptr, lengths_ptr,
+    R, K, x_stride, page_stride, table_stride, eps, amax_floor,
+    POW2: tl.constexpr, TILES: tl.constexpr, PAIRS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
+    """With pages, a row is a sequence's next token, and is written there too; without, it is cast."""
     row = tl.program_id(0).to(tl.int64)
+    if pages_ptr is not None:
+        place = tl.load(lengths_ptr + row)
+        page = tl.load(table_ptr + row * table_stride + place // PAGE).to(tl.int64)
+        pages_ptr += page * page_stride + place % PAGE * (K + 2 * PAIRS)
+        paged_ptr = pages_ptr.to(tl.pointer_type(tl.int32))
     x_ptr += row * x_stride
     words_ptr = latent_ptr.to(tl.pointer_type(tl.int32)) + row * (K // 2 + PAIRS)
     latent_ptr += row * (K + 2 * PAIRS)
@@ -94,71 +89,14 @@ def _latent_kernel(
     rstd = tl.rsqrt(tl.sum(squares(x, 0.0)) / K + eps)
     y = times(scaled(x, rstd), weight)
     tl.store(words_ptr + column, y, mask=inside)
-    q_ptr += row * (K // 2) + column
-    store_tiles(y, q_ptr, scale_inv_ptr + tile.to(tl.int64) * R + row, tile * 128 < K, amax_floor, POW2)
-    tl.store(rstd_ptr + row, rstd)
-
-
-@launched
-@gluon.jit(do_not_specialize=["R"])
-def _latent_backward_kernel(
-    dy_ptr, drope_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, rstd_ptr, dx_ptr, partial_ptr, R, x_stride, dy_stride,
-    K: gl.constexpr, PAIRS: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """ROWS rows at a time, one a warp, in chunks of 128 words; strides in words."""
-    gdc_launch_dependents()
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [ROWS, 1], [1, 0])
-    PAIR: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [ROWS, 1], [1, 0])
-    COLUMN: gl.constexpr = gl.BlockedLayout([ROWS, 1], [1, 32], [1, ROWS], [1, 0])
-    CHUNKS: gl.constexpr = (K + 255) // 256
-    word = gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))[None, :]
-    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, PAIR))[None, :]
-    evens, odds = (), ()  # of the weight's gradient
-    for _ in gl.static_range(CHUNKS):
-        evens += (gl.full([ROWS, 128], 0.0, gl.float32, LAYOUT),)
-        odds += (gl.full([ROWS, 128], 0.0, gl.float32, LAYOUT),)
-    program = gl.program_id(0)
-    for start in range(program * ROWS, R, gl.num_programs(0) * ROWS):
-        row = start + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        rstd = gl.load(rstd_ptr + row, mask=row < R, other=0.0)[:, None]
-        known = (row < R)[:, None]
-        row = row[:, None].to(gl.int64)
-        xs, dys, weights = (), (), ()
-        for chunk in gl.static_range(CHUNKS):
-            at, inside = word + chunk * 128, known & (word + chunk * 128 < K // 2)
-            xs += (gl.load(x_ptr + row * x_stride + at, mask=inside, other=0),)
-            dys += (gl.load(dy_ptr + row * dy_stride + at, mask=inside, other=0),)
-        turned = start + gl.arange(0, ROWS, gl.SliceLayout(1, PAIR))
-        there = (turned < R)[:, None]
-        turned = turned[:, None].to(gl.int64)
-        first = gl.load(drope_ptr + turned * 2 * PAIRS + pair, mask=there, other=0.0).to(gl.float32)
-        second = gl.load(drope_ptr + turned * 2 * PAIRS + PAIRS + pair, mask=there, other=0.0).to(gl.float32)
-        cos = gl.load(cos_ptr + turned * PAIRS + pair, mask=there, other=0.0).to(gl.float32)
-        sin = gl.load(sin_ptr + turned * PAIRS + pair, mask=there, other=0.0).to(gl.float32)
-        for chunk in gl.static_range(CHUNKS):
-            weights += (gl.load(weight_ptr + word + chunk * 128, mask=word + chunk * 128 < K // 2, other=0),)
-        sums = gl.full([ROWS, 128], 0.0, gl.float32, LAYOUT)
-        evens_before, odds_before = evens, odds
-        evens, odds = (), ()
-        for chunk in gl.static_range(CHUNKS):
-            even, odd = low(dys[chunk]) * (low(xs[chunk]) * rstd), high(dys[chunk]) * (high(xs[chunk]) * rstd)
-            sums += low(weights[chunk]) * even + high(weights[chunk]) * odd
-            evens += (evens_before[chunk] + even,)
-            odds += (odds_before[chunk] + odd,)
-        mean = (gl.sum(sums, 1) / K)[:, None]
-        dx_row = dx_ptr + row * (K // 2 + PAIRS)
-        for chunk in gl.static_range(CHUNKS):
-            even = rstd * (low(dys[chunk]) * low(weights[chunk]) - low(xs[chunk]) * rstd * mean)
-            odd = rstd * (high(dys[chunk]) * high(weights[chunk]) - high(xs[chunk]) * rstd * mean)
-            at, inside = word + chunk * 128, known & (word + chunk * 128 < K // 2)
-            gl.store(dx_row + at, pack(even, odd), mask=inside)
-        even, odd = _turn(first, second, cos, -sin)
-        gl.store(dx_ptr + turned * (K // 2 + PAIRS) + K // 2 + pair, pack(even, odd), mask=there)
-    column = gl.arange(0, 256, gl.SliceLayout(0, COLUMN))
-    for chunk in gl.static_range(CHUNKS):
-        terms = gl.reshape(gl.join(evens[chunk], odds[chunk]), (ROWS, 256))
-        total = gl.sum(gl.convert_layout(terms, COLUMN), 0)  # a thread has a column
-        gl.store(partial_ptr + program * K + chunk * 256 + column, total, mask=column < K - chunk * 256)
+    if pages_ptr is not None:
+        tl.store(paged_ptr + column, y, mask=inside)
+        tl.store(pages_ptr + K + pair, first.to(tl.bfloat16))
+        tl.store(pages_ptr + K + PAIRS + pair, second.to(tl.bfloat16))
+    else:
+        q_ptr += row * (K // 2) + column
+        store_tiles(y, q_ptr, scale_inv_ptr + tile.to(tl.int64) * R + row, tile * 128 < K, amax_floor, POW2)
+        tl.store(rstd_ptr + row, rstd)
 
 
 def rotate_heads_(x_RHD: Tensor, cos_Rr: Tensor, sin_Rr: Tensor, inverse: bool) -> None:
@@ -196,35 +134,37 @@ def latent_quantize(
     x = as_words(x_RL)
     _latent_kernel[(R,)](
         x, as_words(weight_K), cos_Rr.contiguous(), sin_Rr.contiguous(), latent, q.view(torch.int16), scale_inv, rstd,
-        R, K, x.stride(0), eps, amax_floor, pow2, triton.next_power_of_2(K // TILE), cos_Rr.shape[1], num_warps=1,
+        None, None, None, R, K, x.stride(0), 0, 0, eps, amax_floor, pow2, triton.next_power_of_2(K // TILE),
+        cos_Rr.shape[1], 0, num_warps=1,
     )  # fmt: skip
 
 
-def latent_backward(
-    dnormed_RK: Tensor,
-    drope: Tensor,
-    x_RL: Tensor,
+def latent_append_(
+    pages_NPL: Tensor,
+    x_BL: Tensor,
     weight_K: Tensor,
-    cos_Rr: Tensor,
-    sin_Rr: Tensor,
-    rstd_R: Tensor,
-    out: tuple[Tensor, Tensor],
+    cos_Br: Tensor,
+    sin_Br: Tensor,
+    eps: float,
+    table_BM: Tensor,
+    lengths_B: Tensor,
+    out: Tensor,
 ) -> None:
-    """Launcher of `dsv3c::latent_backward`."""
-    dx_RL, dweight_K = out
-    R, K = dnormed_RK.shape
-    programs = min(ceil_div(R, ROWS), PROGRAMS)
-    if R == 0:
-        dweight_K.zero_()
+    """Launcher of `dsv3c::latent_append_`."""
+    B, K = len(x_BL), len(weight_K)
+    if B == 0:
         return
-    partial = dnormed_RK.new_empty((programs, K), dtype=torch.float32)
-    dy, x = as_words(dnormed_RK), as_words(x_RL)
-    _latent_backward_kernel[(programs,)](
-        dy, drope.contiguous(), x, as_words(weight_K), cos_Rr.contiguous(), sin_Rr.contiguous(),
-        rstd_R.contiguous(), dx_RL.view(torch.int32), partial, R, x.stride(0), dy.stride(0), K, cos_Rr.shape[1], ROWS,
-        num_warps=ROWS,
+    if pages_NPL.data_ptr() % 4 or pages_NPL.stride(0) % 2:  # no words
+        pages = pages_NPL.clone(memory_format=torch.contiguous_format)
+        latent_append_(pages, x_BL, weight_K, cos_Br, sin_Br, eps, table_BM, lengths_B, out)
+        pages_NPL.copy_(pages)
+        return
+    x = as_words(x_BL)
+    _latent_kernel[(B,)](
+        x, as_words(weight_K), cos_Br.contiguous(), sin_Br.contiguous(), out, None, None, None, pages_NPL,
+        table_BM.contiguous(), lengths_B.contiguous(), B, K, x.stride(0), pages_NPL.stride(0), table_BM.shape[1], eps,
+        0.0, False, triton.next_power_of_2(K // TILE), cos_Br.shape[1], pages_NPL.shape[1], num_warps=1,
     )  # fmt: skip
-    sum_programs(partial, dweight_K, PROGRAMS)
 
 
 def variants() -> Iterator[Variant]:
@@ -236,25 +176,9 @@ def variants() -> Iterator[Variant]:
             {"PAIRS": 32, "INVERSE": inverse, "HEADS": HEADS},
             num_warps=WARPS,
         )
-    latent = {"x_ptr": BF16, "weight_ptr": BF16, "rstd_ptr": F32} | angles
-    yield Variant(
-        _latent_kernel,
-        latent
-        | {
-            "x_ptr": I32,
-            "weight_ptr": I32,
-            "latent_ptr": BF16,
-            "q_ptr": I16,
-            "scale_inv_ptr": F32,
-            "eps": "fp32",
-            "amax_floor": "fp32",
-        },
-        {"POW2": False, "TILES": 4, "PAIRS": 32},
-        num_warps=1,
-    )
-    yield Variant(
-        _latent_backward_kernel,
-        latent | {"dy_ptr": I32, "drope_ptr": BF16, "x_ptr": I32, "weight_ptr": I32, "dx_ptr": I32, "partial_ptr": F32},
-        {"K": 512, "PAIRS": 32, "ROWS": ROWS},
-        num_warps=ROWS,
-    )
+    latent = {"x_ptr": I32, "weight_ptr": I32, "latent_ptr": BF16, "eps": "fp32", "amax_floor": "fp32"} | angles
+    cast = {"q_ptr": I16, "scale_inv_ptr": F32, "rstd_ptr": F32}
+    pages = {"pages_ptr": BF16, "table_ptr": I32, "lengths_ptr": I32}
+    for there, absent, size in ((cast, pages, 0), (pages, cast, PAGE)):
+        constants = {"POW2": False, "TILES": 4, "PAIRS": 32, "PAGE": size} | dict.fromkeys(absent)
+        yield Variant(_latent_kernel, latent | there, constants, num_warps=1)

@@ -6,6 +6,7 @@ from dsv3c.passes.choose_saved import ChooseSaved
 from dsv3c.passes.contract import Pass, PassError, Record, Skipped, Tier, run, text
 from dsv3c.passes.drop_sentinels import DropSentinels
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_latent import FuseLatent
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
@@ -36,6 +37,7 @@ __all__ = [
     "ChooseSaved",
     "DropSentinels",
     "FoldLinear",
+    "FuseLatent",
     "FuseNormBackward",
     "FusePermute",
     "FuseQuantize",

@@ -158,9 +158,9 @@ def _absorbed(
     out_HNL = op(aten.view.default, op(aten.permute.default, out_BTHL, [2, 0, 1, 3]), [H, N, RANK])
     out_HNv = op(aten.bmm.default, out_HNL, op(aten.permute.default, w_v_HdL, [0, 2, 1]))
     out_HBTv = op(aten.view.default, out_HNv, [H, B, T, value(w_v_HdL).shape[1]])
-    out_BTHv = op(
-        aten.clone.default, op(aten.permute.default, out_HBTv, [1, 2, 0, 3]), memory_format=torch.contiguous_format
-    )
+    out_BTHv = op(aten.permute.default, out_HBTv, [1, 2, 0, 3])
+    if N != 1:  # one token's heads lie as its features should
+        out_BTHv = op(aten.clone.default, out_BTHv, memory_format=torch.contiguous_format)
     return op(aten.permute.default, out_BTHv, [0, 2, 1, 3])
 
 

@@ -10,6 +10,7 @@ from torch import fx
 import dsv3c.operators  # noqa: F401
 from dsv3c.numerics import TILE
 from dsv3c.passes.contract import Level, Tier
+from dsv3c.passes.fuse_routing import is_call
 from dsv3c.passes.rewrite import aten, insert, is_backward, replace, replace_results, size, value
 
 prims, ops = torch.ops.prims, torch.ops.dsv3c
@@ -55,17 +56,17 @@ def _fuse_norm(cast: fx.Node) -> int:
         rows = [as_rows(total, term) for term in terms]
         settings = norm.weight, norm.eps, *cast.args[1:], normed
         call = insert(total, ops.add_rms_norm_quantize.default, *rows, *settings)
-        _replace_rstd(norm, insert(total, operator.getitem, call, 4))
+        replace_rstd(norm, insert(total, operator.getitem, call, 4))
         replace_results(cast, call, first=2)
         if normed:
-            replace(y, _shaped(total, insert(total, operator.getitem, call, 1), total))
-        replace(total, _shaped(total, insert(total, operator.getitem, call, 0), total))
+            replace(y, shaped(total, insert(total, operator.getitem, call, 1), terms[0]))
+        replace(total, shaped(total, insert(total, operator.getitem, call, 0), terms[0]))
         return 1
     if normed:
         return 0
     x_RK = as_rows(cast, norm.x)
     call = insert(cast, ops.rms_norm_quantize.default, x_RK, norm.weight, norm.eps, *cast.args[1:])
-    _replace_rstd(norm, insert(cast, operator.getitem, call, 2))
+    replace_rstd(norm, insert(cast, operator.getitem, call, 2))
     replace_results(cast, call, first=0)
     return 1
 
@@ -151,22 +152,45 @@ def readers(node: fx.Node):
 
 
 def as_rows(at: fx.Node, x: fx.Node) -> fx.Node:
-    if value(x).dim() == 2:
+    """x [.., K] as [R, K]: where it lies, be it columns of larger rows, as a part of a merged product is."""
+    return columns_as_rows(at, *columns_of(x), value(x).shape[-1])
+
+
+def columns_as_rows(at: fx.Node, x: fx.Node, first: int, columns: int) -> fx.Node:
+    if value(x).dim() > 2:
+        if not value(x).is_contiguous():  # some of a sequence's tokens, as MTP takes them
+            x = insert(at, aten.clone.default, x, memory_format=torch.contiguous_format)
+        x = insert(at, aten.view.default, x, [-1, value(x).shape[-1]])
+    if columns == value(x).shape[1]:
         return x
-    if not value(x).is_contiguous():  # some of a sequence's tokens, as MTP takes them
-        x = insert(at, aten.clone.default, x, memory_format=torch.contiguous_format)
-    return insert(at, aten.view.default, x, [-1, value(x).shape[-1]])
+    return insert(at, aten.slice.Tensor, x, 1, first, first + columns)
 
 
-def _shaped(at: fx.Node, rows: fx.Node, like: fx.Node) -> fx.Node:
-    """`rows`, before `at`, in the shape of `like`, whose own sizes are not there yet: those of its first operand."""
+def columns_of(x: fx.Node) -> tuple[fx.Node, int]:
+    """What has x among its columns, a matrix or contiguous, and the first of them; x and 0 if there is none."""
+    whole, first = x, 0
+    while value(whole).dim() > 2 and whole.args:
+        source, last = whole.args[0], value(whole).dim() - 1
+        if whole.target is aten.view.default and value(source).shape[-1] == value(whole).shape[-1]:
+            whole = source
+        elif is_call(source, aten.split_with_sizes.default) and source.args[2:] in ((-1,), (last,)):
+            whole, first = source.args[0], first + sum(source.args[1][: whole.args[1]])
+        elif whole.target is aten.slice.Tensor and whole.args[1] == last and len(whole.args) == 4:
+            whole, first = source, first + whole.args[2]
+        else:
+            break
+    return (whole, first) if value(whole).dim() == 2 or value(whole).is_contiguous() else (x, 0)
+
+
+def shaped(at: fx.Node, rows: fx.Node, like: fx.Node) -> fx.Node:
+    """`rows` [R, K], before `at`, as [.., K] with the other sizes of `like`."""
     if value(like).dim() == 2:
         return rows
-    sizes = [size(at, like.args[0], dim) for dim in range(value(like).dim() - 1)]
-    return insert(at, aten.view.default, rows, [*sizes, value(like).shape[-1]])
+    sizes = [size(at, like, dim) for dim in range(value(like).dim() - 1)]
+    return insert(at, aten.view.default, rows, [*sizes, value(rows).shape[1]])
 
 
-def _replace_rstd(norm: Norm, rstd_R: fx.Node) -> None:
+def replace_rstd(norm: Norm, rstd_R: fx.Node) -> None:
     """In backward. Forward's readers go away with the norm."""
     for reader in [user for user in norm.rstd.users if is_backward(user)]:
         sizes = [size(reader, norm.x, dim) for dim in range(value(norm.x).dim() - 1)]

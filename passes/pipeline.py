@@ -10,6 +10,7 @@ from dsv3c.passes.choose_saved import ChooseSaved, Memory
 from dsv3c.passes.contract import Level, Pass, select
 from dsv3c.passes.drop_sentinels import DropSentinels
 from dsv3c.passes.fold_linear import FoldLinear
+from dsv3c.passes.fuse_latent import FuseLatent
 from dsv3c.passes.fuse_norm_backward import FuseNormBackward
 from dsv3c.passes.fuse_permute import FusePermute
 from dsv3c.passes.fuse_quantize import FuseQuantize
@@ -59,6 +60,7 @@ def default(
         FusePermute(),
         FuseNormBackward(),
         FuseQuantize(),
+        FuseLatent(),
         FuseSwiGLUBackward(),
         WeighActivations(),
         TransposeSaved(),

@@ -40,15 +40,17 @@ def _latent_quantize(x_RL, weight_K, cos_Rr, sin_Rr, eps, amax_floor, pow2):
     return x_RL.new_empty(x_RL.shape), *empty_tiles(x_RL, R, K), x_RL.new_empty(R, dtype=torch.float32)
 
 
-def _latent_backward(dnormed_RK, drope, x_RL, weight_K, cos_Rr, sin_Rr, rstd_R):
-    _check_latent(x_RL, weight_K, cos_Rr, sin_Rr)
-    R, K = x_RL.shape[0], weight_K.shape[0]
-    for name, gradient, columns in (("dnormed", dnormed_RK, K), ("drope", drope, 2 * cos_Rr.shape[1])):
-        expect(f"dtype of {name}", gradient.dtype, torch.bfloat16)
-        expect(f"shape of {name}", tuple(gradient.shape), (R, columns))
-    expect("dtype of rstd", rstd_R.dtype, torch.float32)
-    expect("shape of rstd", tuple(rstd_R.shape), (R,))
-    return x_RL.new_empty(x_RL.shape), x_RL.new_empty(K, dtype=torch.float32)
+def _latent_append_(pages_NPL, x_BL, weight_K, cos_Br, sin_Br, eps, table_BM, lengths_B):
+    _check_latent(x_BL, weight_K, cos_Br, sin_Br)
+    check_rank("pages", pages_NPL, 3)
+    expect("dtype of pages", pages_NPL.dtype, x_BL.dtype)
+    expect("columns of pages", pages_NPL.shape[2], x_BL.shape[1])
+    expect("strides of pages", pages_NPL.stride()[1:], (x_BL.shape[1], 1))
+    check_rank("table", table_BM, 2)
+    expect("rows of table", table_BM.shape[0], x_BL.shape[0])
+    expect("shape of lengths", tuple(lengths_B.shape), (x_BL.shape[0],))
+    expect("dtypes of table and lengths", (table_BM.dtype, lengths_B.dtype), (torch.int32, torch.int32))
+    return x_BL.new_empty(x_BL.shape)
 
 
 _ANGLES = "Tensor cos, Tensor sin"
@@ -63,9 +65,9 @@ define(
     "rotary",
 )
 define(
-    f"latent_backward(Tensor dnormed, Tensor drope, Tensor x, Tensor weight, {_ANGLES}, Tensor rstd) -> "
-    "(Tensor, Tensor)",
-    _latent_backward,
-    rotary.latent_backward_ref,
+    f"latent_append_(Tensor(a!) pages, Tensor x, Tensor weight, {_ANGLES}, float eps, Tensor table, Tensor lengths) -> "
+    "Tensor",
+    _latent_append_,
+    rotary.latent_append_ref,
     "rotary",
 )

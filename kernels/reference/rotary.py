@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv3c.kernels.reference.casts import quantize_tile_ref
-from dsv3c.kernels.reference.norm import rms_norm, rms_norm_backward_ref
+from dsv3c.kernels.reference.norm import rms_norm
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -35,21 +35,23 @@ def latent_quantize_ref(
     """(latent [R, K + 2r], latent_fp8 [R, K], latent_scale_inv, rstd [R]) of kv_a's output x: K features normed, and
     the 2r behind them, which are the heads' common key, rotated. The latent is what the cache holds; the FP8 pair, of
     the normed part, is what kv_b takes."""
+    latent_RL, rstd_R = _latent(x_RL, weight_K, cos_Rr, sin_Rr, eps)
+    return latent_RL, *quantize_tile_ref(latent_RL[:, : len(weight_K)], amax_floor, pow2), rstd_R
+
+
+def latent_append_ref(
+    pages_NPL: Tensor, x_BL: Tensor, weight_K: Tensor, cos_Br: Tensor, sin_Br: Tensor, eps: float, table_BM: Tensor,
+    lengths_B: Tensor,
+) -> Tensor:  # fmt: skip
+    """The latent [B, L] of a new token of each sequence, as above; and writes it behind the sequence's last one."""
+    latent_BL, _ = _latent(x_BL, weight_K, cos_Br, sin_Br, eps)
+    size, position_B = pages_NPL.shape[1], lengths_B.long()
+    page_B = table_BM.gather(1, (position_B // size)[:, None])[:, 0].long()
+    pages_NPL[page_B, position_B % size] = latent_BL
+    return latent_BL
+
+
+def _latent(x_RL, weight_K, cos_Rr, sin_Rr, eps) -> tuple[Tensor, Tensor]:
     K = len(weight_K)
     normed_RK, rstd_R = rms_norm(x_RL[:, :K], weight_K, eps)
-    rope = rotate(x_RL[:, K:], cos_Rr, sin_Rr).to(x_RL.dtype)
-    return torch.cat((normed_RK, rope), dim=-1), *quantize_tile_ref(normed_RK, amax_floor, pow2), rstd_R
-
-
-def latent_backward_ref(
-    dnormed_RK: Tensor,
-    drope: Tensor,
-    x_RL: Tensor,
-    weight_K: Tensor,
-    cos_Rr: Tensor,
-    sin_Rr: Tensor,
-    rstd_R: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(dx [R, K + 2r], dweight float32 [K]) from the gradients of both parts of the latent, drope [R, 2r]."""
-    dx_RK, dweight_K = rms_norm_backward_ref(dnormed_RK, x_RL[:, : len(weight_K)], weight_K, rstd_R, None)
-    return torch.cat((dx_RK, rotate(drope, cos_Rr, sin_Rr, inverse=True).to(dx_RK.dtype)), dim=-1), dweight_K
+    return torch.cat((normed_RK, rotate(x_RL[:, K:], cos_Rr, sin_Rr).to(x_RL.dtype)), dim=-1), rstd_R

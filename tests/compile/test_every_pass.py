@@ -14,7 +14,7 @@ from dsv3c.passes.pipeline import default
 ALL = default("fp8", deterministic=True)
 # What these layers give no occasion for: decoding, what other versions of torch and transformers write, other layouts.
 RARE = {"AbsorbAttention", "DropSentinels", "RaiseGroupedLinear"}
-ELSEWHERE = {"make_model": RARE | {"JoinKeys"}, "make_their_model": RARE | {"FoldLinear"}}
+ELSEWHERE = {"make_model": RARE | {"JoinKeys"}, "make_their_model": RARE | {"FoldLinear", "FuseLatent"}}
 
 
 @pytest.mark.parametrize("step", ALL, ids=name_of)

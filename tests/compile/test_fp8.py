@@ -64,6 +64,8 @@ class Watch(TorchDispatchMode):
         name = func.name().removeprefix("dsv3c::")
         if name == "quantize_tile":
             self.source(out[0], args[0])
+        elif name == "latent_quantize":
+            self.source(out[1], out[0][:, : out[1].shape[1]])
         elif name == "quantize_tile_t":
             self.source(out[0], padded(args[0], args[1]).t())
         elif name == "quantize_tile_both":

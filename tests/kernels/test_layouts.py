@@ -44,6 +44,8 @@ def samples(check, T: int, K: int) -> dict[str, list[Any]]:
     logits, total = torch.randn(T, 64, device="cuda"), torch.randn(E, N, H, device="cuda")
     pages = torch.randn(6, 64, 576, device="cuda").bfloat16(), torch.randperm(6, device="cuda").int().view(2, 3)
     queries = torch.randn(2, 1, 16, 576, device="cuda").bfloat16()
+    turned = torch.rand(2, 32, device="cuda"), torch.rand(2, 32, device="cuda")
+    appended = torch.randn(6, 64, H + 64, device="cuda").bfloat16(), check.varied(2, H + 64, torch.bfloat16, "cuda")
     return {
         "quantize_tile": [x, *scale],
         "quantize_tile_t": [x, offs, *scale],
@@ -74,7 +76,7 @@ def samples(check, T: int, K: int) -> dict[str, list[Any]]:
         "add_rms_norm_quantize": [x, y, weight, EPS, *scale, True],
         "rms_norm_backward": [x, y, weight, rstd, x.clone()],
         "latent_quantize": [latent, weight, *angles, EPS, *scale],
-        "latent_backward": [x, heads[:, 0, :64].clone(), latent, weight, *angles, rstd],
+        "latent_append_": [*appended, weight, *turned, EPS, pages[1], torch.tensor([70, 150], device="cuda").int()],
         "rotate_heads_": [heads, *angles, False],
         "rotate_heads": [heads, *angles, True],
         "rotate_quantize_both": [heads, *angles, *scale],
@@ -91,7 +93,7 @@ def samples(check, T: int, K: int) -> dict[str, list[Any]]:
     }
 
 
-WRITTEN = {"rotate_heads_": 0, "gemm_wgrad_accumulate": 4, "grouped_gemm_wgrad_accumulate": 5}
+WRITTEN = {"rotate_heads_": 0, "latent_append_": 0, "gemm_wgrad_accumulate": 4, "grouped_gemm_wgrad_accumulate": 5}
 
 
 def around(shape: list[int], x: Tensor) -> Tensor:

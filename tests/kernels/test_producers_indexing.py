@@ -3,7 +3,7 @@
 It has no inline assembly, and its casts to BF16 and FP8 are wrong. So what `tiles.py` does on words is written out
 here, with E4M3 replaced by a quarter of the quotient in 8 bits; what is compared is where numbers go, within a few of
 those roundings. Gluon is not interpreted: cross-entropy, the norm and the SwiGLU gradient are left to the GPU tests,
-the gradients of norm and latent run as torch (`gluon_on_cpu.py`).
+the gradient of norm runs as torch (`gluon_on_cpu.py`).
 A process of its own, since the interpreter is chosen as Triton is imported.
 """
 
@@ -130,21 +130,12 @@ for R, K, pairs in [(2, 384, 8)]:
     close(out[0], expected[0], expected[0].float().abs().max(1, keepdim=True).values)
     tiles_close(out[1:3], expected[0][:, :K])
     close(out[3], expected[3])
-
-rotary._latent_backward_kernel = Kernel(
-    rotary.__file__, "_latent_backward_kernel", **WORDS,
-    _turn=lambda first, second, cos, sin: (first * cos - second * sin, second * cos + first * sin),
-)
-rotary.PROGRAMS = 2
-for R, K, pairs in [(2, 384, 8), (19, 512, 32), (5, 128, 4)]:
-    angle = torch.rand(R, pairs) * 6
-    x, drope = normal(R, K + 2 * pairs + 6)[:, : K + 2 * pairs], normal(R, 2 * pairs)
-    dnormed, weight = normal(R, K), normal(1, K)[0]
-    arguments = dnormed, drope, x, weight, angle.cos(), angle.sin(), torch.rand(R)
-    out = empty(rotary_op._latent_backward(*arguments))
-    rotary.latent_backward(*arguments, out)
-    for found, e in zip(out, rotary_op.rotary.latent_backward_ref(*arguments)):
-        close(found, e, e.float().abs().max())
+    pages, table, lengths = normal(6, 4, K + 2 * pairs), torch.randperm(6).int().view(2, 3), torch.tensor([3, 9]).int()
+    places = table[torch.arange(2), lengths // 4], lengths % 4
+    latent, before = empty([torch.empty(R, K + 2 * pairs).bfloat16()])[0], pages.clone()
+    rotary.latent_append_(pages, x, weight, cos, sin, eps, table, lengths, latent)
+    before[places] = latent
+    assert torch.equal(latent, out[0]) and torch.equal(pages, before)
 
 # Bits: float32 sums in one order. Runs of one token that end before, at and behind what is read at a time.
 for R, V, H in [(1, 1, 16), (37, 100, 200), (300, 33, 1040), (16, 17, 32), (17, 17, 32), (18, 17, 32), (0, 5, 16)]:

@@ -6,7 +6,6 @@ import torch
 import dsv3c.operators  # noqa: F401
 from dsv3c import layers, numerics
 from dsv3c.kernels.reference import rotary as reference
-from dsv3c.kernels.reference.norm import rms_norm
 from dsv3c.numerics import Recipe, rounded_between
 from dsv3c.operators import OperatorError
 
@@ -82,17 +81,22 @@ def test_latent(check, rows, width, pairs, device):
     assert torch.equal(pair[1], again[1])
     assert pair[1].stride() == again[1].stride()
 
-    dnormed = check.varied(rows, width, torch.bfloat16, device)
-    drope = check.varied(rows, 2 * pairs, torch.bfloat16, device)
-    dx, dweight = ops.latent_backward(dnormed, drope, x, weight, cos, sin, rstd)
-    assert between(dx[:, width:], rotated_between(drope, cos, sin, True))
-    normed = x[:, :width].double() * rstd[:, None].double()
-    scaled = dnormed.double() * weight.double()
-    exact = rstd[:, None].double() * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    error = numerics.norm_gradient_bound(scaled, normed, rstd.double(), exact)
-    assert between(dx[:, :width], rounded_between(exact, error))
-    terms = dnormed.double() * normed
-    assert bool(((dweight - terms.sum(0)).abs() <= numerics.sum_bound(terms, rows + 3, 0)).all())
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "width", "pairs", "size"), [(1, 512, 32, 64), (70, 128, 8, 4)])
+def test_append(check, rows, width, pairs, size, device):
+    """The bits of `latent_quantize`, returned and behind each sequence's last token; all else in the pages stays."""
+    x = check.varied(rows, width + 2 * pairs + 6, torch.bfloat16, device)[:, : width + 2 * pairs]
+    weight, (cos, sin) = check.varied(1, width, torch.bfloat16, device)[0], angles(rows, pairs, device)
+    pages = torch.randn(3 * rows + 1, size, width + 2 * pairs, device=device).bfloat16()
+    table = torch.randperm(3 * rows, device=device).int().view(rows, 3) + 1
+    lengths = torch.randint(0, 3 * size, (rows,), device=device, dtype=torch.int32)
+    before = pages.clone()
+    latent = ops.latent_append_(pages, x, weight, cos, sin, EPS, table, lengths)
+    assert torch.equal(latent, ops.latent_quantize(x, weight, cos, sin, EPS, FLOOR, False)[0])
+    for row, length in enumerate(lengths.tolist()):
+        before[table[row, length // size], length % size] = latent[row]
+    assert torch.equal(pages, before)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -101,21 +105,6 @@ def test_no_rows(device):
     cos = torch.empty(0, 4, device=device)
     ops.rotate_heads_(x, cos, cos, False)
     assert x.shape == (0, 4, 24)
-
-
-def test_definitions_are_the_model_s_autograd():
-    """The latent in float64: gradients of the plain formulas."""
-    R, pairs, K = 3, 2, 128
-    x = torch.randn(R, K + 2 * pairs, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(K, dtype=torch.float64, requires_grad=True)
-    cos, sin = (t.double() for t in angles(R, pairs, "cpu"))
-    normed, rstd = rms_norm(x[:, :K], weight, EPS)
-    rope = layers.rotate(x[:, K:], cos, sin)
-    dnormed, drope = torch.randn(R, K, dtype=torch.float64), torch.randn(R, 2 * pairs, dtype=torch.float64)
-    expected = torch.autograd.grad((normed, rope), (x, weight), (dnormed, drope))
-    found = reference.latent_backward_ref(dnormed, drope, x.detach(), weight.detach(), cos, sin, rstd.detach())
-    for f, e in zip(found, expected, strict=True):
-        assert numerics.distance(f.detach(), e.detach())[1] <= numerics.reordered_bound(1, K, torch.float64)
 
 
 @pytest.mark.gpu
@@ -141,3 +130,15 @@ def test_what_is_refused():
         ops.rotate_heads_(x.transpose(1, 2), cos, cos, False)
     with pytest.raises(OperatorError, match="columns of x"):
         ops.latent_quantize(x.flatten(1)[:, :40], torch.zeros(0, dtype=torch.bfloat16), cos, cos, EPS, FLOOR, False)
+    x, weight, pages = torch.zeros(4, 136).bfloat16(), torch.zeros(128).bfloat16(), torch.zeros(9, 2, 136).bfloat16()
+    table, lengths = torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    for message, wrong in {
+        "columns of pages": (pages[..., :100], table, lengths),
+        "dtype of pages": (pages.float(), table, lengths),
+        "strides of pages": (pages.mT.contiguous().mT, table, lengths),
+        "rows of table": (pages, table[:3], lengths),
+        "shape of lengths": (pages, table, lengths[:3]),
+        "dtypes of table and lengths": (pages, table, lengths.long()),
+    }.items():
+        with pytest.raises(OperatorError, match=message):
+            ops.latent_append_(wrong[0], x, weight, cos, cos, EPS, *wrong[1:])

@@ -57,6 +57,32 @@ def test_a_norm_that_only_linears_read(x, weight):
     assert same(gm(x, weight), program(x, weight))
 
 
+@pytest.mark.parametrize("between", [1, 2])
+def test_a_part_of_a_merged_product_is_read_where_it_lies(between, weight):
+    """And one of a part, as the latent is; of a part of the tokens a copy is made."""
+
+    def program(product, weight):
+        x = product.view(B, -1, product.shape[-1])
+        for _ in range(between):
+            x = x.split([8, x.shape[-1] - 8], dim=-1)[1]
+        return quantize(rms_norm(x, weight))
+
+    def some_tokens(product, weight):
+        return program(product.view(B, -1, product.shape[-1])[:, 1:], weight)
+
+    product = torch.randn(B * T, 8 * between + K, dtype=torch.bfloat16)
+    sites, gm = fused(program, product, weight)
+    assert sites == 1
+    (call,) = gm.graph.find_nodes(op="call_function", target=torch.ops.dsv3c.rms_norm_quantize.default)
+    assert call.args[0].args[1:] == (1, 8 * between, 8 * between + K)
+    assert "aten.clone" not in text(gm)
+    assert same(gm(product, weight), program(product, weight))
+    sites, gm = fused(some_tokens, product, weight)
+    assert sites == 1
+    assert "aten.clone" in text(gm)
+    assert same(gm(product, weight), some_tokens(product, weight))
+
+
 def test_a_norm_with_a_residual_and_other_readers(x, weight):
     def program(x, residual, weight):
         total = x + residual
