@@ -95,18 +95,25 @@ class Resources:
 
 
 def resources(compiled: CompiledKernel) -> Resources:
-    """Read with the disassembler that Triton carries."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Counts instructions in the PTX, of which the assembler makes one each. What is spilled it puts on the stack: only
+    where there is one is the code disassembled, which takes half a second."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage, code = (
-            subprocess.run([tool, flag, cubin.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    count = {op: len(re.findall(rf"\b{op}\b", code)) for op in ("QGMMA", "UTMALDG")}
-    return Resources(registers, stack, compiled.metadata.shared, count["QGMMA"], count["UTMALDG"], _spills(code))
+        usage = _cuobjdump("-res-usage", cubin.name)
+        registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+        spills = _spills(_cuobjdump("-sass", cubin.name)) if stack else 0
+    fp8_mma, bulk_loads = (
+        len(re.findall(instruction, compiled.asm["ptx"]))
+        for instruction in (r"wgmma\.mma_async\S*\.e4m3", r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global")
+    )
+    return Resources(registers, stack, compiled.metadata.shared, fp8_mma, bulk_loads, spills)
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    """What the disassembler that Triton carries says."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
 
 
 def _spills(code: str) -> int:
