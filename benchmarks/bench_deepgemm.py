@@ -5,17 +5,18 @@
 Needs `deep_gemm`, which is no dependency of ours: build it from its repository. *best* is the fastest of all
 implementations here, cuBLASLt included, *own* the fastest of our kernels. Every contender is checked before any is
 timed, in replays of a CUDA graph, so that nobody's host counts. Skewed groups hold the same rows in Zipf's proportions
-(s = 1), 5 % of them none; DeepGEMM wants groups of whole tiles, so those are compared with ours when balanced. The last
+(s = 1), 5 % of them none; DeepGEMM wants groups of whole tiles, so those are compared with ours when balanced, in turns
+with them: the GPU is at its power limit, and its clock differs more from minute to minute than contenders do. The last
 line is JSON; --record appends it to `results/`, with the times of DeepGEMM, cuBLASLt and the fastest of ours.
 """
 
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from statistics import geometric_mean
 from typing import Any
 
@@ -70,7 +71,7 @@ def few_rows(M: int, N: int, K: int, *operands: Tensor) -> dict[str, Callable[[]
     return calls
 
 
-def dense(M: int) -> Iterator[Contest]:
+def dense(M: int) -> Iterator[tuple[Contest, ...]]:
     for N, K in DENSE:
         x, w = ops.quantize_tile(normal(M, K), FLOOR, False), ops.quantize_block(normal(N, K), FLOOR, False)
         out = torch.empty(M, N, dtype=torch.bfloat16)
@@ -79,16 +80,17 @@ def dense(M: int) -> Iterator[Contest]:
             calls |= few_rows(M, N, K, *x, *w, out)
         else:
             calls |= ours("gemm", *x, *w, out)
-        yield Contest(f"dense M={M}", f"{M}x{N}x{K}", calls, partial(close, out, *x, *w), out, 2 * M * N * K)
+        yield (Contest(f"dense M={M}", f"{M}x{N}x{K}", calls, partial(close, out, *x, *w), out, 2 * M * N * K),)
 
 
-def grouped() -> Iterator[Contest]:
+def grouped() -> Iterator[tuple[Contest, ...]]:
     for E, rows in GROUPS:
         for N, K in EXPERTS:
             R = E * rows
             x, w = ops.quantize_tile(normal(R, K), FLOOR, False), ops.quantize_block(normal(E, N, K), FLOOR, False)
             out = torch.empty(R, N, dtype=torch.bfloat16)
             experts = torch.arange(E, dtype=torch.int32).repeat_interleave(rows)
+            contests = []
             for section, sizes in {"grouped": torch.full((E,), rows), "zipf": zipf(E, R)}.items():
                 offs = sizes.cumsum(0).int()
                 calls = ours("grouped_gemm", *x, *w, offs, out)
@@ -96,7 +98,8 @@ def grouped() -> Iterator[Contest]:
                     deepgemm = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
                     calls["deepgemm"] = partial(deepgemm, x, w, out, experts)
                 check = partial(close_in_groups, out, x, w, offs.tolist())
-                yield Contest(section, f"{E}x{rows} {N},{K}", calls, check, out, 2 * R * N * K)
+                contests.append(Contest(section, f"{E}x{rows} {N},{K}", calls, check, out, 2 * R * N * K))
+            yield tuple(contests)
 
 
 def close_in_groups(out: Tensor, x: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor], ends: list[int]) -> None:
@@ -106,15 +109,20 @@ def close_in_groups(out: Tensor, x: tuple[Tensor, Tensor], w: tuple[Tensor, Tens
             close(out[rows], x[0][rows], x[1][rows], w[0][e], w[1][e])
 
 
-def measure(contest: Contest) -> dict[str, Timing]:
-    for name, call in contest.calls.items():
-        contest.out.fill_(torch.nan)
-        call()
-        try:
-            contest.check()
-        except AssertionError as error:
-            raise SystemExit(f"{contest.section} {contest.name} {name}: {error}") from None
-    return interleaved({name: captured(call) for name, call in contest.calls.items()}, rounds=15)
+def measure(contests: Iterable[Contest]) -> list[dict[str, Timing]]:
+    """Of each contest the contenders' times; all take turns."""
+    calls = {}
+    for contest in contests:
+        for name, call in contest.calls.items():
+            contest.out.fill_(torch.nan)
+            call()
+            try:
+                contest.check()
+            except AssertionError as error:
+                raise SystemExit(f"{contest.section} {contest.name} {name}: {error}") from None
+            calls[contest.section, name] = captured(call)
+    timings = interleaved(calls, rounds=15)
+    return [{name: timings[contest.section, name] for name in contest.calls} for contest in contests]
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
@@ -131,9 +139,8 @@ def main() -> int:
     torch.set_default_device("cuda")
     torch.manual_seed(0)
     rows, cases, ratios, balanced = [], [], defaultdict(list), {}
-    for contests in (dense(4096), dense(64), dense(128), grouped()):
-        for contest in contests:
-            timings = measure(contest)
+    for contests in chain(dense(4096), dense(64), dense(128), grouped()):
+        for contest, timings in zip(contests, measure(contests), strict=True):
             us = {name: t.median_us for name, t in timings.items()}
             own = min((name for name in us if name not in THEIRS), key=us.__getitem__)
             best = min(t for name, t in us.items() if name != "deepgemm")
