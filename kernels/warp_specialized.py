@@ -27,11 +27,12 @@ columns, which take half as long. (4096 x 4096, K = 7168: 204 → 187 µs; 2048 
 
 By group a single program draws its next tile from a counter: tiles take different times, and only those that are begun
 together find each other's x and w in the L2 cache. Some programs begin with groups of one tile, where reading w is the
-time, and the others with longer ones, where the products are; then they help each other. What they share is the link
-between the halves of the L2 cache, through which half of all that is read once has to pass: busy 92 % of the time with
-Zipf's counts over 256 groups of 128 rows, 95 % with equal ones (by the GPU's counters). So w of short groups, read
-once, is the first to leave the cache, and columns past w's end are not copied. (3 to 7 % less time there; 1 to 3 % with
-few or equal groups.) Pairs are dealt out.
+time, and the others with longer ones, where the products are; then they help each other. What they share is what the L2
+cache can give: with Zipf's counts over 256 groups of 128 rows copies alone take 92 % of the time, at 86 % of its rate.
+So w of short groups, read once, is the first to leave the cache, and columns past w's end are not copied. (3 to 7 %
+less time there; 1 to 3 % with few or equal groups.) Pairs are dealt out. Drawn as well, and with x shared by two tiles
+of a short group, pairs copy in 12 to 28 % less time; but their producer's registers do not suffice, the consumers' loop
+comes out 8 to 10 % slower, and nothing is left of it.
 
 The order of sums and the roundings are those of `gemm.py`, and so are the bits of the result.
 """
