@@ -310,7 +310,7 @@ def _words(x_fp8: Tensor) -> Tensor:
 
 
 def variants() -> Iterator[Variant]:
-    for grouped in (False, True):
+    for grouped in (True, False):
         pointers = {"x_ptr": I16, "x_scale_inv_ptr": F32, "t_ptr": I32, "t_scale_inv_ptr": F32}
         pointers |= {"rows_ptr": I32} if grouped else {}
         flags = {"POW2": False, "WHOLE": True} | ({} if grouped else {"rows_ptr": None})

@@ -54,9 +54,8 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "swiglu_backward_grouped": ("swiglu_backward_kernel", {"GROUPED": True}),
     "sum_tiles": ("sum_tiles_kernel", {}),
     "draw_none": ("draw_none_kernel", {}),
-    "norm": ("norm_kernel", {"ADD": False}),
-    "wide_norm": ("wide_norm_kernel", {}),
-    "add_norm": ("norm_kernel", {"ADD": True}),
+    "norm": ("norm_kernel", {"residual_ptr": None}),
+    "add_norm": ("norm_kernel", {}),
     "norm_backward": ("norm_backward_kernel", {}),
     "sum_programs": ("sum_programs_kernel", {}),
     "rotate_heads": ("rotate_heads_kernel", {}),
@@ -123,7 +122,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
         "tile_map",
         "draw_none",
     ),
-    "dsv3c.rms_norm_quantize.default": ("norm", "wide_norm"),
+    "dsv3c.rms_norm_quantize.default": ("norm",),
     "dsv3c.add_rms_norm_quantize.default": ("add_norm",),
     "dsv3c.rms_norm_backward.default": ("norm_backward", "sum_programs"),
     "dsv3c.rotate_heads_.default": ("rotate_heads",),
@@ -155,6 +154,16 @@ def kernels_of(operators: Iterable[str]) -> list[str]:
     return sorted({kernel for operator in operators for kernel in _KERNELS.get(operator, ())})
 
 
+def _variant(name: str) -> Any:
+    from dsv3c.kernels import offline
+
+    function, constants = _FUNCTIONS[name]
+    return next(
+        v for v in offline.variants()
+        if v.kernel.__name__.strip("_") == function and constants.items() <= v.constants.items()
+    )  # fmt: skip
+
+
 def compile_kernel(name: str, *, pow2: bool) -> CompiledKernel:
     """The kernel `name` in the first configuration of its search space, for BF16 where its types vary.
 
@@ -165,11 +174,7 @@ def compile_kernel(name: str, *, pow2: bool) -> CompiledKernel:
         from dsv3c.kernels import offline
     except ImportError as error:
         raise CompileError(f"kernel {name}: expected Triton, which compiles for Hopper, found {error}") from None
-    function, constants = _FUNCTIONS[name]
-    variant = next(
-        v for v in offline.variants()
-        if v.kernel.__name__.strip("_") == function and constants.items() <= v.constants.items()
-    )  # fmt: skip
+    variant = _variant(name)
     if "POW2" in variant.constants:
         variant = replace(variant, constants=variant.constants | {"POW2": pow2})
     try:
@@ -181,7 +186,7 @@ def compile_kernel(name: str, *, pow2: bool) -> CompiledKernel:
         name,
         compiled.asm["cubin"],
         {
-            "kernel": function,
+            "kernel": _FUNCTIONS[name][0],
             "arch": "sm_90a",
             "types": variant.arguments,
             "constants": variant.constants,

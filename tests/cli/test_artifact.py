@@ -122,6 +122,8 @@ def test_every_kernel_of_ours_has_an_operator_and_every_operator_kernels():
     for operator in cross_compile._KERNELS:
         assert hasattr(torch.ops.dsv3c, operator.removeprefix("dsv3c.").removesuffix(".default"))
     assert {name for names in cross_compile._KERNELS.values() for name in names} == set(cross_compile._FUNCTIONS)
+    variants = {name: cross_compile._variant(name) for name in cross_compile._FUNCTIONS}
+    assert len({(v.kernel.__name__, *map(str, v.constants.items())) for v in variants.values()}) == len(variants)
 
 
 # Damage.
