@@ -156,7 +156,7 @@ def held_back(out: Path, sample: int | None, record: bool = False) -> None:
     headers = ["problem", "chosen", "µs", "its own optimum", "µs", "slower by"]
     print(tabulate(rows, headers, floatfmt=("", "", ".1f", "", ".1f", ".1%")))
     if record:
-        command = "python -m dsv3c.benchmarks.bench_tuning held-back"
+        command = f"python -m dsv3c.benchmarks.bench_tuning held-back{f' --sample {sample}' if sample else ''}"
         keys = ("problem", "chosen", "chosen_us", "optimum", "optimum_us", "slower_by")
         cases = [dict(zip(keys, row, strict=True)) for row in rows]
         append([{"benchmark": "held back", "command": command, "environment": environment("cuda"), "cases": cases}])

@@ -19,12 +19,14 @@ from dsv3c.cli_explain import explain
 from dsv3c.cli_schedule import schedule
 from dsv3c.cli_tune import tune
 from dsv3c.errors import Dsv3cError
+from dsv3c.files import use_writable_caches
 from dsv3c.schedules import ScheduleError
 from dsv3c.tuning import targets
 
 app = typer.Typer(
-    help="A compiler for DeepSeek-V3.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
+    help="A compiler for DeepSeek-V3.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    callback=lambda: use_writable_caches(lambda line: typer.echo(f"dsv3c: {line}", err=True)),
+)  # fmt: skip
 app.command("bench")(bench)
 app.command("explain")(explain)
 app.command("schedule")(schedule)

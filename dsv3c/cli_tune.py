@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option, echo
 
@@ -15,6 +16,9 @@ from dsv3c.config import ModelConfig
 from dsv3c.errors import TuneError
 from dsv3c.files import make_folder
 from dsv3c.kernels.implementations import FILES, Config, Problem, implementations
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
 
 LIMIT_S = 60.0  # a trial's; the first of a problem makes its operands and their float64 product
 
@@ -124,9 +128,10 @@ class _Tuning:
     def run(
         self, operators: list[str], problems: list[Problem], sample: int | None, trials: int, plots: Path | None
     ) -> dict[str, Any]:
+        storage = None if self.why_not else self._prepare(plots)  # before minutes of compiling
         with _progress() as progress:
             verdicts = self._prefilter(operators, sample, progress)
-            tuned = [] if self.why_not else self._measure(problems, verdicts, trials, plots, progress)
+            tuned = storage and self._measure(problems, verdicts, trials, storage, plots, progress)
         return {
             "target": self.target.name,
             "configurations": [
@@ -136,10 +141,21 @@ class _Tuning:
             "measured": self.why_not is None,
             "why_not": self.why_not,
             "problems": [p._asdict() for p in problems],
-            "rows": tuned,
+            "rows": tuned or [],
             "table": None if self.why_not else str(self.output),
             "storage": None if self.why_not else str(self.storage),
         }
+
+    def _prepare(self, plots: Path | None) -> "BaseStorage":
+        """The studies' file; what cannot be written or drawn is found out."""
+        from dsv3c.tuning import study, tables
+
+        tables.write(self.output, self.target.name, self.rows)
+        if plots is not None:
+            make_folder("--plots", plots)
+            if find_spec("matplotlib") is None:
+                raise TuneError("--plots: expected matplotlib, found none; try pip install dsv3c[plot]")
+        return study.open_storage(self.storage)
 
     def _prefilter(self, operators: list[str], sample: int | None, progress: Any) -> dict[tuple[str, str], list]:
         from dsv3c.tuning.prefilter import everything, prefilter
@@ -151,32 +167,30 @@ class _Tuning:
 
         return prefilter(everything(operators, sample), self.target, advance)
 
-    def _measure(self, problems, verdicts, trials: int, plots: Path | None, progress: Any) -> list[dict[str, Any]]:
+    def _measure(
+        self, problems, verdicts, trials: int, storage: "BaseStorage", plots: Path | None, progress: Any
+    ) -> list[dict[str, Any]]:
         from dsv3c.tuning import study as studies
         from dsv3c.tuning import tables, tuner
         from dsv3c.tuning.measure import measure
         from dsv3c.tuning.worker import Worker
 
-        # What cannot be written is found out first.
-        tables.write(self.output, self.target.name, self.rows)
-        if plots is not None:
-            make_folder("--plots", plots)
         tuned = []
         with Worker(measure, limit_s=LIMIT_S) as worker:
             for problem in problems:
                 task = progress.add_task(_name(problem), total=trials)
                 found = tuner.tune(
-                    problem, self.target, verdicts, partial(worker, problem), trials=trials, storage=self.storage,
+                    problem, self.target, verdicts, partial(worker, problem), trials=trials, storage=storage,
                     rows=self.rows, progress=partial(_show, progress, task, problem),
                 )  # fmt: skip
-                if plots is not None:
-                    studies.plots(found.study, plots)
                 if found.row is None:
                     progress.console.print(f"{_name(problem)}: nothing could be measured; built-in rules decide")
-                    continue
-                self.rows = tables.merge(self.rows, [found.row])
-                tables.write(self.output, self.target.name, self.rows)
-                tuned.append(asdict(found.row))
+                else:
+                    self.rows = tables.merge(self.rows, [found.row])
+                    tables.write(self.output, self.target.name, self.rows)
+                    tuned.append(asdict(found.row))
+                if plots is not None:
+                    studies.plots(found.study, plots)
         return tuned
 
 

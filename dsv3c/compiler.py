@@ -19,7 +19,7 @@ from dsv3c.fp8_weights import recipe_of
 from dsv3c.out_of_memory import explain
 from dsv3c.passes import OrderSums, Pass, Pipeline, default
 from dsv3c.passes.choose_saved import Memory
-from dsv3c.tuning.targets import Target, resolve
+from dsv3c.tuning.targets import Target, load, resolve
 from dsv3c.twin import copied_as, eager_twin, give_forward
 from dsv3c.weights import QuantizedWeights
 
@@ -66,7 +66,7 @@ def compile(  # the name users type
         model: a dsv3c.DeepseekV3, or transformers' DeepseekV3ForCausalLM as it is; or one MoE module of either.
         target: "auto" (this machine), or a name in tuning/targets; decides what the report predicts.
         precision: "exact" (the model's own dtype, nothing quantised), "fp8" (DeepSeek-V3's recipe; on a CPU emulated),
-            or "auto": fp8 on compute capability 9.0 and up, else exact.
+            or "auto": fp8 on a Hopper GPU (compute capability 9.0), else exact.
         memory: what is saved for backward: "default" (FP8 copies; norms, permuted tokens, keys and values are computed
             again), "low" (queries too), "none" (what torch's partitioner chooses); or these by kind of region, such as
             {"attention": "low", "mlp": "none"}: the innermost that is named counts, the rest is "default". See
@@ -78,7 +78,8 @@ def compile(  # the name users type
         passes: replaces the default list of passes.
 
     Raises:
-        CompileError: an unknown model, target or precision, or a model set up so that it cannot be captured whole.
+        CompileError: an unknown model, target or precision, "fp8" on a GPU that is no Hopper, or a model set up so that
+            it cannot be captured whole.
         PassError: an unknown name in `skip`, or an unknown region or word in `memory`.
         Dsv3cError: graphs cannot be written to DSV3C_DUMP.
     """
@@ -114,7 +115,7 @@ def compile(  # the name users type
             eagerly = partial(_runs_eagerly, path, notes)
             give_forward(module, families.forward_of(module, units.runner(module), eagerly))
     families.adapt(compiled)
-    compiled._dsv3c = Compilation(resolved, resolve(target), pipeline, weights, units, backends, notes)
+    compiled._dsv3c = Compilation(resolved, _target(target, notes), pipeline, weights, units, backends, notes)
     compiled.weights_changed = weights.forget if weights else lambda: None
     again = partial(
         compile, target=target, precision=precision, memory=memory, deterministic=deterministic, skip=skip,
@@ -122,6 +123,19 @@ def compile(  # the name users type
     )  # fmt: skip
     copied_as(compiled, again)
     return compiled
+
+
+def _target(name: str, notes: list[str]) -> Target:
+    """What the report predicts; on a GPU that is not known, an H100's times."""
+    try:
+        return resolve(name)
+    except CompileError as error:
+        if name != "auto":
+            raise
+        note = f"{error}; until then times are predicted for h100"
+        notes.append(note)
+        warnings.warn(f"dsv3c.compile: {note}", stacklevel=3)
+        return load("h100")
 
 
 def _runs_eagerly(path: str, notes: list[str]) -> None:
@@ -143,10 +157,13 @@ def _precision(precision: str, model: nn.Module) -> tuple[str, list[str]]:
     if precision not in PRECISIONS:
         raise CompileError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
     device = next(model.parameters()).device
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     if precision == "auto":
-        return ("fp8" if capable else "exact"), []
-    if precision == "fp8" and not capable:
+        return ("fp8" if hopper else "exact"), []
+    if precision == "fp8" and device.type == "cuda" and not hopper:
+        name = torch.cuda.get_device_name(device)
+        raise CompileError(f"precision='fp8': expected a Hopper GPU, or a CPU, found {name}; try precision='exact'")
+    if precision == "fp8" and not hopper:
         note = f"FP8 is emulated on {device.type}: the numbers are those of the recipe, the speed is not"
         warnings.warn(f"dsv3c.compile: {note}", stacklevel=3)
         return precision, [note]

@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dsv3c.measure import Launch
 from dsv3c.pricing import FUSED, Cost
 from dsv3c.report_table import Table, grouped
-from dsv3c.tuning.targets import Target
+from dsv3c.tuning.targets import Target, is_here
 
 OVER = 1.3
 # What a kernel that does nothing takes (H200, benchmarks/LOG.md).
@@ -36,11 +34,6 @@ class Against:
     def ratio(self) -> float | None:
         """None for what is in no graph."""
         return self.measured_us / self.roofline_us if self.roofline_us else None
-
-
-def is_here(target: Target) -> bool:
-    """Whether the target is what this process measures on."""
-    return torch.cuda.is_available() and torch.cuda.get_device_name().split()[1:2] == target.device.split()[1:2]
 
 
 def against_rooflines(launches: Iterable[Launch], costs: Iterable[Cost], target: Target) -> tuple[Against, ...]:

@@ -6,7 +6,8 @@ instruction; the best expert of the rest is then two of them, the greatest key a
 
 The sort cuts the copies into at most 128 tiles, and counts each tile's experts. Then each tile reads all counts: those
 of all tiles say where an expert's rows begin, those of the tiles before it where its own do. One launch in which each
-expert reads all of topk_idx and keeps its copies in order took 31 µs instead of 9 (H200, 4096 tokens); the gate, 8.
+expert reads all of topk_idx and keeps its copies in order took 31 µs instead of 9 (H200, 4096 tokens); the gate, 8. Each
+launch begins while the one before it ends and waits for it (4096 tokens 21.8 -> 20.1 µs, 64 tokens 12.4 -> 10.7).
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import F32, I32, Variant
@@ -97,6 +99,7 @@ def _gate_kernel(
         _, at = _best(key, place)
         chosen = tl.where(slot == k, at[:, None], chosen)
         key = tl.where(place == at[:, None], LOWEST, key)
+    gdc_launch_dependents()  # from the start, those that wait would take the place of rows to come
     chosen = chosen // WIDTH * SIZE + chosen % WIDTH
     filled = inside & (slot < TOP_K)
     score = tl.load(logits_ptr + chosen, mask=filled, other=float("-inf"))
@@ -154,8 +157,10 @@ def _gate_backward_kernel(
 @launched
 @triton.jit(do_not_specialize=["R", "tile"])
 def _count_experts_kernel(idx_ptr, counts_ptr, R, tile, E: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr):
+    gdc_launch_dependents()
     expert = tl.arange(0, PLACES)
     counts = tl.zeros((PLACES,), tl.int32)
+    gdc_wait()
     first = tl.program_id(0) * tile
     end = tl.minimum(first + tile, R)
     for start in range(first, end, BLOCK):
@@ -173,6 +178,7 @@ def _sort_by_expert_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     expert = tl.arange(0, PLACES)
+    gdc_wait()
     num_tokens = tl.zeros((PLACES,), tl.int32)
     before = tl.zeros((PLACES,), tl.int32)
     for first in range(0, tiles, CHUNK):
@@ -253,8 +259,8 @@ def sort_by_expert(topk_idx_TK: Tensor, num_experts: int, out: tuple[Tensor, Ten
     tiles = max(ceil_div(R, tile), 1)
     counts = topk_idx_TK.new_empty((tiles, num_experts))
     sizes = {"E": num_experts, "PLACES": _places(num_experts)}
-    _count_experts_kernel[(tiles,)](topk_idx_TK, counts, R, tile, **sizes, BLOCK=COUNT_BLOCK)
-    _sort_by_expert_kernel[(tiles,)](topk_idx_TK, counts, *out, R, tiles, tile, **sizes, **SORT)
+    _count_experts_kernel[(tiles,)](topk_idx_TK, counts, R, tile, **sizes, BLOCK=COUNT_BLOCK, launch_pdl=True)
+    _sort_by_expert_kernel[(tiles,)](topk_idx_TK, counts, *out, R, tiles, tile, **sizes, **SORT, launch_pdl=True)
 
 
 def _places(num_experts: int) -> int:

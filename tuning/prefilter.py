@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from random import Random
 from typing import Any
 
+from dsv3c.errors import TuneError
 from dsv3c.kernels.implementations import Implementation, implementations
 from dsv3c.kernels.offline import Resources, resources
 from dsv3c.tuning.targets import Target
@@ -55,6 +56,9 @@ def prefilter(
 
     Several configurations may be one kernel: some knobs belong to the launch alone, and operators share kernels.
     `progress` is told how many kernels of how many are compiled.
+
+    Raises:
+        TuneError: Triton's cache cannot be written.
     """
     names = {of: [_name(of, config) for config in given] for of, given in configs.items()}
     jobs = {name: (of, config) for of in configs for name, config in zip(names[of], configs[of], strict=True) if name}
@@ -76,11 +80,18 @@ def _name(of: Of, config: dict[str, Any]) -> str | None:
 
 
 def _compile(of: Of, config: dict[str, Any]) -> Resources | str:
-    """In a process of the pool. Its resources, or the compiler's complaint."""
+    """In a process of the pool. Its resources, or the compiler's complaint.
+
+    Raises:
+        TuneError: Triton's cache cannot be written, which says nothing of the configuration.
+    """
     variant = implementations(of[0])[of[1]].variant
     assert variant is not None
     try:
         return resources(variant(config).compile())
+    except OSError as error:
+        where = error.filename or "Triton's cache"
+        raise TuneError(f"{where}: expected a file to write, found: {error}; try another TRITON_CACHE_DIR") from error
     except Exception as error:  # whatever the compiler's stages raise
         return str(error).strip().partition("\n")[0] or type(error).__name__
 

@@ -10,6 +10,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -89,21 +90,26 @@ class _Kept(InMemoryStorage):
         return told
 
 
-def open_study(problem: Problem, target: str, space: Space, storage: Path | None, seed: int = 0) -> optuna.Study:
-    """In the SQLite file `storage`, where an earlier one of the same name goes on; None: in memory.
+def open_storage(path: Path) -> BaseStorage:
+    """An SQLite file of studies; made if it is not there.
 
     Raises:
         TuneError: the file cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    name, kept = name_of(problem, target, space), None
     try:
-        if storage is not None:
-            storage.parent.mkdir(parents=True, exist_ok=True)
-            kept = _Kept(optuna.storages.RDBStorage(f"sqlite:///{storage}"), name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.RDBStorage(f"sqlite:///{path}")
     except Exception as error:  # of SQLAlchemy, SQLite, or the file system, by what is wrong with the file
         reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
-        raise TuneError(f"{storage}: expected an Optuna storage, found: {reason}; try another --storage") from error
+        raise TuneError(f"{path}: expected an Optuna storage, found: {reason}; try another --storage") from error
+
+
+def open_study(problem: Problem, target: str, space: Space, storage: BaseStorage | None, seed: int = 0) -> optuna.Study:
+    """In `storage`, where an earlier one of the same name goes on; None: in memory."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    name = name_of(problem, target, space)
+    kept = None if storage is None else _Kept(storage, name)
     study = optuna.create_study(storage=kept, study_name=name)
     # A study that goes on must not propose again what it began with.
     study.sampler = sampler(seed + len(study.trials))
@@ -206,26 +212,36 @@ def finish(study: optuna.Study, measure: Measure) -> tuple[Entry, Entry | None] 
     finalists += [choice for choice in best_of.values() if choice not in finalists]
     if not finalists:
         return None
-    timings = measure(finalists, LONG)
     entries = sorted(
         (Entry(name, config, *(round(us, 2) for us in (timing.median_us, timing.p20_us, timing.p80_us)))
-         for (name, config), timing in zip(finalists, timings, strict=True)),
+         for (name, config), timing in _again(finalists, measure)),
         key=lambda entry: entry.median_us,
     )  # fmt: skip
+    if not entries:
+        return None
     others = (entry for entry in entries if entry.implementation != entries[0].implementation)
     return entries[0], next(others, None)
+
+
+def _again(finalists: list[Choice], measure: Measure) -> list[tuple[Choice, Timing]]:
+    """In turns; if one of them fails, each alone, without those that fail."""
+    try:
+        return list(zip(finalists, measure(finalists, LONG), strict=True))
+    except WorkerError:
+        timed = []
+        for choice in finalists:
+            with suppress(WorkerError):
+                timed.append((choice, measure([choice], LONG)[0]))
+        return timed
 
 
 def plots(study: optuna.Study, folder: Path) -> list[Path]:
     """Optuna's history and parameter importance as PNG files.
 
     Raises:
-        TuneError: no matplotlib, or a folder that cannot be written.
+        TuneError: a file that cannot be written.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise TuneError(f"--plots: expected matplotlib, found {error}; try pip install dsv3c[plot]") from error
+    from matplotlib import pyplot
     from optuna.importance import PedAnovaImportanceEvaluator
     from optuna.visualization import matplotlib as draw
 

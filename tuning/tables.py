@@ -82,11 +82,11 @@ def read(path: Path, target: str) -> list[Row]:
         return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise TuneError(f"{path}: expected a tuning table, found: {reason}; try dsv3c tune, or delete it") from error
+        raise TuneError(f"{path}: expected a tuning table, found: {reason}; try another file, or delete it") from error
     if found != (FORMAT, target):
         raise TuneError(
             f"{path}: expected a tuning table of format {FORMAT} for {target}, found format {found[0]} for {found[1]}; "
-            "try dsv3c tune, or delete it"
+            "try another file, or delete it"
         )
     return rows
 
@@ -95,7 +95,7 @@ def _row(fields: dict[str, Any]) -> Row:
     runner_up = fields["runner_up"] and Entry(**fields["runner_up"])
     row = Row(**{**fields, "best": Entry(**fields["best"]), "runner_up": runner_up})
     numbers = row.N, row.K, row.groups, row.bucket, row.rows
-    if not all(isinstance(n, int) and n > 0 for n in numbers):
+    if not all(type(n) is int and n > 0 for n in numbers):  # True is an int too
         raise ValueError(f"N, K, groups, bucket, rows {numbers}")
     names = row.operator, row.torch, row.triton, *(entry.implementation for entry in row.entries)
     if not all(isinstance(name, str) for name in names):

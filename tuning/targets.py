@@ -60,6 +60,16 @@ def load(name: str) -> Target:
     return Target(**{**fields, "sources": tuple(fields["sources"])})
 
 
+def is_here(target: Target) -> bool:
+    """Whether this process's GPU is one. A PCIe card has fewer multiprocessors than its namesake."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    gpu = torch.cuda.get_device_properties()
+    return target.device.split()[1:2] == gpu.name.split()[1:2] and target.sms == gpu.multi_processor_count
+
+
 def resolve(name: str) -> Target:
     """`load`, with "auto" for this machine's GPU, or the CPU.
 
@@ -72,8 +82,12 @@ def resolve(name: str) -> Target:
 
     if not torch.cuda.is_available():
         return load("cpu")
-    device = torch.cuda.get_device_name()
-    for candidate in names():
-        if load(candidate).device.split()[1:2] == device.split()[1:2]:
-            return load(candidate)
-    raise CompileError(f"target: expected a GPU of {', '.join(names())}, found {device}; try target='h100'")
+    gpus = [target for target in map(load, names()) if target.arch != "cpu"]
+    here = next(filter(is_here, gpus), None)
+    if here is None:
+        gpu = torch.cuda.get_device_properties()
+        raise CompileError(
+            f"target: expected a GPU of {', '.join(target.name for target in gpus)}, found {gpu.name} with "
+            f"{gpu.multi_processor_count} multiprocessors; try target='h100'"
+        )
+    return here

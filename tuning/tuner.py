@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 
 import optuna
 import torch
+from optuna.storages import BaseStorage
 
 from dsv3c.kernels.implementations import Config, Problem, implementations
 from dsv3c.tuning import study as studies
@@ -65,12 +65,11 @@ def tune(
     measure: Measure,
     *,
     trials: int,
-    storage: Path | None = None,
+    storage: BaseStorage | None = None,
     rows: Iterable[Row] = (),
     progress: Callable[[optuna.Study, str], None] = lambda study, outcome: None,
 ) -> Tuned:
-    """A study of `trials` trials; `rows` are of problems tuned before. Raises TuneError for a storage that cannot be
-    used."""
+    """A study of `trials` trials; `rows` are of problems tuned before."""
     candidates = space(problem, verdicts)
     study = studies.open_study(problem, target.name, candidates, storage)
     first = first_choices(problem, candidates.knobs, rows, most=2 * trials // 3)

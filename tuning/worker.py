@@ -1,6 +1,7 @@
 """A process that measures for another, and may hang or crash: it is killed and started anew, and costs one answer.
 
-A kernel that is wrong can leave a GPU's context unusable or never return. Neither ends the tuner.
+A kernel that is wrong can leave a GPU's context unusable or never return. Neither ends the tuner: after anything but an
+answer or a wrong result (AssertionError) the next request has a new process.
 """
 
 from collections.abc import Callable
@@ -37,11 +38,16 @@ class Worker:
             WorkerError: it raised, hung, or crashed; its message says which.
             TuneError: no process can be started.
         """
+        if self._process is not None and not self._process.is_alive():
+            self.close()  # something ended it between requests
         if self._process is None:
             self._start()
         assert self._pipe is not None
-        self._pipe.send(request)
-        answer, error = self._wait(self._limit_s)
+        with suppress(ConnectionError):  # that it ended just now is seen below
+            self._pipe.send(request)
+        answer, error, usable = self._wait(self._limit_s)
+        if not usable:
+            self.close()
         if error is not None:
             raise WorkerError(error)
         return answer
@@ -90,10 +96,11 @@ class Worker:
 
 def _serve(function: Callable[..., Any], pipe: Connection) -> None:
     with suppress(EOFError, KeyboardInterrupt):  # the parent is gone
-        pipe.send((None, None))
+        pipe.send(None)
         while True:
             request = pipe.recv()
             try:
-                pipe.send((function(*request), None))
+                pipe.send((function(*request), None, True))
             except Exception as error:  # whatever a kernel or its compiler raises
-                pipe.send((None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"))
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                pipe.send((None, reason, isinstance(error, AssertionError)))

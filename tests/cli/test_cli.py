@@ -1,16 +1,18 @@
 """The `dsv3c` command: documents on stdout, one line on stderr, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import dsv3c as package
-from dsv3c import artifact, artifact_check, checkpoint
+from dsv3c import artifact, artifact_check, checkpoint, files
 from dsv3c.benchmarks import bench_model
 from dsv3c.cli import app
 from dsv3c.config import preset
@@ -161,6 +163,33 @@ def test_usage_errors_and_unknown_targets_are_2(dsv3c, tmp_path):
     code, _, err = dsv3c("compile", "tiny", "-o", tmp_path / "out", "--target", "h900")
     assert code == 2
     one_line(err, "expected one of auto, cpu, h100, h200, h800", "found 'h900'")
+
+
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"])
+def test_a_cache_that_cannot_be_written_is_replaced(tmp_path, monkeypatch, variable):
+    (tmp_path / "file").write_text("")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    if variable == "TRITON_HOME":
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "cache"))
+    cache = variable.replace("HOME", "CACHE_DIR")
+    told = []
+    for _ in range(2):
+        files.use_writable_caches(told.append)
+    (line,) = told
+    assert f"{cache}: expected a folder to write to, found {tmp_path / 'file'}" in line
+    assert list(Path(os.environ[cache]).iterdir()) == []
+
+
+def test_the_command_line_says_which_cache_it_uses(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    done = process("info", "tiny")
+    assert done.returncode == 0
+    one_line(done.stderr, "TORCHINDUCTOR_CACHE_DIR: expected a folder to write to", "until this process ends")
 
 
 def test_a_bad_schedule_is_one_line(dsv3c):

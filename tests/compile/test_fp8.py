@@ -3,15 +3,17 @@
 import re
 from collections import Counter
 from math import sqrt
+from types import SimpleNamespace
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv3c import backend
+from dsv3c import backend, compiler
 from dsv3c.backend import lower
 from dsv3c.compiler import compilation_of
+from dsv3c.errors import CompileError
 from dsv3c.numerics import distance, quantized_gemm_rms, quantized_layer_rms, unit_roundoff
 from dsv3c.weights import QuantizedWeights
 
@@ -199,3 +201,26 @@ def test_fp8_on_a_cpu_says_that_it_is_emulated(make_model):
     with pytest.warns(UserWarning, match="emulated"):
         model = compile(make_model(), precision="fp8")
     assert "emulated" in compilation_of(model).notes[0]
+
+
+def test_fp8_on_a_gpu_that_is_no_hopper_is_refused(make_model, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B200")
+    with pytest.raises(CompileError, match="expected a Hopper GPU, or a CPU, found NVIDIA B200; try precision='exact'"):
+        compiler._precision("fp8", model)
+    assert compiler._precision("auto", model) == ("exact", [])
+
+
+def test_a_gpu_that_is_not_known_gets_predictions_for_another(make_model, monkeypatch):
+    def unknown(name):
+        raise CompileError("target: expected a GPU of h100, found NVIDIA B200 with 148 multiprocessors")
+
+    monkeypatch.setattr(compiler, "resolve", unknown)
+    with pytest.warns(UserWarning, match="found NVIDIA B200 .*; until then times are predicted for h100"):
+        model = compiler.compile(make_model(), precision="exact")
+    assert compilation_of(model).target.name == "h100"
+    assert "NVIDIA B200" in compilation_of(model).notes[0]
+    with pytest.raises(CompileError, match="found NVIDIA B200"):
+        compiler.compile(make_model(), target="h200", precision="exact")

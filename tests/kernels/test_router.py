@@ -205,7 +205,12 @@ from dsv3c.numerics import distance, reordered_bound
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
+@triton.jit
+def nothing():
+    pass
+
 router._sigmoid, router.libdevice = sigmoid, tl
+router.gdc_launch_dependents = router.gdc_wait = nothing
 torch.manual_seed(0)
 
 def launched(kernel, expected, *args):

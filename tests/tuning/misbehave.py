@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 PEAK_US = 100.0
+poisoned: list[bool] = []
 
 
 def double(x):
@@ -18,6 +19,10 @@ def measure(choices, rounds):
         time.sleep(60)
     if config.get("x") == 6:
         os.abort()
+    if config.get("x") == 8:
+        poisoned.append(True)
+    if poisoned:  # as a GPU's context after an illegal access
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if config.get("x") == 7:
         raise AssertionError("bits differ from another configuration's")
     return [time_of(*choice) for choice in choices]

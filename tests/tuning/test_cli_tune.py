@@ -137,7 +137,11 @@ def test_what_cannot_be_used_is_a_line(run, pretended, tmp_path, monkeypatch):
     assert (code, "expected a file to write" in err) == (2, True)
     code, _, err = run("--problem", "gemm:64x128x128", "--plots", str(storage / "plots"))
     assert (code, "--plots: expected a folder to write to" in err) == (2, True)
-    assert tables.read(path, "h200") == []  # nothing is measured before that is known
+    assert "compile for" not in err  # nor compiled before that is known
+    assert tables.read(path, "h200") == []
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("--problem", "gemm:64x128x128", "--plots", str(tmp_path / "plots"))
+    assert (code, "--plots: expected matplotlib" in err) == (2, True)
     assert not path.with_name("studies.db").exists()
     monkeypatch.setenv("DSV3C_TABLES", "~nobody-of-that-name")
     code, _, err = run("--problem", "gemm:64x128x128")

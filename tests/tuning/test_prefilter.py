@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from dsv3c.errors import TuneError
 from dsv3c.kernels.implementations import implementations
 from dsv3c.tuning import targets
 from dsv3c.tuning.prefilter import everything, prefilter
@@ -24,6 +25,14 @@ def test_what_does_not_fit_is_dropped_with_its_reason():
     assert [verdict.config for verdict in found[TRITON]] == configs
     assert [(verdict.config, verdict.reason) for verdict in found["gemm", "cublaslt"]] == [({}, None)]
     assert told == [(1, 3), (2, 3), (3, 3)]  # the first two are one kernel, and a library has none
+
+
+def test_a_cache_that_cannot_be_written_drops_nothing(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(TuneError, match=r"expected a file to write, found: .*; try another TRITON_CACHE_DIR") as caught:
+        prefilter({TRITON: [BASE]}, H200)
+    assert str(tmp_path / "file") in str(caught.value)
 
 
 def test_limits_are_the_targets():

@@ -35,7 +35,7 @@ def fakes(monkeypatch):
 
 
 def searched(space, measure, trials, storage=None, first=(), seed=0):
-    study = studies.open_study(PROBLEM, "h200", space, storage, seed)
+    study = studies.open_study(PROBLEM, "h200", space, storage and studies.open_storage(storage), seed)
     outcomes = []
     studies.search(study, space, list(first), measure, trials, outcomes.append)
     return study, outcomes
@@ -129,6 +129,22 @@ def _implementation(name, knobs, known=()):
     return Implementation(name, knobs, launch=None, known=known)
 
 
+def test_a_crash_among_the_fastest_costs_that_one(fakes):
+    """And not what was measured before: in turns with others a kernel may fail that did not alone."""
+
+    def measure(choices, rounds):
+        if ("ours", {"x": 3, "y": 8}) in choices and rounds == studies.LONG and finishing:
+            raise WorkerError("crashed")
+        return fakes.measure(choices, rounds)
+
+    finishing = False
+    study, _ = searched(SPACE, measure, 100)
+    finishing = True
+    best, _ = studies.finish(study, measure)
+    assert studies.best_us(study) == fakes.PEAK_US < best.median_us
+    assert studies.finish(study, _fail) is None
+
+
 def _fail(choices, rounds):
     raise WorkerError("crashed")
 
@@ -144,7 +160,7 @@ def test_a_storage_that_cannot_be_used_is_a_line(tmp_path, kind):
         path.write_text("")
         path = path / "studies.db"
     with pytest.raises(TuneError, match=r"expected an Optuna storage, found: .*; try another --storage") as caught:
-        studies.open_study(PROBLEM, "h200", SPACE, path)
+        studies.open_storage(path)
     assert "\n" not in str(caught.value)
 
 

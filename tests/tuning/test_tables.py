@@ -58,6 +58,7 @@ def entry(**changes) -> dict:
     "change",
     [
         {"N": "4096"},
+        {"groups": True},
         {"rows": 0},
         {"best": None},
         {"best": {"implementation": "x"}},

@@ -1,9 +1,12 @@
 """Data files of targets: complete, plausible, sourced."""
 
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from dsv3c.errors import CompileError
 from dsv3c.tuning import targets
 
 GPUS = [name for name in targets.names() if name != "cpu"]
@@ -40,3 +43,31 @@ def test_h800_is_an_h100_with_less_nvlink():
     differ = {key for key in h100 if h100[key] != h800[key]}
     assert differ == {"name", "device", "nvlink_bytes_per_s", "sources"}
     assert h800["nvlink_bytes_per_s"] < h100["nvlink_bytes_per_s"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends one."""
+
+    def pretend(name, sms):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        found = SimpleNamespace(name=name, multi_processor_count=sms)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: found)
+
+    return pretend
+
+
+def test_auto_is_this_machines(gpu):
+    assert targets.resolve("auto").name == "cpu"
+    gpu("NVIDIA H800", 132)
+    assert targets.resolve("auto").name == "h800"
+    assert targets.is_here(targets.load("h800"))
+    assert not targets.is_here(targets.load("h100"))
+
+
+@pytest.mark.parametrize(("name", "sms"), [("NVIDIA H100 PCIe", 114), ("NVIDIA B300", 148), ("Graphics", 132)])
+def test_a_gpu_without_a_data_file_is_refused(gpu, name, sms):
+    gpu(name, sms)
+    expected = f"expected a GPU of h100, h200, h800, found {name} with {sms} multiprocessors; try target='h100'"
+    with pytest.raises(CompileError, match=expected):
+        targets.resolve("auto")

@@ -1,6 +1,7 @@
 """A worker that hangs or crashes costs one request; the next is answered by another process."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,22 @@ def test_a_wrong_result_is_an_answer(fakes):
             worker(*choice(7))
         assert worker(*choice(3))[0].median_us == fakes.PEAK_US + 6
     assert worker.starts == 1
+
+
+def test_what_spoils_the_process_costs_one_request(fakes):
+    with Worker(fakes.measure, limit_s=30) as worker:
+        with pytest.raises(WorkerError, match="RuntimeError: CUDA error: an illegal memory access"):
+            worker(*choice(8))
+        assert worker(*choice(3))
+    assert worker.starts == 2
+
+
+def test_a_process_that_somebody_ended_costs_nothing(fakes):
+    with Worker(os.getpid, limit_s=30) as worker:
+        process = worker()
+        os.kill(process, signal.SIGKILL)
+        worker._process.join()
+        assert worker() != process
 
 
 def test_a_crash_costs_one_request(fakes):
