@@ -9,8 +9,10 @@ from dsv3c.numerics import E4M3, TILE, ceil_div
 from dsv3c.operators.define import (
     check_blocks,
     check_floor,
+    check_matrices,
     check_rank,
     check_tiles,
+    check_wide,
     count_groups,
     define,
     empty_tiles,
@@ -20,12 +22,18 @@ from dsv3c.operators.define import (
 
 def _quantize_tile(x_RK, amax_floor, pow2):
     check_rank("x", x_RK, 2)
+    check_wide("x", x_RK.dtype)
     check_floor(amax_floor)
     return empty_tiles(x_RK, *x_RK.shape)
 
 
 def _quantize_tile_t(x_RK, offs, amax_floor, pow2):
     check_rank("x", x_RK, 2)
+    check_wide("x", x_RK.dtype)
+    return _transposed(x_RK, offs, amax_floor)
+
+
+def _transposed(x_RK, offs, amax_floor):
     check_floor(amax_floor)
     R, K = x_RK.shape
     return empty_tiles(x_RK, K, casts.padded_rows(R, None if offs is None else count_groups(offs)))
@@ -37,10 +45,12 @@ def _quantize_tile_both(x_RK, offs, amax_floor, pow2):
 
 def _requantize_t(x_fp8_RK, x_scale_inv, offs, amax_floor, pow2):
     check_tiles("x", x_fp8_RK, x_scale_inv)
-    return _quantize_tile_t(x_fp8_RK, offs, amax_floor, pow2)
+    return _transposed(x_fp8_RK, offs, amax_floor)
 
 
 def _quantize_block(w_NK, amax_floor, pow2):
+    check_matrices("w", w_NK)
+    check_wide("w", w_NK.dtype)
     check_floor(amax_floor)
     *batch, N, K = w_NK.shape
     scale_inv = w_NK.new_empty((*batch, ceil_div(N, TILE), ceil_div(K, TILE)), dtype=torch.float32)
@@ -50,6 +60,10 @@ def _quantize_block(w_NK, amax_floor, pow2):
 def _quantize_weights(weights, stacks, amax_floor, pow2, transposed):
     check_floor(amax_floor)
     expect("number of weights", len(weights), sum(stacks))
+    expect("whether each of stacks has a weight", all(count > 0 for count in stacks), True)
+    for w in weights:
+        check_matrices("a weight", w)
+        check_wide("a weight", w.dtype)
     copies, rest = [], iter(weights)
     for count in stacks:
         stack = list(islice(rest, count))
@@ -67,11 +81,13 @@ def _quantize_weights(weights, stacks, amax_floor, pow2, transposed):
 
 def _dequantize_block(w_fp8_NK, w_scale_inv, dtype):
     check_blocks("w", w_fp8_NK, w_scale_inv)
+    check_wide("the result", dtype)
     return w_fp8_NK.new_empty(w_fp8_NK.shape, dtype=dtype)
 
 
 def _quantize_e5m6(x_RK, amax_floor):
     check_rank("x", x_RK, 2)
+    check_wide("x", x_RK.dtype)
     check_floor(amax_floor)
     R, K = x_RK.shape
     expect("columns of x beyond a multiple of 8", K % 8, 0)
@@ -86,6 +102,8 @@ def _dequantize_e5m6(packed, scale_inv, dtype):
     expect("columns of packed beyond a multiple of 12", size % 12, 0)
     K = size // 3 * 2
     expect("shape of scale_inv", tuple(scale_inv.shape), (R, ceil_div(K, TILE)))
+    expect("dtype of scale_inv", scale_inv.dtype, torch.float32)
+    check_wide("the result", dtype)
     return packed.new_empty((R, K), dtype=dtype)
 
 

@@ -29,6 +29,35 @@ def check_rank(name: str, x: Tensor, dimensions: int) -> None:
     expect(f"number of dimensions of {name}", x.dim(), dimensions)
 
 
+def check_between(name: str, least: int, found: int, most: int) -> None:
+    if not least <= found <= most:
+        raise OperatorError(f"{name}: expected {least} to {most}, found {found}; try a ModelConfig's")
+
+
+def check_wide(name: str, dtype: torch.dtype) -> None:
+    """Real numbers of 16 bits or more."""
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise OperatorError(f"dtype of {name}: expected floating point of 16 bits or more, found {dtype}; try bfloat16")
+
+
+def check_matrices(name: str, x: Tensor) -> None:
+    if x.dim() < 2:
+        raise OperatorError(f"number of dimensions of {name}: expected at least 2, found {x.dim()}; try x[None]")
+
+
+def _check_devices(names: list[str], args: tuple) -> None:
+    """All tensors are where the first is."""
+    device = None
+    for name, arg in zip(names, args, strict=False):
+        for x in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(x, Tensor):
+                device = device or x.device
+                if x.device != device:
+                    raise OperatorError(
+                        f"device of {name}: expected {device}, found {x.device}; try {name}.to({device})"
+                    )
+
+
 def check_tiles(name: str, x_RK: Tensor, scale_inv: Tensor) -> None:
     """An FP8 pair of 1×128 tiles."""
     check_rank(name, x_RK, 2)
@@ -40,6 +69,7 @@ def check_tiles(name: str, x_RK: Tensor, scale_inv: Tensor) -> None:
 
 def check_blocks(name: str, w_NK: Tensor, scale_inv: Tensor) -> None:
     """An FP8 pair of 128×128 blocks."""
+    check_matrices(name, w_NK)
     expect(f"dtype of {name}", w_NK.dtype, E4M3)
     expect(f"dtype of {name}'s scale_inv", scale_inv.dtype, torch.float32)
     *batch, N, K = w_NK.shape
@@ -78,19 +108,24 @@ def define(schema: str, allocate: Callable, definition: Callable, kernels: str, 
         flops: from shapes, for torch's counter.
     """
     name = schema.partition("(")[0]
+    names = [argument.name for argument in torch._C.parse_schema(f"dsv3c::{schema}").arguments]
+
+    def checked(*args):
+        _check_devices(names, args)
+        return allocate(*args)
 
     def cpu(*args):
         started = ahead.result(name, args)
         if started is not None:
             return started
-        allocate(*args)
+        checked(*args)
         return definition(*args)
 
     @cache
     def launcher() -> Any:
         from dsv3c.kernels.replay import Replay  # needs Triton
 
-        return Replay(allocate, getattr(import_module(f"dsv3c.kernels.{kernels}"), name))
+        return Replay(checked, getattr(import_module(f"dsv3c.kernels.{kernels}"), name))
 
     def cuda(*args):
         started = ahead.result(name, args)
@@ -100,6 +135,6 @@ def define(schema: str, allocate: Callable, definition: Callable, kernels: str, 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, cpu, "CPU")
     _LIBRARY.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"dsv3c::{name}", allocate, lib=_LIBRARY)
+    torch.library.register_fake(f"dsv3c::{name}", checked, lib=_LIBRARY)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.dsv3c, name))(flops)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsv3c.kernels.reference import gemms
 from dsv3c.numerics import TILE
-from dsv3c.operators.define import check_blocks, check_rank, check_tiles, count_groups, define, expect
+from dsv3c.operators.define import check_blocks, check_rank, check_tiles, check_wide, count_groups, define, expect
 
 
 def _wgrad_shape(groups: tuple, dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv) -> tuple:
@@ -21,9 +21,11 @@ def _check_gradient(dw: Tensor, shape: tuple) -> None:
     expect("whether dw is contiguous", dw.is_contiguous(), True)
 
 
-def _gemm(x_fp8_RK, x_scale_inv, w_fp8_NK, w_scale_inv, dtype):
+def _gemm(x_fp8_RK, x_scale_inv, w_fp8_NK, w_scale_inv, dtype, dimensions=2):
     check_tiles("x", x_fp8_RK, x_scale_inv)
+    check_rank("w", w_fp8_NK, dimensions)
     check_blocks("w", w_fp8_NK, w_scale_inv)
+    check_wide("the result", dtype)
     R, K = x_fp8_RK.shape
     *_, N, contracted = w_fp8_NK.shape
     expect("columns of w", contracted, K)
@@ -41,9 +43,11 @@ def _gemm_keys(x_fp8_RK, x_scale_inv, w_fp8_NK, w_scale_inv, rope_BTr):
     return rope_BTr.new_empty((R, N // (2 * TILE), 2 * TILE + r))
 
 
-def _gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_NK, w_scale_inv, dtype):
+def _gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_NK, w_scale_inv, dtype, dimensions=2):
     check_tiles("dy", dy_fp8_RN, dy_scale_inv)
+    check_rank("w", w_fp8_NK, dimensions)
     check_blocks("w", w_fp8_NK, w_scale_inv)
+    check_wide("the result", dtype)
     R, N = dy_fp8_RN.shape
     *_, contracted, K = w_fp8_NK.shape
     expect("rows of w", contracted, N)
@@ -51,20 +55,24 @@ def _gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_NK, w_scale_inv, dtype):
 
 
 def _gemm_wgrad(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, dtype):
+    check_wide("the result", dtype)
     return dyt_fp8_NP.new_empty(_wgrad_shape((), dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv), dtype=dtype)
 
 
 def _grouped_gemm(x_fp8_RK, x_scale_inv, w_fp8_ENK, w_scale_inv, offs, dtype):
+    out = _gemm(x_fp8_RK, x_scale_inv, w_fp8_ENK, w_scale_inv, dtype, dimensions=3)
     expect("number of groups", count_groups(offs), w_fp8_ENK.shape[0])
-    return _gemm(x_fp8_RK, x_scale_inv, w_fp8_ENK, w_scale_inv, dtype)
+    return out
 
 
 def _grouped_gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_ENK, w_scale_inv, offs, dtype):
+    out = _gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_ENK, w_scale_inv, dtype, dimensions=3)
     expect("number of groups", count_groups(offs), w_fp8_ENK.shape[0])
-    return _gemm_dgrad(dy_fp8_RN, dy_scale_inv, w_fp8_ENK, w_scale_inv, dtype)
+    return out
 
 
 def _grouped_gemm_wgrad(dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv, offs, dtype):
+    check_wide("the result", dtype)
     groups = (count_groups(offs),)
     return dyt_fp8_NP.new_empty(_wgrad_shape(groups, dyt_fp8_NP, dyt_scale_inv, xt_fp8_KP, xt_scale_inv), dtype=dtype)
 

@@ -5,7 +5,7 @@ import torch
 from dsv3c.kernels.reference import heads
 from dsv3c.kernels.reference.casts import padded_rows
 from dsv3c.operators.define import OperatorError, check_floor, check_rank, define, empty_tiles, expect
-from dsv3c.operators.rotary import _check_angles as check_angles
+from dsv3c.operators.rotary import check_angles, check_head
 
 HALF = 64  # features that the casting kernel takes at a time: half a tile
 
@@ -13,7 +13,7 @@ HALF = 64  # features that the casting kernel takes at a time: half a tile
 def _rotate_heads(x_RHD, cos_Rr, sin_Rr, inverse):
     _check_heads("x", x_RHD)
     check_angles(x_RHD.shape[0], cos_Rr, sin_Rr)
-    expect("size of a head modulo 2", x_RHD.shape[2] % 2, 0)
+    check_head(x_RHD, cos_Rr)
     return x_RHD.new_empty(x_RHD.shape)
 
 

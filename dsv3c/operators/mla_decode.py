@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dsv3c.kernels.reference.mla_decode import LATENT, RANK, mla_decode_ref, read_pages_ref
-from dsv3c.operators.define import OperatorError, check_rank, define, expect
+from dsv3c.operators.define import OperatorError, check_rank, check_wide, define, expect
 
 PAGE = 64  # tokens
 
@@ -17,6 +17,7 @@ def _mla_decode(q_BTHL, cache_NPL, block_table, lengths, softmax_scale) -> tuple
     B, T, H, _ = q_BTHL.shape
     expect("columns of q", q_BTHL.shape[3], LATENT)
     expect("page of the cache", tuple(cache_NPL.shape[1:]), (PAGE, LATENT))
+    check_wide("q", q_BTHL.dtype)
     expect("dtype of the cache", cache_NPL.dtype, q_BTHL.dtype)
     expect("rows of block_table", block_table.shape[0], B)
     expect("shape of lengths", tuple(lengths.shape), (B,))

@@ -3,14 +3,16 @@
 import torch
 
 from dsv3c.kernels.reference import rotary
-from dsv3c.operators.define import OperatorError, check_floor, check_rank, define, empty_tiles, expect
+from dsv3c.operators.define import OperatorError, check_floor, check_rank, check_wide, define, empty_tiles, expect
 from dsv3c.operators.norm import check_norm
 
 
-def _check_angles(R, cos_Rr, sin_Rr) -> None:
+def check_angles(R, cos_Rr, sin_Rr) -> None:
     check_rank("cos", cos_Rr, 2)
     expect("rows of cos", cos_Rr.shape[0], R)
     expect("shape of sin", tuple(sin_Rr.shape), tuple(cos_Rr.shape))
+    check_wide("cos", cos_Rr.dtype)
+    expect("dtype of sin", sin_Rr.dtype, cos_Rr.dtype)
     pairs = cos_Rr.shape[1]
     if pairs & (pairs - 1):
         raise OperatorError(f"columns of cos: expected a power of two, found {pairs}; try the eager rotation")
@@ -19,17 +21,26 @@ def _check_angles(R, cos_Rr, sin_Rr) -> None:
 def _rotate_heads_(x_RHD, cos_Rr, sin_Rr, inverse):
     check_rank("x", x_RHD, 3)
     expect("dtype of x", x_RHD.dtype, torch.bfloat16)
-    _check_angles(x_RHD.shape[0], cos_Rr, sin_Rr)
+    check_angles(x_RHD.shape[0], cos_Rr, sin_Rr)
     expect(
         "strides of x modulo 2, the last one", [x_RHD.stride(0) % 2, x_RHD.stride(1) % 2, x_RHD.stride(2)], [0, 0, 1]
     )
+    check_head(x_RHD, cos_Rr)
+
+
+def check_head(x_RHD, cos_Rr) -> None:
     expect("size of a head modulo 2", x_RHD.shape[2] % 2, 0)
+    if x_RHD.shape[2] < 2 * cos_Rr.shape[1]:
+        raise OperatorError(
+            f"size of a head: expected at least {2 * cos_Rr.shape[1]}, two for each column of cos, found "
+            f"{x_RHD.shape[2]}; try fewer columns"
+        )
 
 
 def _check_latent(x_RL, weight_K, cos_Rr, sin_Rr) -> None:
     check_rank("x", x_RL, 2)
     check_norm(x_RL[:, : weight_K.shape[0]], weight_K)
-    _check_angles(x_RL.shape[0], cos_Rr, sin_Rr)
+    check_angles(x_RL.shape[0], cos_Rr, sin_Rr)
     expect("columns of x", x_RL.shape[1], weight_K.shape[0] + 2 * cos_Rr.shape[1])
 
 
