@@ -93,7 +93,7 @@ class Memory:
     """A program's shared memory, by address."""
 
     def __init__(self, size) -> None:
-        self.data, self.barriers, self.copies = torch.zeros(size, dtype=torch.uint8), {}, []
+        self.data, self.barriers, self.copies = torch.full((size,), 255, dtype=torch.uint8), {}, []
 
     def at(self, first, dtype, shape):
         return self.data[first : first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
@@ -205,7 +205,7 @@ def _expect(barrier, size) -> None:
 
 def _copy_bytes(target, source, size, barrier, mine, once=False) -> None:
     """What is there is gone at once, what is copied arrives with the wait."""
-    of_threads = torch.broadcast_tensors(target, source.offset, torch.as_tensor(size), mine)
+    of_threads = torch.broadcast_tensors(*map(torch.as_tensor, (target, source.offset, size, mine)))
     for to, at, n, own in zip(*of_threads, strict=True):
         if own:
             data = source.data[at : at + n // source.data.element_size()].view(torch.uint8)
@@ -222,6 +222,7 @@ def _wait(barrier, phase) -> None:
     for _, to, data in landed:
         memory.data[to : to + len(data)] = data
         memory.barriers[barrier].arrive(0, -len(data))
+    assert memory.barriers[barrier].bytes >= 0, "more is copied than was announced"
     memory.barriers[barrier].wait(phase)
 
 
@@ -340,7 +341,8 @@ def _elementwise(function):
 
 
 GL = SimpleNamespace(
-    **{n: getattr(torch, n) for n in ("int32", "int64", "float32", "bfloat16", "where", "zeros_like", "exp2", "log2")},
+    **{n: getattr(torch, n) for n in ("int32", "int64", "float32", "bfloat16", "where", "zeros_like", "exp2", "log2",
+                                      "rsqrt")},
     constexpr=lambda x: x,
     minimum=_elementwise(torch.minimum), maximum=_elementwise(torch.maximum), cdiv=lambda a, b: (a + b - 1) // b,
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),

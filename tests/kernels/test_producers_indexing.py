@@ -2,8 +2,8 @@
 
 It has no inline assembly, and its casts to BF16 and FP8 are wrong. So what `tiles.py` does on words is written out
 here, with E4M3 replaced by a quarter of the quotient in 8 bits; what is compared is where numbers go, within a few of
-those roundings. Gluon is not interpreted: cross-entropy, the norm and the SwiGLU gradient are left to the GPU tests,
-the gradient of norm runs as torch (`gluon_on_cpu.py`).
+those roundings. Gluon is not interpreted: cross-entropy and the SwiGLU gradient are left to the GPU tests, the norm and
+its gradient run as torch (`gluon_on_cpu.py`).
 A process of its own, since the interpreter is chosen as Triton is imported.
 """
 
@@ -17,7 +17,7 @@ from dsv3c.kernels.reference.embedding import embedding_backward_ref
 from dsv3c.numerics import Recipe, unit_roundoff
 
 sys.path.insert(0, sys.argv[1])
-from gluon_on_cpu import Kernel
+from gluon_on_cpu import GL, Kernel
 
 @triton.jit
 def pack(low, high):
@@ -88,6 +88,39 @@ WORDS = dict(
     low=lambda word: (word << 16).view(torch.float32), high=lambda word: (word & -65536).view(torch.float32),
     pack=lambda *pair: torch.stack(pair, -1).bfloat16().view(torch.int32)[..., 0], gdc_launch_dependents=lambda: None,
 )
+unpacked = lambda words: words.view(torch.bfloat16).float()
+packed = lambda numbers: numbers.bfloat16().view(torch.int32)
+
+def store_tiles(words, q_at, scale_inv_at, inside, amax_floor, pow2):
+    numbers = unpacked(words)
+    scale_inv = numbers.abs().amax(1).clamp(min=amax_floor) / 448
+    cast = (numbers / (4 * scale_inv[:, None])).to(torch.int8).view(torch.int16)
+    GL.store(q_at, cast, mask=inside[:, None])
+    GL.store(scale_inv_at, scale_inv, mask=inside)
+
+norm._norm_kernel = Kernel(
+    norm.__file__, "_norm_kernel", store_tiles=store_tiles,
+    squares=lambda words, sums: sums + unpacked(words).square().unflatten(1, (-1, 2)).sum(-1),
+    scaled=lambda words, factor: packed(unpacked(words) * factor),
+    plus=lambda a, b: packed(unpacked(a) + unpacked(b)), times=lambda a, b: packed(unpacked(a) * unpacked(b)),
+)
+# Chunks that are full, that are not, and fewer tiles than a chunk has; rows that begin anywhere.
+for R, K, normed in [(1, 128, True), (5, 640, False), (3, 2048, True), (2, 2176, True), (2, 4096, False)]:
+    wide, weight = normal(R, 2 * K + 16), normal(1, K)[0]
+    x, residual = wide[:, 8 : K + 8], wide[:, K + 8 : 2 * K + 8]
+    out = empty(norm_op._rms_norm_quantize(x, weight, eps, floor, False))
+    norm.rms_norm_quantize(x, weight, eps, floor, False, out)
+    tiles_close(out[:2], norm_op.norm.rms_norm(x, weight, eps)[0])
+    close(out[2], norm_op.norm.rms_norm(x, weight, eps)[1])
+    out = empty(norm_op._add_rms_norm_quantize(x, residual, weight, eps, floor, False, normed))
+    norm.add_rms_norm_quantize(x, residual, weight, eps, floor, False, normed, out)
+    expected, rstd = norm_op.norm.rms_norm(x + residual, weight, eps)
+    assert torch.equal(out[0], x + residual)
+    if normed:
+        close(out[1], expected)
+    tiles_close(out[2:4], expected)
+    close(out[4], rstd)
+
 norm_backward._norm_backward_kernel = Kernel(norm_backward.__file__, "_norm_backward_kernel", **WORDS)
 norm_backward.multiprocessors = lambda: 2
 # More turns than there is room for; rows without a last chunk, or a last turn's; rows that begin anywhere, x's behind
