@@ -34,6 +34,7 @@ def _read_pages(cache_NPL, block_table, lengths, num_new) -> tuple[Tensor, Tenso
     check_rank("cache", cache_NPL, 3)
     check_rank("block_table", block_table, 2)
     expect("shape of lengths", tuple(lengths.shape), (block_table.shape[0],))
+    expect("dtypes of block_table and lengths", (block_table.dtype, lengths.dtype), (torch.int32, torch.int32))
     B, S = block_table.shape[0], block_table.shape[1] * cache_NPL.shape[1]
     return cache_NPL.new_empty((B, S, cache_NPL.shape[2])), cache_NPL.new_empty((B, 1, num_new, S), dtype=torch.bool)
 

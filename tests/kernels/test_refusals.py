@@ -75,6 +75,11 @@ CASES = {
     "angles of two kinds": ("rotate_heads_", lambda: (*heads()[:2], heads()[2].bfloat16(), False),
                             "dtype of sin: expected torch.float32, found torch.bfloat16"),
     "integers in a cache": ("mla_decode", lambda: pages(torch.int32), DTYPE.format("q", "int32")),
+    "numbers of pages": ("read_pages", lambda: (torch.ones(1, 64, 576), torch.zeros(1, 1).long(),
+                                                torch.ones(1).int(), 1),
+                         "dtypes of block_table and lengths: expected .*, found .torch.int64"),
+    "an integer gradient": ("embedding_backward", lambda: (torch.ones(4, 8).int(), torch.zeros(4).long(), 10),
+                            DTYPE.format("dy", "int32")),
     "E5M6 with wrong scales": ("dequantize_e5m6", lambda: (
         *(x.double() if x.dtype == torch.float32 else x for x in ops.quantize_e5m6(torch.ones(4, 128), CAST[0])), BF16),
         "dtype of scale_inv: expected torch.float32, found torch.float64"),
@@ -105,3 +110,11 @@ def test_what_does_not_fit_is_named(case, fake):
     mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad()
     with mode, pytest.raises(OperatorError, match=f"{message}.*; try"):
         getattr(ops, name)(*args)
+
+
+@pytest.mark.gpu
+def test_a_gpu_does_not_read_what_is_elsewhere():
+    x, w = (tuple(t.cuda() for t in pair) for pair in (tiles(4, 128), blocks(128, 128)))
+    for args in ((*x, *(t.cpu() for t in w)), (*(t.cpu() for t in x), *w)):
+        with pytest.raises(OperatorError, match=r"device of w_fp8: expected .*, found .*; try \.to"):
+            ops.gemm(*args, BF16)
