@@ -29,11 +29,6 @@ def check_rank(name: str, x: Tensor, dimensions: int) -> None:
     expect(f"number of dimensions of {name}", x.dim(), dimensions)
 
 
-def check_between(name: str, least: int, found: int, most: int) -> None:
-    if not least <= found <= most:
-        raise OperatorError(f"{name}: expected {least} to {most}, found {found}; try a ModelConfig's")
-
-
 def check_wide(name: str, dtype: torch.dtype) -> None:
     """Real numbers of 16 bits or more."""
     if not dtype.is_floating_point or dtype.itemsize < 2:

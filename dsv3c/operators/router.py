@@ -3,7 +3,7 @@
 import torch
 
 from dsv3c.kernels.reference import router
-from dsv3c.operators.define import check_between, check_rank, define, expect
+from dsv3c.operators.define import OperatorError, check_rank, define, expect
 
 
 def _check_logits(logits_TE) -> None:
@@ -11,16 +11,21 @@ def _check_logits(logits_TE) -> None:
     expect("dtype of logits", logits_TE.dtype, torch.float32)
 
 
+def _check_between(name, least, found, most) -> None:
+    if not least <= found <= most:
+        raise OperatorError(f"{name}: expected {least} to {most}, found {found}; try a ModelConfig's")
+
+
 def _gate(logits_TE, bias_E, n_group, topk_group, top_k, norm_topk_prob, routed_scaling_factor):
     _check_logits(logits_TE)
     T, E = logits_TE.shape
     if bias_E is not None:
         expect("dtype and shape of bias", (bias_E.dtype, tuple(bias_E.shape)), (torch.float32, (E,)))
-    check_between("n_group", 1, n_group, E)
+    _check_between("n_group", 1, n_group, E)
     expect("E modulo n_group", E % n_group, 0)
-    check_between("experts a group", 2 if n_group > 1 and bias_E is not None else 1, E // n_group, E)
-    check_between("topk_group", 1, topk_group, n_group)
-    check_between("top_k", 1, top_k, E)
+    _check_between("experts a group", 2 if n_group > 1 and bias_E is not None else 1, E // n_group, E)
+    _check_between("topk_group", 1, topk_group, n_group)
+    _check_between("top_k", 1, top_k, E)
     return logits_TE.new_empty((T, top_k)), logits_TE.new_empty((T, top_k), dtype=torch.int32)
 
 

@@ -22,8 +22,10 @@ def test_compiles_for_sm_90(name):
     found = offline.resources(compiled)
     assert "target sm_90a" in compiled.asm["ptx"].replace(".target", "target")
     assert found.shared_bytes <= SHARED_LIMIT
-    # Two halves use all 255 registers, some compilers two more; what is accumulated into is loaded beside them.
+    # Two halves use all 255 registers, some compilers two more; what is accumulated into is loaded beside them. Outside
+    # the loop over K, which `spills` counts, all that anybody puts on the stack is a few words of these.
     assert found.spills <= (8 if "ACCUMULATETrue" in name else 4 if "HALVES2" in name else 0)
+    assert found.stack_bytes <= (72 if "ACCUMULATETrue" in name or "HALVES2" in name else 0)
     if "gemm" in name or "wgrad" in name:
         assert found.fp8_mma > 0
         assert found.bulk_loads > 0
