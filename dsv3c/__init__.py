@@ -1,11 +1,7 @@
 """dsv3c: a compiler for DeepSeek-V3. ``compiled_model = dsv3c.compile(model)``."""
 
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
-from warnings import warn
-
-from dsv3c.files import use_writable_caches
 
 __version__ = "0.1.0"
 
@@ -43,6 +39,11 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'dsv3c' has no attribute {name!r}")
     if name == "compile":  # importing torch's compiler fails if its cache cannot be written
+        from functools import partial
+        from warnings import warn
+
+        from dsv3c.debug import use_writable_caches
+
         use_writable_caches(partial(warn, stacklevel=3))
     return getattr(import_module(_HOME[name]), name)
 

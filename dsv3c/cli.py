@@ -18,8 +18,8 @@ from dsv3c.benchmarks.bench_model import bench
 from dsv3c.cli_explain import explain
 from dsv3c.cli_schedule import schedule
 from dsv3c.cli_tune import tune
+from dsv3c.debug import use_writable_caches
 from dsv3c.errors import Dsv3cError
-from dsv3c.files import use_writable_caches
 from dsv3c.schedules import ScheduleError
 from dsv3c.tuning import targets
 

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import dsv3c as package
-from dsv3c import artifact, artifact_check, checkpoint, files
+from dsv3c import artifact, artifact_check, checkpoint, debug
 from dsv3c.benchmarks import bench_model
 from dsv3c.cli import app
 from dsv3c.config import preset
@@ -178,7 +178,7 @@ def test_a_cache_that_cannot_be_written_is_replaced(tmp_path, monkeypatch, varia
     cache = variable.replace("HOME", "CACHE_DIR")
     told = []
     for _ in range(2):
-        files.use_writable_caches(told.append)
+        debug.use_writable_caches(told.append)
     (line,) = told
     assert f"{cache}: expected a folder to write to, found {tmp_path / 'file'}" in line
     assert list(Path(os.environ[cache]).iterdir()) == []
