@@ -222,7 +222,7 @@ def _wait(barrier, phase) -> None:
     for _, to, data in landed:
         memory.data[to : to + len(data)] = data
         memory.barriers[barrier].arrive(0, -len(data))
-    assert memory.barriers[barrier].bytes >= 0, "more is copied than was announced"
+        assert memory.barriers[barrier].bytes >= 0, "more is copied than was announced"
     memory.barriers[barrier].wait(phase)
 
 
