@@ -73,6 +73,8 @@ def without_codegen(monkeypatch):
     def lower(self, gm, example_inputs):
         recorder = backend.Recorder(self.unit, self.pipeline, self.weights)
         recorder.joint = self.joint
-        return recorder.lower(gm, example_inputs)
+        compiled = recorder.lower(gm, example_inputs)
+        self.halves = recorder.halves
+        return compiled
 
     monkeypatch.setattr(backend.Backend, "lower", lower)

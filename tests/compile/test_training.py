@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 import torch
 
-from dsv3c.backend import lower
 from dsv3c.capture import quantizable
 from dsv3c.compiler import compilation_of
 from dsv3c.errors import Dsv3cError
@@ -105,11 +104,10 @@ def test_weight_gradients_can_wait(make, request, compiled, logits, without_code
     behind the gradient that the layer before waits for, as pipeline schedules do."""
     model = compiled(request.getfixturevalue(make)(torch.bfloat16, num_hidden_layers=2), "fp8")
     step(model, logits)
-    compilation = compilation_of(model)
-    layers = [unit for unit in compilation.units.units.values() if unit.kind.name.endswith("layer")]
+    layers = {u: b for u, b in compilation_of(model).backends.items() if u.kind.name.endswith("layer")}
     assert len(layers) == 2
-    for unit in layers:
-        _, backward = lower(unit, compilation.pipeline, compilation.weights).halves
+    for unit, backend in layers.items():
+        _, backward = backend.halves
         later = set()
         for node in backward.graph.nodes:
             if "wgrad" in str(node.target) or later & set(node.all_input_nodes):
