@@ -67,7 +67,7 @@ def _has_gpu() -> bool:
 @pytest.fixture
 def without_codegen(monkeypatch):
     """Everything of the compiler except Inductor's code generation, which costs half a minute a unit on two cores: the
-    partitioned graphs are run as they are, with the operators' CPU definitions."""
+    partitioned graphs are run as they are, with the operators' CPU definitions, and kept as the backend's `halves`."""
     from dsv3c import backend
 
     def lower(self, gm, example_inputs):

@@ -29,12 +29,10 @@ def fresh_counters():
     counters.clear()
 
 
-def small(make_model, dense=1):
-    return make_model(
-        num_hidden_layers=LAYERS, first_k_dense_replace=dense, hidden_size=32, intermediate_size=32,
-        moe_intermediate_size=16, num_attention_heads=2, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8,
-        qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2,
-    )  # fmt: skip
+def small(make_model):
+    return make_model(num_hidden_layers=LAYERS, hidden_size=32, intermediate_size=32, moe_intermediate_size=16,
+                      num_attention_heads=2, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+                      v_head_dim=8, n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2)  # fmt: skip
 
 
 def test_fifty_token_counts_after_two_kinds_of_call(make_model, compiled):
@@ -53,8 +51,8 @@ def test_fifty_token_counts_after_two_kinds_of_call(make_model, compiled):
 
 def test_all_kinds_of_calls_twice(make_model, compiled):
     """{no cache, cache, gradients} x {batch 1, 2} x {T = 1, T > 1} x {padded or not}: a second round, at other sizes
-    and in training mode, compiles nothing, and no unit is compiled twice. MoE layers have all that dense ones have."""
-    model = compiled(small(make_model, dense=0))
+    and in training mode, compiles nothing, and no unit is compiled twice."""
+    model = compiled(small(make_model))
 
     def round_of_calls(tokens, cached):
         for kind, batch, count, padded in itertools.product(
