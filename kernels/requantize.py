@@ -14,16 +14,15 @@ once instead of for each 128 columns: among 256 groups that was a seventh of all
 their ends a word at a time took 17 of 195 µs.
 
 H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 90 µs in 8 groups and 143 in 256, where a
-copy of as many bytes takes 71 and 125; loads and stores without arithmetic 80 and 144, without stores 85 and 131.
-`requantize_t` has 0.84 to 0.92 of a copy's speed. No faster: conversions by tensor cores (102 µs), rows' scales read
-again for each part, which leaves room for 40 warps (95), empty tiles first (94); a program of several tiles, whether
-the next is loaded meanwhile or not; loads by `cp.async`, or past the L1 cache; more of the loop unrolled; 40 warps,
-28, or 24 that cast twice as many columns at a time (98, 98 and 102 µs for 94); programs of 256 rows and 64 or 128
-columns (107, 95) or of 512 rows (121); neighbouring columns beside each other, 2, 4 or 8 (102 to 109); whole lines by
-eight threads (98); first programs that find their rows themselves (97), or all that look for an empty tile later; in
-256 groups tiles of 64 and 32 rows for the ends of groups (154 for 152), x brought into the L2 cache before, all of it
-or the columns of 8 or 16 programs at a time (153 to 157 for 150), zeros first or in between (+2 %), results marked to
-leave that cache (+3 %).
+copy of as many bytes takes 71 and 125; loads and stores without arithmetic take 80 and 144. `requantize_t` has 0.84 to
+0.92 of a copy's speed. No faster: conversions by tensor cores (102 µs), rows' scales read again for each part, which
+leaves room for 40 warps (95), empty tiles first (94); a program of several tiles, whether the next is loaded meanwhile
+or not; loads by `cp.async`, or past the L1 cache; more of the loop unrolled; 40 warps, 28, or 24 that cast twice as
+many columns at a time (98, 98 and 102 µs for 94); programs of 256 rows and 64 or 128 columns (107, 95) or of 512 rows
+(121); neighbouring columns beside each other, 2, 4 or 8 (102 to 109); whole lines by eight threads (98); first
+programs that find their rows themselves (97), or all that look for an empty tile later; in 256 groups tiles of 64 and
+32 rows for the ends of groups (154 for 152), x brought into the L2 cache before, all of it or the columns of 8 or 16
+programs at a time (153 to 157 for 150), zeros first or in between (+2 %), results marked to leave that cache (+3 %).
 """
 
 from collections.abc import Iterator
