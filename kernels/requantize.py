@@ -8,21 +8,28 @@ other, all of x went through the cache before a row was read again: 237 MB came 
 What is scarce then are instructions and the L1 cache, of which shared memory is a part. So a quotient takes two
 instructions (`quantize._reciprocal_and_rest`); a loop casts a quarter of the tile's columns at a time, two a thread, in
 64 registers, which leaves room for 32 warps; four threads load half a line; and scales of rows lie so that 16 bytes a
-thread are read without bank conflicts. What is loaded of x brings the line beside it into the L2 cache, that of the
-next 128 columns (8 groups 95 -> 93.5 µs, 256 groups 152 -> 146). Which rows a tile has is found by a launch before,
-once instead of for each 128 columns: among 256 groups that was a seventh of all instructions by count, and loading
-their ends a word at a time took 17 of 195 µs.
+thread are read without bank conflicts. Which rows a tile has is found by a launch before, once instead of for each 128
+columns: among 256 groups that was a seventh of all instructions by count, and loading their ends a word at a time took
+17 of 195 µs.
 
-H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 90 µs in 8 groups and 143 in 256, where a
-copy of as many bytes takes 71 and 125; loads and stores without arithmetic take 80 and 144. `requantize_t` has 0.84 to
-0.92 of a copy's speed. No faster: conversions by tensor cores (102 µs), rows' scales read again for each part, which
-leaves room for 40 warps (95), empty tiles first (94); a program of several tiles, whether the next is loaded meanwhile
-or not; loads by `cp.async`, or past the L1 cache; more of the loop unrolled; 40 warps, 28, or 24 that cast twice as
-many columns at a time (98, 98 and 102 µs for 94); programs of 256 rows and 64 or 128 columns (107, 95) or of 512 rows
-(121); neighbouring columns beside each other, 2, 4 or 8 (102 to 109); whole lines by eight threads (98); first
-programs that find their rows themselves (97), or all that look for an empty tile later; in 256 groups tiles of 64 and
-32 rows for the ends of groups (154 for 152), x brought into the L2 cache before, all of it or the columns of 8 or 16
-programs at a time (153 to 157 for 150), zeros first or in between (+2 %), results marked to leave that cache (+3 %).
+Nor should the first group that reads columns wait for memory. What is loaded of x brings the line beside it into the
+L2 cache (8 groups 95 -> 93.5 µs, 256 groups 152 -> 146); and the last programs of every second tile of columns bring
+the two tiles that follow, 256 bytes of each token: in 8, 32 and 256 groups 90 -> 88.5 µs, 103 -> 95 and 144 -> 143,
+16384 tokens in 8 and 256 groups 367 -> 338 and 462 -> 430. Worse: one tile at a time (147 µs in 256 groups; 151 if all
+programs bring a few tokens each), four tiles (92 in 8), by the copy engine (91), earlier (16384 tokens 350 to 365),
+scales as well (89).
+
+H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 88.5 µs in 8 groups and 143 in 256, where a
+copy of as many bytes takes 70 and 124; loads and stores without arithmetic take 79 and 142. `requantize_t` has 0.84 to
+0.92 of a copy's speed. No faster: conversions by tensor cores (102 µs for 90), rows' scales read again for each part,
+which leaves room for 40 warps (95), empty tiles first (94); rows by the copy engine (101); two or four tiles a program,
+of the same tokens (100, 119), or 64 columns by two warps (100); whole tiles loaded without predicates (91.4 for 88.5);
+a program of several tiles, whether the next is loaded meanwhile or not; loads by `cp.async`, or past the L1 cache; more
+of the loop unrolled; 40 warps, 28, or 24 that cast twice as many columns at a time (98, 98 and 102 µs for 94); programs
+of 256 rows and 64 or 128 columns (107, 95) or of 512 rows (121); neighbouring columns beside each other, 2, 4 or 8 (102
+to 109); whole lines by eight threads (98); first programs that find their rows themselves, or all that look for an
+empty tile later; in 256 groups tiles of 64 and 32 rows for the ends of groups (154 for 152), zeros first or in between
+(+2 %), results marked to leave the L2 cache (+3 %).
 """
 
 from collections.abc import Iterator
@@ -43,6 +50,7 @@ from dsv3c.kernels.tiles import divide
 from dsv3c.numerics import TILE, ceil_div
 
 WARPS, REGISTERS = 4, 64  # room for 32 warps
+AHEAD = 512  # programs: half of those that an H200 runs at once
 
 
 @gluon.constexpr_function
@@ -81,14 +89,32 @@ def _in_order(x):
     return gl.reshape(gl.permute(gl.reshape(x, (2, 16, 4)), (0, 2, 1)), (128,))
 
 
-@launched
+_PREFETCH = gl.constexpr("""{
+    .reg .pred mine;
+    setp.ne.u32 mine, $2, 0;
+    @mine prefetch.global.L2 [$1];
+    mov.u32 $0, 0;
+}""")
+
+
 @gluon.jit
-def _rows_kernel(offs_ptr, permutation_ptr, rows_ptr, E, GROUPS: gl.constexpr, TOP_K: gl.constexpr):
+def _prefetch(at, mine):
+    """The lines at these addresses, into the L2 cache, where `mine`."""
+    operands = [at.to(gl.int64, bitcast=True), mine.to(gl.int32)]
+    gl.inline_asm_elementwise(_PREFETCH, "=r,l,r", operands, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@launched
+@gluon.jit(do_not_specialize=["R"])
+def _rows_kernel(offs_ptr, permutation_ptr, rows_ptr, E, R, GROUPS: gl.constexpr, TOP_K: gl.constexpr):
     """One program: which rows of x a tile has, -1 behind them. What follows may begin, and wait."""
     gdc_launch_dependents()
     tile = gl.program_id(0)
-    start, rows, _ = find_tile(offs_ptr, tile, E, 128, GROUPS)
     place = gl.arange(0, 128, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    if TOP_K:  # the programs' lines of the permutation, all together; which are its own, a program does not know yet
+        line = tile * 128 + place
+        _prefetch(permutation_ptr + line, (place % 32 == 0) & (line < R))
+    start, rows, _ = find_tile(offs_ptr, tile, E, 128, GROUPS)
     row = _row_at(place)
     x_row = start + row
     if TOP_K:
@@ -122,6 +148,14 @@ def _load_tile(x_ptr, x_row, column, x_stride):
     )  # fmt: skip
     x = gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), (128, 32))
     return gl.convert_layout(x, _load_layout(), assert_trivial=True)
+
+
+@gluon.jit
+def _bring(x_ptr, token, tokens, column, K, x_stride):
+    """Two tiles' columns of these tokens, into the L2 cache."""
+    at = x_ptr + ((token.to(gl.uint32) * x_stride).to(gl.int64) * 8 + column // 2)
+    _prefetch(at, (token < tokens) & (column < K))
+    _prefetch(at + 64, (token < tokens) & (column + 128 < K))
 
 
 @gluon.jit
@@ -217,13 +251,14 @@ def _store_part(
 
 
 @launched
-@gluon.jit(do_not_specialize=["R", "scale_stride"])
+@gluon.jit(do_not_specialize=["R", "scale_stride", "tokens", "first"])
 def _requantize_kernel(
     x_ptr, x_scale_inv_ptr, t_ptr, t_scale_inv_ptr, rows_ptr, R, K, x_stride, scale_stride, P_words, amax_floor,
-    POW2: gl.constexpr, WHOLE: gl.constexpr,
+    tokens, first, POW2: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of a group × 128 columns, which is less of the last tile if not WHOLE. x has words of two
-    columns, x_stride times eight of them a row, in 2^32 times 16 bytes. Tiles without rows are zero."""
+    columns, x_stride times eight of them a row, in 2^32 times 16 bytes. Tiles without rows are zero. From tile `first`
+    on, programs bring columns of 128 of so many tokens each for those that follow."""
     tile, column = gl.program_id(0), gl.program_id(1) * 128
     COLUMNS: gl.constexpr = column_layout(16, gl.num_warps())
     SCALES: gl.constexpr = gl.SharedLinearLayout([[1], [2], [16], [32], [64], [4], [8]])  # a load of 16 bytes is a line
@@ -240,6 +275,9 @@ def _requantize_kernel(
         gdc_wait()
         rows_ptr += tile * 128
         x_row, scale_row = gl.load(rows_ptr + place), gl.load(rows_ptr + own_place)
+        token = (tile - first) * 128
+        if (token >= 0) & (token < tokens) & (column % 256 == 128):
+            _bring(x_ptr, token + own_place, tokens, column + 128, K, x_stride)
         if gl.load(rows_ptr) < 0:
             store_nothing(128, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
             return
@@ -295,10 +333,12 @@ def _requantize(x, x_scale_inv, R, permutation_R, top_k, offs, amax_floor, pow2,
     x, x_scale_inv, rows = _words(x), column_major(x_scale_inv), None
     if offs is not None:
         offs, rows = offs.contiguous(), torch.empty(P, dtype=torch.int32, device=x.device)
-        _rows_kernel[(P // TILE,)](offs, permutation_R, rows, len(offs), groups_of(offs), top_k, num_warps=WARPS)
+        _rows_kernel[(P // TILE,)](offs, permutation_R, rows, len(offs), R, groups_of(offs), top_k, num_warps=WARPS)
+    tokens, first = len(x) if top_k else 0, max(P // TILE - AHEAD, 0)
     _requantize_kernel[(P // TILE, ceil_div(K, TILE))](
         x, x_scale_inv, t_KP.view(torch.int32), t_scale_inv, rows, R, K, x.stride(0) // 8, x_scale_inv.stride(1),
-        P // 4, amax_floor, pow2, K % TILE == 0, num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=rows is not None,
+        P // 4, amax_floor, tokens, first, pow2, K % TILE == 0, num_warps=WARPS, maxnreg=REGISTERS,
+        launch_pdl=rows is not None,
     )  # fmt: skip
 
 
