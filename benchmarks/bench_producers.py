@@ -79,8 +79,8 @@ def casts() -> Iterator[Case]:
         ]:
             definition = getattr(reference, f"{name}_ref")
             yield case(f"{name} {R}x{K}", name, arguments, definition, int(size * n), exact=True)
-    T, H, top_k = 4096, 7168, 8
-    for groups in (8, 256):
+    H, top_k = 7168, 8
+    for T, groups in [(4096, 8), (4096, 32), (4096, 256), (16384, 8)]:
         idx = torch.rand(T, groups).topk(top_k).indices.int()
         _, offs, permutation, inverse = ops.sort_by_expert(idx, groups)
         arguments = *ops.quantize_tile(normal(T, H), FLOOR, False), permutation, inverse, offs, FLOOR, False
