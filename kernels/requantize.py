@@ -17,10 +17,10 @@ L2 cache (8 groups 95 -> 93.5 µs, 256 groups 152 -> 146); and the last programs
 the two tiles that follow, 256 bytes of each token: in 8, 32 and 256 groups 90 -> 88.5 µs, 103 -> 95 and 144 -> 143,
 16384 tokens in 8 and 256 groups 367 -> 338 and 462 -> 430. Worse: one tile at a time (147 µs in 256 groups; 151 if all
 programs bring a few tokens each), four tiles (92 in 8), by the copy engine (91), earlier (16384 tokens 350 to 365),
-scales as well (89).
+scales as well (16384 tokens 342).
 
 H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 88.5 µs in 8 groups and 143 in 256, where a
-copy of as many bytes takes 70 and 124; loads and stores without arithmetic take 79 and 142. `requantize_t` has 0.84 to
+copy of as many bytes takes 70 and 124; loads and stores without arithmetic take 79 and 142. `requantize_t` has 0.85 to
 0.92 of a copy's speed. No faster: conversions by tensor cores (102 µs for 90), rows' scales read again for each part,
 which leaves room for 40 warps (95), empty tiles first (94); rows by the copy engine (101); two or four tiles a program,
 of the same tokens (100, 119), or 64 columns by two warps (100); whole tiles loaded without predicates (91.4 for 88.5);
@@ -151,11 +151,14 @@ def _load_tile(x_ptr, x_row, column, x_stride):
 
 
 @gluon.jit
-def _bring(x_ptr, token, tokens, column, K, x_stride):
-    """Two tiles' columns of these tokens, into the L2 cache."""
-    at = x_ptr + ((token.to(gl.uint32) * x_stride).to(gl.int64) * 8 + column // 2)
-    _prefetch(at, (token < tokens) & (column < K))
-    _prefetch(at + 64, (token < tokens) & (column + 128 < K))
+def _bring(x_ptr, tile, first, column, place, tokens, K, x_stride):
+    """From tile `first` on, in every second tile of columns: 128 tokens' columns of the next two, into the L2 cache."""
+    begin = (tile - first) * 128
+    if (begin >= 0) & (begin < tokens) & (column % 256 == 128):
+        token, column = begin + place, column + 128
+        at = x_ptr + ((token.to(gl.uint32) * x_stride).to(gl.int64) * 8 + column // 2)
+        _prefetch(at, (token < tokens) & (column < K))
+        _prefetch(at + 64, (token < tokens) & (column + 128 < K))
 
 
 @gluon.jit
@@ -257,8 +260,8 @@ def _requantize_kernel(
     tokens, first, POW2: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows of a group × 128 columns, which is less of the last tile if not WHOLE. x has words of two
-    columns, x_stride times eight of them a row, in 2^32 times 16 bytes. Tiles without rows are zero. From tile `first`
-    on, programs bring columns of 128 of so many tokens each for those that follow."""
+    columns, x_stride times eight of them a row, in 2^32 times 16 bytes. Tiles without rows are zero. Of so many tokens,
+    programs from tile `first` on bring what follows."""
     tile, column = gl.program_id(0), gl.program_id(1) * 128
     COLUMNS: gl.constexpr = column_layout(16, gl.num_warps())
     SCALES: gl.constexpr = gl.SharedLinearLayout([[1], [2], [16], [32], [64], [4], [8]])  # a load of 16 bytes is a line
@@ -275,9 +278,7 @@ def _requantize_kernel(
         gdc_wait()
         rows_ptr += tile * 128
         x_row, scale_row = gl.load(rows_ptr + place), gl.load(rows_ptr + own_place)
-        token = (tile - first) * 128
-        if (token >= 0) & (token < tokens) & (column % 256 == 128):
-            _bring(x_ptr, token + own_place, tokens, column + 128, K, x_stride)
+        _bring(x_ptr, tile, first, column, own_place, tokens, K, x_stride)
         if gl.load(rows_ptr) < 0:
             store_nothing(128, t_ptr, t_scale_inv_ptr, columns, P_words, amax_floor, POW2)
             return

@@ -1,5 +1,8 @@
 """Rows to their experts and back: permute bit for bit, sums against float64, written row by row."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -120,6 +123,59 @@ def test_backwards_are_the_gradients(check):
     assert torch.equal(found[1], dweights)
     (dx,) = torch.autograd.grad(x[permutation.long() // 3], x, y.detach())
     assert torch.equal(ops.unpermute(y.detach(), inverse, None, None, None), dx)
+
+
+class Launches(list):
+    """Stands in for a kernel: what it is launched with."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.append((grid, arguments))
+
+
+@pytest.mark.parametrize(
+    ("T", "top_k", "groups", "K", "gap"),
+    [(300, 8, 4, 640, 0), (1000, 1, 3, 1024, 64), (129, 2, 40, 128, 0), (66000, 1, 1, 384, 0)],
+)
+def test_what_is_brought_ahead(T, top_k, groups, K, gap, monkeypatch):
+    """Of x `requantize.py` asks for each tile of columns but the first two, once, and for nothing that is not x's; of
+    as many tokens as AHEAD programs have. Of the permutation for each line."""
+    requantize = pytest.importorskip("dsv3c.kernels.requantize", reason="needs Triton")
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    from gluon_on_cpu import GL, Kernel, Pointer
+
+    rows, cast, lines = Launches(), Launches(), []
+    monkeypatch.setattr(requantize, "_rows_kernel", rows)
+    monkeypatch.setattr(requantize, "_requantize_kernel", cast)
+    R, P = T * top_k, (-(-T * top_k // 128) + groups) * 128
+    x = torch.empty(T, K + gap, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, :K]
+    permutation, offs = torch.arange(R, dtype=torch.int32), torch.full((groups,), R, dtype=torch.int32)
+    out = torch.empty(K, P, dtype=torch.uint8), torch.empty(P // 128, K)
+    inverse, scale_inv = permutation.view(T, top_k), torch.empty(K // 128, T).T
+    requantize.permute_requantize_t(x, scale_inv, permutation, inverse, offs, FLOOR, False, out)
+
+    def prefetch(at, mine):
+        lines.extend(at.offset[mine].tolist())
+
+    emulated = {
+        "gl": SimpleNamespace(**vars(GL), uint32=torch.int64),
+        "_prefetch": prefetch,
+        "find_tile": lambda *arguments: (0, 0, 0),
+        "gdc_launch_dependents": lambda: None,
+    }
+    ((grid, arguments),) = rows
+    Kernel(requantize.__file__, "_rows_kernel", **emulated)[grid](*arguments, num_warps=4)
+    assert sorted(lines) == [*range(0, R, 32)]
+
+    lines.clear()
+    (((tiles, columns), (words, *_, K_given, x_stride, _, _, _, tokens, first, _, _)),) = cast
+    bring = Kernel(requantize.__file__, "_bring", **emulated).function
+    for column in range(columns):
+        for tile in range(tiles):
+            bring(Pointer.to(words), tile, first, 128 * column, torch.arange(128), tokens, K_given, x_stride)
+    brought = min(T, 128 * requantize.AHEAD)
+    assert sorted(lines) == [
+        at for token in range(brought) for at in range(token * (K + gap) // 2 + 128, (token * (K + gap) + K) // 2, 64)
+    ]
 
 
 @pytest.mark.parametrize("name", ["permute", "permute_requantize_t", "unpermute", "unpermute_backward"])
