@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dsv3c.benchmarks.bench_kernels import DENSE, EXPERTS, FLOOR, GROUPS, close, normal, ops
 from dsv3c.benchmarks.record import append, environment
-from dsv3c.benchmarks.timing import Timing, interleaved
+from dsv3c.benchmarks.timing import Timing, interleaved, replayed
 from dsv3c.benchmarks.workloads import zipf
 from dsv3c.kernels import gemm, small_gemm
 from dsv3c.kernels.implementations import Problem, implementations
@@ -120,16 +120,9 @@ def measure(contests: Iterable[Contest]) -> list[dict[str, Timing]]:
                 contest.check()
             except AssertionError as error:
                 raise SystemExit(f"{contest.section} {contest.name} {name}: {error}") from None
-            calls[contest.section, name] = captured(call)
+            calls[contest.section, name] = replayed(call)
     timings = interleaved(calls, rounds=15)
     return [{name: timings[contest.section, name] for name in contest.calls} for contest in contests]
-
-
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def main() -> int:

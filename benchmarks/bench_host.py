@@ -20,7 +20,7 @@ import torch
 
 import dsv3c
 from dsv3c import capture
-from dsv3c.benchmarks.timing import interleaved
+from dsv3c.benchmarks.timing import interleaved, replayed
 from dsv3c.config import preset
 from dsv3c.kernels import launch
 from dsv3c.kernels.replay import Replay
@@ -106,15 +106,6 @@ def forward_of(tokens: int) -> Callable[[], torch.Tensor]:
     return torch.no_grad()(lambda: compiled(ids))
 
 
-def graph_of(call: Callable) -> Callable:
-    graph = torch.cuda.CUDAGraph()
-    call()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def check(contenders: dict[str, Callable]) -> None:
     """The same bits, on other memory too."""
     expected = contenders["triton"]()
@@ -149,7 +140,7 @@ def main() -> None:
     host = host_us(contenders, batches=args.rounds, calls=1)
     print("forward, host us", *(row(*item) for item in host.items()), sep="\n", flush=True)
     switch.now = "direct"
-    timings = interleaved(contenders | {"graph": graph_of(forward)}, rounds=args.rounds)
+    timings = interleaved(contenders | {"graph": replayed(forward)}, rounds=args.rounds)
     print(f"forward of {args.tokens} tokens, ms")
     for name, timing in timings.items():
         print(f"  {name:8} {timing.median_us / 1e3:8.2f}  ({timing.p20_us / 1e3:.2f}-{timing.p80_us / 1e3:.2f})")

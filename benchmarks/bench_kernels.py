@@ -4,7 +4,8 @@
 
 Every contender is checked before any is timed, against float64 on the same operands. Prints a table a section; the last
 line is JSON; --record appends it to `results/`, with the times of the libraries, the fastest of ours and, where bytes
-are what takes time, a copy of as many. TFLOPS count two operations a product. Casts: bench_producers.py.
+are what takes time, a copy of as many. All but that are replayed from CUDA graphs, so that nobody's host counts. TFLOPS
+count two operations a product. Casts: bench_producers.py.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.record import append, environment
-from dsv3c.benchmarks.timing import interleaved
+from dsv3c.benchmarks.timing import copy_of, interleaved, replayed
 from dsv3c.kernels import gemm, grouped_gemm, small_gemm, wgrad, wgrad_specialized
 from dsv3c.kernels.implementations import Problem
 from dsv3c.numerics import TILE, Recipe
@@ -66,11 +67,10 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
         for name, launch in ours_of_wgrad():
             contenders[name] = partial(launch, *x, *w, first, out[None])
     elif M <= 128:
-        contenders = {name: captured(run) for name, run in contenders.items()}
         for config in (c for c in small_gemm.KNOWN if M <= c["rows"] <= max(16, 2 * M - 1)):
             for splits in (s for s in (1, 2, 3, 4, 8) if small_gemm.takes(s, Problem("gemm", M, N, K))):
-                run = partial(small_gemm.launch, *x, *w, out, splits=splits, **config)
-                contenders[f"{config['blocks']} blocks, {splits} splits"] = captured(run)
+                name = f"{config['blocks']} blocks, {splits} splits"
+                contenders[name] = partial(small_gemm.launch, *x, *w, out, splits=splits, **config)
     else:
         for config in gemm.KNOWN:
             contenders[describe(**config)] = partial(gemm.launch, *x, *w, out, **config)
@@ -82,20 +82,6 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
 
     traffic = M * K + N * K + M * N * out.element_size()
     return Case(f"{M}x{N}x{K}", contenders, check, 2 * M * N * K, traffic)
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Replays of `run`, as decoding would: the host's part of a few microseconds' work is not what is asked."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-
-    def replay(keep=run) -> None:
-        graph.replay()
-
-    return replay
 
 
 def ours_of_wgrad() -> Iterator[tuple[str, Callable[..., None]]]:
@@ -182,12 +168,6 @@ def grouped_wgrad(E: int, rows: int, N: int, K: int) -> Case:
     return Case(f"{E}x{rows}, {N}, {K}", contenders, check, 2 * R * N * K, traffic)
 
 
-def copy_of(traffic: int) -> Callable[[], object]:
-    """Reads and writes so many bytes together."""
-    source, target = torch.empty(2, traffic // 2, dtype=torch.uint8)
-    return lambda: target.copy_(source)
-
-
 def sections() -> dict[str, Callable[[], Iterator[Case]]]:
     return {
         "grouped": lambda: (grouped(*g, *e, ragged) for g in GROUPS for e in EXPERTS for ragged in (False, True)),
@@ -223,8 +203,7 @@ def main() -> int:
                     print(f"WRONG {section} {case.name} {name}: {error}", flush=True)
                     wrong += 1
                     del contenders[name]
-            for run in contenders.values():
-                run()  # compiles
+            contenders = {name: run if name == "copy" else replayed(run) for name, run in contenders.items()}
             times = interleaved(contenders, rounds=15)
             for name, t in times.items():
                 tflops, tbps = case.flops / t.median_us / 1e6, case.bytes / t.median_us / 1e6

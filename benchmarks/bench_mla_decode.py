@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.record import append, environment
-from dsv3c.benchmarks.timing import interleaved
+from dsv3c.benchmarks.timing import interleaved, replayed
 from dsv3c.kernels.reference.mla_decode import LATENT, RANK
 from dsv3c.numerics import attention_bounds
 
@@ -79,16 +79,6 @@ def check(out: Tensor, q: Tensor, cache: Tensor, table: Tensor) -> None:
             raise AssertionError(f"beyond the bound: RMS {found:.3g}, bound {rms:.3g}")
 
 
-def captured(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A graph's replay, and where it leaves its result."""
-    call()  # compiles
-    torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph.replay, out
-
-
 def measure(B: int, T: int, H: int, S: int, seconds: float) -> tuple[list[dict], int]:
     pages = S // 64
     cache = torch.randn(B * pages, 64, LATENT, dtype=torch.bfloat16)
@@ -97,9 +87,9 @@ def measure(B: int, T: int, H: int, S: int, seconds: float) -> tuple[list[dict],
     replays, wrong = {}, 0
     for name, call in contenders(q, cache, table, lengths).items():
         try:
-            replay, out = captured(call)
-            out.fill_(torch.nan)
-            replay()
+            replay = replayed(call)
+            replay().fill_(torch.nan)
+            out = replay()
             if name == "ours":
                 check(out, q, cache, table)
             elif not bool(out.isfinite().all()):

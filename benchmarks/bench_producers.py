@@ -2,9 +2,9 @@
 
     python -m dsv3c.benchmarks.bench_producers [--only casts,swiglu,...] [--seconds 2] [--record]
 
-Each is checked against its definition before it is timed, casts bit for bit. Both are captured in CUDA graphs: in a
-model the host is ahead, and here its launches would count. Prints a table; the last line is JSON; --record appends it
-to `results/`. `of copy` is the copy's time over the producer's: the share of what the memory gives.
+Each is checked against its definition before it is timed, casts bit for bit, and replayed from a CUDA graph: in a model
+the host is ahead, and here its launches would count. Prints a table; the last line is JSON; --record appends it to
+`results/`. `of copy` is the copy's time over the producer's: the share of what the memory gives.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.record import append, environment
-from dsv3c.benchmarks.timing import interleaved
+from dsv3c.benchmarks.timing import copy_of, interleaved, replayed
 from dsv3c.kernels.reference import casts as reference
 from dsv3c.kernels.reference import cross_entropy, heads, norm, rotary, swiglu
 from dsv3c.kernels.reference.permute import permute_requantize_t_ref
@@ -168,14 +168,6 @@ def case(title: str, name: str, arguments: tuple, definition: Callable, moved: i
     return Case(title, lambda: getattr(ops, name)(*arguments), lambda: definition(*arguments), moved, exact)
 
 
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
 SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "casts": casts,
     "swiglu": swiglus,
@@ -204,8 +196,7 @@ def main() -> int:
                 wrong += 1
                 continue
             del outputs
-            source, target = torch.empty(2, each.bytes // 2, dtype=torch.uint8)
-            contenders = {"ours": captured(each.run), "copy": captured(lambda s=source, t=target: t.copy_(s))}
+            contenders = {"ours": replayed(each.run), "copy": copy_of(each.bytes)}
             times = interleaved(contenders, rounds=30, seconds=arguments.seconds)
             ours, copy = times["ours"], times["copy"]
             share = copy.median_us / ours.median_us
@@ -213,7 +204,7 @@ def main() -> int:
             spread = {f"{key}_us": [t.median_us, t.p20_us, t.p80_us] for key, t in times.items()}
             cases.append({"case": each.name, "bytes": each.bytes, "of_copy": share} | spread)
             print(f"{each.name}: {ours.median_us:.1f} us, {share:.2f} of copy", flush=True)
-            del source, target, contenders
+            del contenders
             torch.cuda.empty_cache()
     print(tabulate(table, ["case", "µs", "p20", "p80", "copy", "of copy"], floatfmt=".2f"), flush=True)
     command = f"python -m dsv3c.benchmarks.bench_producers --only {arguments.only}"

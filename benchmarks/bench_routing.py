@@ -20,7 +20,7 @@ import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.bench_kernels import Case, normal
 from dsv3c.benchmarks.bench_producers import same_bits
 from dsv3c.benchmarks.record import append, environment
-from dsv3c.benchmarks.timing import interleaved
+from dsv3c.benchmarks.timing import copy_of, interleaved, replayed
 from dsv3c.config import preset
 from dsv3c.kernels.reference import permute as moves
 from dsv3c.kernels.reference import router
@@ -95,8 +95,7 @@ def cases(T: int) -> Iterator[Case]:
 
 
 def _beside_a_copy(name: str, run: Callable, expected: Callable, traffic: int) -> Case:
-    source, target = (torch.empty(traffic // 2, dtype=torch.uint8) for _ in range(2))
-    contenders = {"ours": run, "copy": lambda: target.copy_(source)}
+    contenders = {"ours": run, "copy": copy_of(traffic)}
     return Case(name, contenders, lambda _: same_bits(run(), expected()), bytes=traffic, unchecked=("copy",))
 
 
@@ -117,15 +116,6 @@ def _summed(name: str, y: Tensor, inverse: Tensor, weights: Tensor | None, terms
     return Case(name, case.contenders, check, bytes=traffic, unchecked=("copy",))
 
 
-def replayed(call: Callable[[], object]) -> Callable[[], object]:
-    call()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -141,7 +131,7 @@ def main() -> int:
             print(f"WRONG {case.name}: {error}", flush=True)
             wrong += 1
             continue
-        contenders = {name: replayed(run) for name, run in case.contenders.items()}
+        contenders = {name: run if name == "copy" else replayed(run) for name, run in case.contenders.items()}
         for name, t in interleaved(contenders, rounds=30, seconds=3).items():
             rows.append([case.name, name, t.median_us, t.p20_us, t.p80_us, case.bytes / t.median_us / 1e3])
             results.append({"case": case.name, "contender": name, "bytes": case.bytes, **asdict(t)})

@@ -1,14 +1,22 @@
-"""One timer for benchmarks: contenders take turns, so that a machine that slows down slows all of them."""
+"""One timer for benchmarks: contenders take turns, so that a machine that slows down slows all of them.
+
+A kernel is timed as `replayed`. From Python it would have to be launched while the cache is flushed, 160 µs, else the
+GPU waits and that counts; with a cold host a product's launch takes 100 to 400 µs, other ones in each process.
+"""
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import TypeVar
 
 import torch
 
+Result = TypeVar("Result")
+
 FLUSH_BYTES = 512 << 20  # several times the L2 cache of any GPU there is
 LEAST_ROUNDS = 5
+CLEARED = 200e9  # bytes a second that the driver clears at least (400e9 on an H200)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,34 @@ def interleaved(
         if count >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
             break
     return {name: summary(us, _peak_bytes(contenders[name])) for name, us in times.items()}
+
+
+def replayed(call: Callable[[], Result]) -> Callable[[], Result]:
+    """`call` from a CUDA graph, which costs what it costs the GPU. Returns the graph's own result, each time the same
+    memory; `call`, and what it refers to, is kept.
+
+    Cached memory is given back before, and cleared: while the driver does that, others have a tenth less bandwidth.
+    """
+    call()  # compiles
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    time.sleep((reserved - torch.cuda.memory_reserved()) / CLEARED)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay(_keep: Callable[[], Result] = call) -> Result:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def copy_of(traffic: int) -> Callable[[], object]:
+    """Reads and writes so many bytes together, as a contender. Not to be replayed: a graph's copy of gigabytes, or of
+    less than multiples of 16 KiB, has two thirds of the speed."""
+    source, target = torch.empty(2, traffic // 2, dtype=torch.uint8, device="cuda")
+    return lambda: target.copy_(source)
 
 
 def summary(us: list[float], peak_bytes: int | None = None) -> Timing:

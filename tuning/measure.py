@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3c.benchmarks.timing import Timing, interleaved
+from dsv3c.benchmarks.timing import Timing, interleaved, replayed
 from dsv3c.kernels.implementations import Problem, implementations
 from dsv3c.tuning import workloads
 
@@ -44,12 +44,5 @@ def verified(problem: Problem, choice: Choice) -> Callable[[], None]:
 def measure(problem: Problem, choices: Sequence[Choice], rounds: int) -> list[Timing]:
     """Times of the choices, in turns, on this process's GPU; verified first. Of the GPU alone: with a busy host, two
     launches lose up to 100 µs to one."""
-    calls = {str(number): _graph(verified(problem, choice)).replay for number, choice in enumerate(choices)}
+    calls = {str(number): replayed(verified(problem, choice)) for number, choice in enumerate(choices)}
     return list(interleaved(calls, rounds=rounds).values())
-
-
-def _graph(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
