@@ -22,7 +22,7 @@ from statistics import median
 from tabulate import tabulate
 
 from dsv3c.benchmarks.record import append, environment
-from dsv3c.benchmarks.timing import Timing, interleaved
+from dsv3c.benchmarks.timing import Timing, interleaved, replayed
 from dsv3c.kernels.implementations import FILES, Problem, choose, implementations
 from dsv3c.tuning import study as studies
 from dsv3c.tuning import targets, tuner
@@ -129,7 +129,7 @@ def sweep(out: Path, sample: int | None) -> None:
         for verdict in verdicts[problem.operator, "triton"]:
             if verdict.reason is None:
                 try:
-                    calls[str(len(calls))] = verified(problem, ("triton", verdict.config))
+                    calls[str(len(calls))] = replayed(verified(problem, ("triton", verdict.config)))
                     choices.append(("triton", verdict.config))
                 except Exception as error:  # wrong, or does not run: no time
                     print("WRONG", problem, verdict.config, str(error).partition("\n")[0], flush=True)

@@ -1,7 +1,7 @@
 """One timer for benchmarks: contenders take turns, so that a machine that slows down slows all of them.
 
-A kernel is timed as `replayed`. From Python it would have to be launched while the cache is flushed, 160 µs, else the
-GPU waits and that counts; with a cold host a product's launch takes 100 to 400 µs, other ones in each process.
+A kernel is timed as `replayed`. Launched from Python it would count that the GPU waits for the host: the flush before
+covers 160 µs, and a product's launch takes 100 to 400 after a wait, more in one process than in another.
 """
 
 import time
