@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, product
+from itertools import chain
 from statistics import geometric_mean
 from typing import Any
 
@@ -25,15 +25,12 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from dsv3c.benchmarks.bench_kernels import DENSE, EXPERTS, FLOOR, GROUPS, close, normal, ops
+from dsv3c.benchmarks.bench_kernels import DENSE, EXPERTS, FLOOR, GROUPS, close, few_rows, normal, ops, ours
 from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import Timing, interleaved, replayed
 from dsv3c.benchmarks.workloads import zipf
-from dsv3c.kernels import gemm, small_gemm
-from dsv3c.kernels.implementations import Problem, implementations
-from dsv3c.numerics import ceil_div
+from dsv3c.kernels import gemm
 
-MULTIPROCESSORS = 132  # of a Hopper GPU
 THEIRS = ("deepgemm", "cublaslt")
 
 
@@ -47,28 +44,6 @@ class Contest:
     check: Callable[[], None]
     out: Tensor
     flops: int
-
-
-def ours(operator: str, *operands: Tensor) -> dict[str, Callable[[], None]]:
-    """Our kernels in the configurations that are known to be good somewhere."""
-    found = implementations(operator)
-    return {
-        f"{name} {' '.join(map(str, config.values()))}": partial(found[name].launch, *operands, **config)
-        for name in ("triton", "warp_specialized")
-        for config in found[name].known
-    }
-
-
-def few_rows(M: int, N: int, K: int, *operands: Tensor) -> dict[str, Callable[[], None]]:
-    """Splits that give each multiprocessor a program or two, in the configurations for so many rows."""
-    calls = {}
-    for splits, config in product(small_gemm.SPLITS, small_gemm.KNOWN):
-        programs = splits * ceil_div(N, config["columns"]) * ceil_div(M, config["rows"])
-        fill = splits == 1 or 0.8 * MULTIPROCESSORS <= programs <= 2 * MULTIPROCESSORS
-        if fill and config["rows"] in (64, M) and small_gemm.takes(splits, Problem("gemm", M, N, K)):
-            name = f"split {splits} {' '.join(map(str, config.values()))}"
-            calls[name] = partial(small_gemm.launch, *operands, splits=splits, **config)
-    return calls
 
 
 def dense(M: int) -> Iterator[tuple[Contest, ...]]:

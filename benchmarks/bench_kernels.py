@@ -1,4 +1,4 @@
-"""Kernels at V3's sizes: every configuration of ours, cuBLASLt, and torch in BF16.
+"""Kernels at V3's sizes: ours in every configuration known to be good somewhere, cuBLASLt, and torch in BF16.
 
     python -m dsv3c.benchmarks.bench_kernels [--only dense,grouped,...] [--record]
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 import torch
 from tabulate import tabulate
@@ -22,9 +23,9 @@ from torch import Tensor
 import dsv3c.operators  # noqa: F401
 from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import copy_of, interleaved, replayed
-from dsv3c.kernels import gemm, grouped_gemm, small_gemm, wgrad, wgrad_specialized
-from dsv3c.kernels.implementations import Problem
-from dsv3c.numerics import TILE, Recipe
+from dsv3c.kernels import gemm, small_gemm, wgrad, wgrad_specialized
+from dsv3c.kernels.implementations import Config, Problem, implementations
+from dsv3c.numerics import TILE, Recipe, ceil_div
 from dsv3c.tuning.workloads import close
 
 ops = torch.ops.dsv3c
@@ -32,6 +33,7 @@ FLOOR = Recipe().amax_floor
 # N, K of V3's linears (references: q_b, kv_b, o, q_a + kv_a, experts); 4096 tokens
 DENSE = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
 EXPERTS = [(4096, 7168), (7168, 2048)]  # gate and up stacked, down
+MULTIPROCESSORS = 132  # of a Hopper GPU
 NOT_OURS = ("cublaslt", "cublaslt, then add", "bf16", "copy")
 GROUPS = [(256, 128), (256, 256), (8, 4096), (4, 8192)]  # all experts, 4096 and 8192 tokens; a share at EP32 and EP64
 
@@ -64,16 +66,11 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
     }
     if tiled:
         first = torch.tensor([0, K // TILE], dtype=torch.int32)
-        for name, launch in ours_of_wgrad():
-            contenders[name] = partial(launch, *x, *w, first, out[None])
+        contenders |= wgrads(*x, *w, first, out[None])
     elif M <= 128:
-        for config in (c for c in small_gemm.KNOWN if M <= c["rows"] <= max(16, 2 * M - 1)):
-            for splits in (s for s in (1, 2, 3, 4, 8) if small_gemm.takes(s, Problem("gemm", M, N, K))):
-                name = f"{config['blocks']} blocks, {splits} splits"
-                contenders[name] = partial(small_gemm.launch, *x, *w, out, splits=splits, **config)
+        contenders |= few_rows(M, N, K, *x, *w, out)
     else:
-        for config in gemm.KNOWN:
-            contenders[describe(**config)] = partial(gemm.launch, *x, *w, out, **config)
+        contenders |= ours("gemm", *x, *w, out)
 
     def check(name: str) -> None:
         out.fill_(torch.nan)
@@ -84,11 +81,37 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
     return Case(f"{M}x{N}x{K}", contenders, check, 2 * M * N * K, traffic)
 
 
-def ours_of_wgrad() -> Iterator[tuple[str, Callable[..., None]]]:
-    for config in wgrad.KNOWN:
-        yield describe(**config), partial(wgrad.launch, **config)
-    for config in wgrad_specialized.KNOWN:
-        yield f"specialized s{config['num_stages']} band {config['band']}", partial(wgrad_specialized.launch, **config)
+def ours(operator: str, *operands: Tensor) -> dict[str, Callable[[], None]]:
+    found = implementations(operator)
+    return {
+        describe(name, config): partial(found[name].launch, *operands, **config)
+        for name in ("triton", "warp_specialized")
+        for config in found[name].known
+    }
+
+
+def few_rows(M: int, N: int, K: int, *operands: Tensor) -> dict[str, Callable[[], None]]:
+    """Splits that give each multiprocessor a program or two, in the configurations for so many rows."""
+    calls = {}
+    for splits, config in product(small_gemm.SPLITS, small_gemm.KNOWN):
+        programs = splits * ceil_div(N, config["columns"]) * ceil_div(M, config["rows"])
+        fill = splits == 1 or 0.8 * MULTIPROCESSORS <= programs <= 2 * MULTIPROCESSORS
+        if fill and config["rows"] in (64, M) and small_gemm.takes(splits, Problem("gemm", M, N, K)):
+            calls[describe(f"split {splits}", config)] = partial(small_gemm.launch, *operands, splits=splits, **config)
+    return calls
+
+
+def wgrads(*operands: Tensor, **flags: bool) -> dict[str, Callable[[], None]]:
+    """The kernels alone: where groups begin is known."""
+    return {
+        describe(name, config): partial(kernel.launch, *operands, **config, **flags)
+        for name, kernel in (("triton", wgrad), ("warp_specialized", wgrad_specialized))
+        for config in kernel.KNOWN
+    }
+
+
+def describe(name: str, config: Config) -> str:
+    return " ".join(map(str, (name, *config.values())))
 
 
 def accumulated(P: int, N: int, K: int) -> Case:
@@ -100,9 +123,7 @@ def accumulated(P: int, N: int, K: int) -> Case:
         gemm.cublaslt(*dyt, *xt, product, w_tiled=True)
         dw.add_(product)
 
-    contenders = {"cublaslt, then add": library}
-    for name, launch in ours_of_wgrad():
-        contenders[name] = partial(launch, *dyt, *xt, first, dw[None], accumulate=True)
+    contenders = {"cublaslt, then add": library} | wgrads(*dyt, *xt, first, dw[None], accumulate=True)
 
     def check(name: str) -> None:
         dw.zero_()
@@ -110,10 +131,6 @@ def accumulated(P: int, N: int, K: int) -> Case:
         close(dw, *dyt, *xt)
 
     return Case(f"{N}x{K}x{P} accumulated", contenders, check, 2 * P * N * K, P * (N + K) + 8 * N * K)
-
-
-def describe(rows: int, columns: int, halves: int, num_warps: int, num_stages: int, chunk: int = 1, **_: int) -> str:
-    return f"{halves * rows}x{columns}/{halves} w{num_warps} s{num_stages} c{chunk}"
 
 
 def grouped(E: int, rows: int, N: int, K: int, ragged: bool) -> Case:
@@ -127,8 +144,7 @@ def grouped(E: int, rows: int, N: int, K: int, ragged: bool) -> Case:
     x, w = ops.quantize_tile(x_bf16, FLOOR, False), ops.quantize_block(w_bf16, FLOOR, False)
     out = torch.empty(R, N, dtype=torch.bfloat16)
     contenders = {"bf16": lambda: torch.nn.functional.grouped_mm(x_bf16, w_bf16.mT, offs=offs)}
-    for config in gemm.KNOWN:
-        contenders[describe(**config)] = partial(grouped_gemm.launch, *x, *w, offs, out, **config)
+    contenders |= ours("grouped_gemm", *x, *w, offs, out)
 
     def check(name: str) -> None:
         out.fill_(torch.nan)
@@ -152,8 +168,7 @@ def grouped_wgrad(E: int, rows: int, N: int, K: int) -> Case:
     out = torch.empty(E, N, K, dtype=torch.bfloat16)
     contenders = {"bf16": lambda: torch.nn.functional.grouped_mm(dy_bf16.T, x_bf16, offs=offs)}
     first = torch.arange(E + 1, dtype=torch.int32) * -(-rows // TILE)
-    for name, launch in ours_of_wgrad():
-        contenders[name] = partial(launch, *dyt, *xt, first, out)
+    contenders |= wgrads(*dyt, *xt, first, out)
     traffic = R * (N + K) + 2 * E * N * K
     if rows <= TILE:
         contenders["copy"] = copy_of(traffic)
