@@ -82,6 +82,7 @@ def plain(M: int, N: int, K: int, tiled: bool) -> Case:
 
 
 def ours(operator: str, *operands: Tensor) -> dict[str, Callable[[], None]]:
+    """Our kernels in the configurations that are known to be good somewhere."""
     found = implementations(operator)
     return {
         describe(name, config): partial(found[name].launch, *operands, **config)
