@@ -33,7 +33,6 @@ FLOOR = Recipe().amax_floor
 # N, K of V3's linears (references: q_b, kv_b, o, q_a + kv_a, experts); 4096 tokens
 DENSE = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
 EXPERTS = [(4096, 7168), (7168, 2048)]  # gate and up stacked, down
-MULTIPROCESSORS = 132  # of a Hopper GPU
 NOT_OURS = ("cublaslt", "cublaslt, then add", "bf16", "copy")
 GROUPS = [(256, 128), (256, 256), (8, 4096), (4, 8192)]  # all experts, 4096 and 8192 tokens; a share at EP32 and EP64
 
@@ -96,7 +95,7 @@ def few_rows(M: int, N: int, K: int, *operands: Tensor) -> dict[str, Callable[[]
     calls = {}
     for splits, config in product(small_gemm.SPLITS, small_gemm.KNOWN):
         programs = splits * ceil_div(N, config["columns"]) * ceil_div(M, config["rows"])
-        fill = splits == 1 or 0.8 * MULTIPROCESSORS <= programs <= 2 * MULTIPROCESSORS
+        fill = splits == 1 or 0.8 <= programs / gemm.multiprocessors() <= 2
         if fill and config["rows"] in (64, M) and small_gemm.takes(splits, Problem("gemm", M, N, K)):
             calls[describe(f"split {splits}", config)] = partial(small_gemm.launch, *operands, splits=splits, **config)
     return calls

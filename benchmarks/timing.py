@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 FLUSH_BYTES = 512 << 20  # several times the L2 cache of any GPU there is
 LEAST_ROUNDS = 5
-CLEARED = 200e9  # bytes a second that the driver clears at least (400e9 on an H200)
+CLEARED = 200e9  # bytes a second, half of what an H200 seems to clear
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def replayed(call: Callable[[], Result]) -> Callable[[], Result]:
     """`call` from a CUDA graph, which costs what it costs the GPU. Returns the graph's own result, each time the same
     memory; `call`, and what it refers to, is kept.
 
-    Cached memory is given back before, and cleared: while the driver does that, others have a tenth less bandwidth.
+    Before, cached memory is given back and what follows that is waited for: for 2.5 ms a GB, while the driver clears it
+    as it seems, others have a tenth less bandwidth (H200).
     """
     call()  # compiles
     reserved = torch.cuda.memory_reserved()
@@ -74,8 +75,8 @@ def replayed(call: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def copy_of(traffic: int) -> Callable[[], object]:
-    """Reads and writes so many bytes together, as a contender. Not to be replayed: a graph's copy of gigabytes, or of
-    less than multiples of 16 KiB, has two thirds of the speed."""
+    """Reads and writes so many bytes together, as a contender. Not to be replayed: a graph's copy of gigabytes, or of a
+    multiple of 2 KiB only, has two thirds of the speed (H200)."""
     source, target = torch.empty(2, traffic // 2, dtype=torch.uint8, device="cuda")
     return lambda: target.copy_(source)
 
