@@ -10,21 +10,22 @@ with them: the GPU is at its power limit, and its clock differs more from minute
 line is JSON; --record appends it to `results/`, with the times of DeepGEMM, cuBLASLt and the fastest of ours.
 """
 
-import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain
 from statistics import geometric_mean
 from typing import Any
 
-import deep_gemm
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from dsv3c.benchmarks import command_line
 from dsv3c.benchmarks.bench_kernels import DENSE, EXPERTS, FLOOR, GROUPS, close, few_rows, normal, ops, ours
 from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import Timing, interleaved, replayed
@@ -47,6 +48,8 @@ class Contest:
 
 
 def dense(M: int) -> Iterator[tuple[Contest, ...]]:
+    import deep_gemm
+
     for N, K in DENSE:
         x, w = ops.quantize_tile(normal(M, K), FLOOR, False), ops.quantize_block(normal(N, K), FLOOR, False)
         out = torch.empty(M, N, dtype=torch.bfloat16)
@@ -59,6 +62,8 @@ def dense(M: int) -> Iterator[tuple[Contest, ...]]:
 
 
 def grouped() -> Iterator[tuple[Contest, ...]]:
+    import deep_gemm
+
     for E, rows in GROUPS:
         for N, K in EXPERTS:
             R = E * rows
@@ -101,9 +106,11 @@ def measure(contests: Iterable[Contest]) -> list[dict[str, Timing]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
+    parser = command_line.parser(__doc__)
     arguments = parser.parse_args()
+    if find_spec("deep_gemm") is None:
+        parser.error("expected the package deep_gemm, found none; build it from github.com/deepseek-ai/DeepGEMM")
+    command_line.need_gpu(parser)
     torch.set_default_device("cuda")
     torch.manual_seed(0)
     rows, cases, ratios, balanced = [], [], defaultdict(list), {}
@@ -127,7 +134,7 @@ def main() -> int:
             print(contest.section, contest.name, *(f"{n} {us[n]:.1f}" for n in (*THEIRS, own) if n in us), flush=True)
     print(tabulate(rows, ["section", "case", "contender", "µs", "p20", "p80", "TFLOPS"], floatfmt=".1f"))
     means = {name: round(geometric_mean(values), 3) for name, values in ratios.items()}
-    result = {"benchmark": "deepgemm", "deep_gemm": deep_gemm.__version__, "geometric_means": means}
+    result = {"benchmark": "deepgemm", "deep_gemm": import_module("deep_gemm").__version__, "geometric_means": means}
     if arguments.record:
         command = "python -m dsv3c.benchmarks.bench_deepgemm"
         append([result | {"command": command, "environment": environment("cuda"), "cases": cases}])

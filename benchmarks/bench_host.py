@@ -13,14 +13,14 @@ and of the host.
 import argparse
 import time
 from collections.abc import Callable
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 
 import dsv3c
 from dsv3c import capture
-from dsv3c.benchmarks.timing import interleaved, replayed
+from dsv3c.benchmarks import command_line
+from dsv3c.benchmarks.timing import Timing, interleaved, replayed, summary
 from dsv3c.config import preset
 from dsv3c.kernels import launch
 from dsv3c.kernels.replay import Replay
@@ -78,7 +78,7 @@ def operators(rows: int = 256) -> dict[str, Callable]:
     }
 
 
-def host_us(contenders: dict[str, Callable], batches: int = 15, calls: int = 40) -> dict[str, list[float]]:
+def host_us(contenders: dict[str, Callable], batches: int = 15, calls: int = 40) -> dict[str, Timing]:
     """Of a call, in each batch; the contenders in turns."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(batches):
@@ -90,7 +90,7 @@ def host_us(contenders: dict[str, Callable], batches: int = 15, calls: int = 40)
                 call()
             times[name].append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    return times
+    return {name: summary(us) for name, us in times.items()}
 
 
 def forward_of(tokens: int) -> Callable[[], torch.Tensor]:
@@ -118,16 +118,16 @@ def check(contenders: dict[str, Callable]) -> None:
         del elsewhere
 
 
-def row(name: str, times: list[float]) -> str:
-    p20, *_, p80 = quantiles(times, n=5, method="inclusive")
-    return f"  {name:8} {median(times):8.2f}  ({p20:.2f}-{p80:.2f})"
+def row(name: str, t: Timing, unit_us: float = 1) -> str:
+    return f"  {name:8} {t.median_us / unit_us:8.2f}  ({t.p20_us / unit_us:.2f}-{t.p80_us / unit_us:.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--tokens", type=command_line.at_least_one, default=4096)
+    parser.add_argument("--rounds", type=command_line.at_least_one, default=30)
     args = parser.parse_args()
+    command_line.need_gpu(parser)
     torch.manual_seed(0)
     switch = Switch()
     for name, call in operators().items():
@@ -141,9 +141,7 @@ def main() -> None:
     print("forward, host us", *(row(*item) for item in host.items()), sep="\n", flush=True)
     switch.now = "direct"
     timings = interleaved(contenders | {"graph": replayed(forward)}, rounds=args.rounds)
-    print(f"forward of {args.tokens} tokens, ms")
-    for name, timing in timings.items():
-        print(f"  {name:8} {timing.median_us / 1e3:8.2f}  ({timing.p20_us / 1e3:.2f}-{timing.p80_us / 1e3:.2f})")
+    print(f"forward of {args.tokens} tokens, ms", *(row(*item, 1e3) for item in timings.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ are what takes time, a copy of as many. All but that are replayed from CUDA grap
 count two operations a product. Casts: bench_producers.py.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
+from dsv3c.benchmarks import command_line
 from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import copy_of, interleaved, replayed
 from dsv3c.kernels import gemm, small_gemm, wgrad, wgrad_specialized
@@ -199,15 +199,14 @@ def sections() -> dict[str, Callable[[], Iterator[Case]]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(sections()), help="sections, comma-separated")
-    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
+    parser = command_line.parser(__doc__, sections())
     arguments = parser.parse_args()
+    command_line.need_gpu(parser)
     torch.set_default_device("cuda")
     torch.manual_seed(0)
     begin = time.monotonic()
     cases, wrong = [], 0
-    for section in arguments.only.split(","):
+    for section in arguments.only:
         rows = []
         for case in sections()[section]():
             contenders = dict(case.contenders)
@@ -234,7 +233,7 @@ def main() -> int:
             torch.cuda.empty_cache()
         headers = ["case", "contender", "µs", "p20", "p80", "TFLOPS", "TB/s"]
         print(tabulate(rows, headers, floatfmt=(*[".0f"] * 6, ".2f")), flush=True)
-    command = f"python -m dsv3c.benchmarks.bench_kernels --only {arguments.only}"
+    command = f"python -m dsv3c.benchmarks.bench_kernels --only {','.join(arguments.only)}"
     result = {"benchmark": "kernels", "command": command, "environment": environment("cuda"), "wrong": wrong}
     if arguments.record and not wrong:
         append([result | {"cases": cases}])

@@ -7,7 +7,6 @@ its bound of float64 attention, before any is timed. TFLOPS count 2·(576 + 512)
 those who do more; TB/s every latent once. Prints a table; the last line is JSON; --record appends it to `results/`.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import dsv3c.operators  # noqa: F401
+from dsv3c.benchmarks import command_line
 from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import interleaved, replayed
 from dsv3c.kernels.reference.mla_decode import LATENT, RANK
@@ -107,10 +107,10 @@ def measure(B: int, T: int, H: int, S: int, seconds: float) -> tuple[list[dict],
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each case")
-    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
     arguments = parser.parse_args()
+    command_line.need_gpu(parser)
     torch.set_default_device("cuda")
     torch.manual_seed(0)
     rows, wrong = [], 0

@@ -7,7 +7,6 @@ the host is ahead, and here its launches would count. Prints a table; the last l
 `results/`. `of copy` is the copy's time over the producer's: the share of what the memory gives.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
+from dsv3c.benchmarks import command_line
 from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import copy_of, interleaved, replayed
 from dsv3c.kernels.reference import casts as reference
@@ -178,15 +178,14 @@ SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
+    parser = command_line.parser(__doc__, SECTIONS)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
-    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
     arguments = parser.parse_args()
+    command_line.need_gpu(parser)
     torch.set_default_device("cuda")
     torch.manual_seed(0)
     table, cases, wrong = [], [], 0
-    for section in arguments.only.split(","):
+    for section in arguments.only:
         for each in SECTIONS[section]():
             try:
                 outputs = [x if isinstance(x, tuple) else (x,) for x in (each.run(), each.definition())]
@@ -207,7 +206,7 @@ def main() -> int:
             del contenders
             torch.cuda.empty_cache()
     print(tabulate(table, ["case", "µs", "p20", "p80", "copy", "of copy"], floatfmt=".2f"), flush=True)
-    command = f"python -m dsv3c.benchmarks.bench_producers --only {arguments.only}"
+    command = f"python -m dsv3c.benchmarks.bench_producers --only {','.join(arguments.only)}"
     result = {"benchmark": "producers", "command": command, "environment": environment("cuda"), "wrong": wrong}
     if arguments.record and not wrong:
         append([result | {"cases": cases}])

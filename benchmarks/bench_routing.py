@@ -7,7 +7,6 @@ costs the GPU; an empty kernel among the contenders says how much of that is the
 appends it to `results/`.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import dsv3c.operators  # noqa: F401
+from dsv3c.benchmarks import command_line
 from dsv3c.benchmarks.bench_kernels import Case, normal
 from dsv3c.benchmarks.bench_producers import same_bits
 from dsv3c.benchmarks.record import append, environment
@@ -117,10 +117,10 @@ def _summed(name: str, y: Tensor, inverse: Tensor, weights: Tensor | None, terms
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--tokens", type=command_line.at_least_one, default=4096)
     arguments = parser.parse_args()
+    command_line.need_gpu(parser)
     torch.set_default_device("cuda")
     torch.manual_seed(0)
     rows, results, wrong = [], [], 0

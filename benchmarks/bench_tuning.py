@@ -21,6 +21,7 @@ from statistics import median
 
 from tabulate import tabulate
 
+from dsv3c.benchmarks import command_line
 from dsv3c.benchmarks.record import append, environment
 from dsv3c.benchmarks.timing import Timing, interleaved, replayed
 from dsv3c.kernels.implementations import FILES, Problem, choose, implementations
@@ -188,11 +189,14 @@ def main() -> None:
     parser.add_argument("what", choices=("compile", "sweep", "held-back", "replay"))
     parser.add_argument("out", type=Path, nargs="?", default=Path("out"))
     parser.add_argument("--record", action="store_true", help="append what held-back finds to benchmarks/results")
-    parser.add_argument("--sample", type=int, help="so many configurations of an implementation at most")
+    limit = "so many configurations of an implementation at most"
+    parser.add_argument("--sample", type=command_line.at_least_one, help=limit)
     arguments = parser.parse_args()
     if arguments.what == "replay":
         print(json.dumps(replay()))
         return
+    if arguments.what != "compile":
+        command_line.need_gpu(parser)
     arguments.out.mkdir(parents=True, exist_ok=True)
     what: dict[str, Callable[[Path, int | None], object]] = {
         "compile": compile_all, "sweep": sweep, "held-back": partial(held_back, record=arguments.record),

@@ -1,6 +1,9 @@
 """`dsv3c bench` told what cannot be: one line, before anything is measured."""
 
 import json
+import re
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -64,6 +67,44 @@ def test_room_depends_on_the_dtype(monkeypatch, dtype, each):
     parts.check_room("main-grad", outline, torch.device("cpu"), "")
     biases = outline.num_parameters() - sum(p.numel() for p in outline.parameters())
     assert needed == [each * sum(p.numel() for p in outline.parameters()) + biases * dtype.itemsize]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        *((f"bench_{name}", ()) for name in ("kernels", "producers", "routing", "mla_decode", "host")),
+        *(("bench_tuning", (what, "/nonexistent/out")) for what in ("sweep", "held-back")),
+    ],
+)
+def test_a_script_without_a_gpu(script, arguments, monkeypatch, capsys):
+    refused(script, arguments, "an NVIDIA GPU of compute capability 9.0 or higher, found none", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("bench_kernels", ("--only", "dense,foo"), "--only: expected some of grouped, dense, .*, found 'foo'"),
+        ("bench_producers", ("--only", ""), "--only: expected some of casts, swiglu, .*, found ''"),
+        ("bench_routing", ("--tokens", "0"), "--tokens: expected a number of at least 1, found '0'"),
+        ("bench_host", ("--rounds", "-1"), "--rounds: expected a number of at least 1, found '-1'"),
+        ("bench_tuning", ("sweep", "--sample", "x"), "--sample: expected a number of at least 1, found 'x'"),
+        ("bench_deepgemm", (), "expected the package deep_gemm, found none; build it from"),
+    ],
+)
+def test_a_script_told_what_cannot_be(script, arguments, message, monkeypatch, capsys):
+    if script == "bench_deepgemm" and find_spec("deep_gemm"):
+        pytest.skip("DeepGEMM is here")
+    refused(script, arguments, message, monkeypatch, capsys)
+
+
+def refused(script, arguments, message, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        import_module(f"dsv3c.benchmarks.{script}").main()
+    assert stop.value.code == 2
+    assert re.search(rf"{script}: error: .*{message}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,4 @@ NAMES = sorted(path.stem for path in Path(benchmarks.__file__).parent.glob("*.py
 @pytest.mark.parametrize("name", NAMES)
 def test_import(name):
     pytest.importorskip("triton")
-    if name == "bench_deepgemm":
-        pytest.importorskip("deep_gemm", reason="needs DeepGEMM, which is not on PyPI")
     import_module(f"dsv3c.benchmarks.{name}")
