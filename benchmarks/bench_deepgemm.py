@@ -15,12 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import chain
 from statistics import geometric_mean
 from typing import Any
 
+try:
+    import deep_gemm
+except ModuleNotFoundError:
+    deep_gemm = None
 import torch
 from tabulate import tabulate
 from torch import Tensor
@@ -48,8 +50,6 @@ class Contest:
 
 
 def dense(M: int) -> Iterator[tuple[Contest, ...]]:
-    import deep_gemm
-
     for N, K in DENSE:
         x, w = ops.quantize_tile(normal(M, K), FLOOR, False), ops.quantize_block(normal(N, K), FLOOR, False)
         out = torch.empty(M, N, dtype=torch.bfloat16)
@@ -62,8 +62,6 @@ def dense(M: int) -> Iterator[tuple[Contest, ...]]:
 
 
 def grouped() -> Iterator[tuple[Contest, ...]]:
-    import deep_gemm
-
     for E, rows in GROUPS:
         for N, K in EXPERTS:
             R = E * rows
@@ -108,7 +106,7 @@ def measure(contests: Iterable[Contest]) -> list[dict[str, Timing]]:
 def main() -> int:
     parser = command_line.parser(__doc__)
     arguments = parser.parse_args()
-    if find_spec("deep_gemm") is None:
+    if deep_gemm is None:
         parser.error("expected the package deep_gemm, found none; build it from github.com/deepseek-ai/DeepGEMM")
     command_line.need_gpu(parser)
     torch.set_default_device("cuda")
@@ -134,7 +132,7 @@ def main() -> int:
             print(contest.section, contest.name, *(f"{n} {us[n]:.1f}" for n in (*THEIRS, own) if n in us), flush=True)
     print(tabulate(rows, ["section", "case", "contender", "µs", "p20", "p80", "TFLOPS"], floatfmt=".1f"))
     means = {name: round(geometric_mean(values), 3) for name, values in ratios.items()}
-    result = {"benchmark": "deepgemm", "deep_gemm": import_module("deep_gemm").__version__, "geometric_means": means}
+    result = {"benchmark": "deepgemm", "deep_gemm": deep_gemm.__version__, "geometric_means": means}
     if arguments.record:
         command = "python -m dsv3c.benchmarks.bench_deepgemm"
         append([result | {"command": command, "environment": environment("cuda"), "cases": cases}])
