@@ -41,7 +41,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv3c.kernels.columns import column_layout, pack_rows, quarters, shared_layout, unpack
+from dsv3c.kernels.columns import column_layout, pack_rows, quarters, unpack
 from dsv3c.kernels.groups import find_tile, groups_of
 from dsv3c.kernels.launch import launched
 from dsv3c.kernels.offline import F32, I16, I32, Variant
@@ -54,10 +54,18 @@ AHEAD = 512  # programs: half of those that an H200 runs at once
 
 
 @gluon.constexpr_function
+def _part_layout() -> gl.SharedLinearLayout:
+    """128 rows of 16 words of two columns. Chunks of 16 bytes as in `columns.shared_layout`, but those that a warp
+    reads are together, a kibibyte, and the eight of a matrix beside each other; so where rows are that a thread reads
+    differs by constants. Exchanged are chunks of different warps, as sixteen threads write 8 bytes to all four."""
+    inside, matrix, matrices = [[0, 1], [0, 2], [64, 0]], [[1, 0], [16, 0], [32, 0]], [[2, 0], [4, 0], [8, 0]]
+    return gl.SharedLinearLayout([*inside, *matrix, *matrices, [16, 4], [32, 8]])
+
+
+@gluon.constexpr_function
 def _tile_layout() -> gl.SharedLinearLayout:
-    """A tile of 128 rows of 32 words, each of four columns: four parts of 8 that lie as `shared_layout` says, and have
-    every other two of 16."""
-    bases = [[row, (word % 4 + word // 4 * 8) // 2] for row, word in shared_layout(16, 16).offset_bases[1:]]
+    """A tile of 128 rows of 32 words, each of four columns: four parts of 8 words, every other two of 16."""
+    bases = [[row, (word % 4 + word // 4 * 8) // 2] for row, word in _part_layout().offset_bases[1:]]
     return gl.SharedLinearLayout([*bases, [0, 2], [0, 16]])
 
 
@@ -125,7 +133,7 @@ def _rows_kernel(offs_ptr, permutation_ptr, rows_ptr, E, R, GROUPS: gl.constexpr
 # Of the line and the one beside it, what the L2 cache does not have comes with what is asked for.
 _LOAD = gl.constexpr("""{
     .reg .pred mine;
-    setp.ne.u32 mine, $5, 0;
+    setp.ge.s32 mine, $5, 0;
     mov.b32 $0, 0;
     mov.b32 $1, 0;
     mov.b32 $2, 0;
@@ -135,15 +143,21 @@ _LOAD = gl.constexpr("""{
 
 
 @gluon.jit
+def _unsigned(x):
+    """For products of 64 bits that take one instruction."""
+    return gl.to_tensor(x).to(gl.uint32).to(gl.uint64)
+
+
+@gluon.jit
 def _load_tile(x_ptr, x_row, column, x_stride):
     """Words [128, 32], zero where x_row [128] is negative."""
     VECTORS: gl.constexpr = _vector_layout()
     x_row = gl.convert_layout(x_row, gl.SliceLayout(1, VECTORS), assert_trivial=True)
-    begin = (x_row.to(gl.uint32) * x_stride).to(gl.int64) * 8
     vector = gl.arange(0, 8, gl.SliceLayout(0, VECTORS))
-    source = x_ptr + (begin[:, None] + (column // 2 + 8 * vector[None, :]))
+    first = x_ptr.to(gl.uint64, bitcast=True) + _unsigned(column + 16 * vector)
+    source = first[None, :] + (_unsigned(x_row) * _unsigned(16 * x_stride))[:, None]
     a, b, c, d = gl.inline_asm_elementwise(
-        _LOAD, "=r,=r,=r,=r,l,r", [source.to(gl.int64, bitcast=True), (x_row[:, None] >= 0).to(gl.int32)],
+        _LOAD, "=r,=r,=r,=r,l,r", [source, x_row[:, None]],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
     x = gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), (128, 32))
@@ -248,9 +262,9 @@ def _store_part(
     WORDS: gl.constexpr = x.type.layout
     pair = gl.arange(0, C, gl.SliceLayout(0, WORDS))[None, :]
     column = 2 * pair + 8 * (pair // 4)
-    at = column * P_words + gl.arange(0, 32, gl.SliceLayout(1, WORDS))[:, None]
-    gl.store(t_ptr + at, x, mask=None if WHOLE else column < columns)
+    at = (column * P_words + gl.arange(0, 32, gl.SliceLayout(1, WORDS))[:, None]).to(gl.uint32)
     gl.store(t_ptr + P_words + at, y, mask=None if WHOLE else column + 1 < columns)
+    gl.store(t_ptr + at, x, mask=None if WHOLE else column < columns)
 
 
 @launched
@@ -290,7 +304,7 @@ def _requantize_kernel(
     scales02, scales13 = gl.split(gl.reshape(row_scales.load(gl.SliceLayout(1, COLUMNS)), (32, 2, 2)))
     scales0, scales2 = gl.split(scales02)
     scales1, scales3 = gl.split(scales13)
-    parts = shared._reinterpret(gl.int16, (4, 128, 16), shared_layout(16, 16))
+    parts = shared._reinterpret(gl.int16, (4, 128, 16), _part_layout())
     for part in range(4):  # unrolled it is 3 % slower
         at = part % 2 * 8 + part // 2 * 64  # a part has 8 columns of each 16 of 64
         _store_part(
