@@ -16,7 +16,7 @@ test: $(INSTALLED)
 # For Hopper, GPU or not: each kernel once, as `make test` does, then every configuration that the tuner chooses from.
 # Triton keeps results by the hash of what it compiles, so that the next time only what has changed takes time.
 cross-compile: $(INSTALLED)
-	$(BIN)/pytest -n auto --dist worksteal tests/kernels/test_compile.py
+	$(BIN)/pytest -n auto --dist worksteal tests/test_cross_compile.py
 	$(BIN)/dsv3c tune --prefilter-only --target h200
 
 lint: $(INSTALLED)

@@ -19,17 +19,18 @@ the two tiles that follow, 256 bytes of each token: in 8, 32 and 256 groups 90 -
 programs bring a few tokens each), four tiles (92 in 8), by the copy engine (91), earlier (16384 tokens 350 to 365),
 scales as well (16384 tokens 342).
 
-H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 88.5 µs in 8 groups and 143 in 256, where a
-copy of as many bytes takes 70 and 124; loads and stores without arithmetic take 79 and 142. `requantize_t` has 0.85 to
-0.92 of a copy's speed. No faster: conversions by tensor cores (102 µs for 90), rows' scales read again for each part,
-which leaves room for 40 warps (95), empty tiles first (94); rows by the copy engine (101); two or four tiles a program,
-of the same tokens (100, 119), or 64 columns by two warps (100); whole tiles loaded without predicates (91.4 for 88.5);
-a program of several tiles, whether the next is loaded meanwhile or not; loads by `cp.async`, or past the L1 cache; more
-of the loop unrolled; 40 warps, 28, or 24 that cast twice as many columns at a time (98, 98 and 102 µs for 94); programs
-of 256 rows and 64 or 128 columns (107, 95) or of 512 rows (121); neighbouring columns beside each other, 2, 4 or 8 (102
-to 109); whole lines by eight threads (98); first programs that find their rows themselves, or all that look for an
-empty tile later; in 256 groups tiles of 64 and 32 rows for the ends of groups (154 for 152), zeros first or in between
-(+2 %), results marked to leave the L2 cache (+3 %).
+H200, 4096 tokens of 7168 with 8 experts each: `permute_requantize_t` takes 86.5 µs in 8 groups, 92 in 32 and 142 in
+256, where a copy of as many bytes takes 70, 75 and 124; loads and stores without arithmetic take 79 in 8.
+`requantize_t` has 0.85 to 0.92 of a copy's speed. How the assembler orders the loop makes up to 5 %, in either
+direction: fewer instructions were as often slower.
+
+No faster (µs in 8 groups, for 90 or what is given): conversions by tensor cores (102); rows by the copy engine (101),
+by `cp.async`, past the L1 cache, by eight threads a line (98), whole tiles without predicates (91.4 for 88.5); results
+by the copy engine (91.2 for 87.7), marked to leave the L2 cache; rows' scales read again, for room for 40 warps (95);
+other numbers of warps, rows and columns (95 to 121); several tiles a program, of the same tokens (100, 119) or not;
+columns beside each other (102 to 109); the loop unrolled; the last tiles in halves, so that all programs end together,
+which they do within 2 µs anyway (93 to 96 for 88); first columns brought by the launch that finds rows; empty tiles
+first (94).
 """
 
 from collections.abc import Iterator
@@ -56,8 +57,8 @@ AHEAD = 512  # programs: half of those that an H200 runs at once
 @gluon.constexpr_function
 def _part_layout() -> gl.SharedLinearLayout:
     """128 rows of 16 words of two columns. Chunks of 16 bytes as in `columns.shared_layout`, but those that a warp
-    reads are together, a kibibyte, and the eight of a matrix beside each other; so where rows are that a thread reads
-    differs by constants. Exchanged are chunks of different warps, as sixteen threads write 8 bytes to all four."""
+    reads are together, a kibibyte, the eight of a matrix beside each other: their addresses take fewer instructions.
+    They are exchanged so that sixteen threads, which write 8 bytes each to all four warps' chunks, meet in no bank."""
     inside, matrix, matrices = [[0, 1], [0, 2], [64, 0]], [[1, 0], [16, 0], [32, 0]], [[2, 0], [4, 0], [8, 0]]
     return gl.SharedLinearLayout([*inside, *matrix, *matrices, [16, 4], [32, 8]])
 
@@ -262,6 +263,7 @@ def _store_part(
     WORDS: gl.constexpr = x.type.layout
     pair = gl.arange(0, C, gl.SliceLayout(0, WORDS))[None, :]
     column = 2 * pair + 8 * (pair // 4)
+    # Unsigned, and y stored first: 0.2 % faster together, by the assembler's order; either alone is slower.
     at = (column * P_words + gl.arange(0, 32, gl.SliceLayout(1, WORDS))[:, None]).to(gl.uint32)
     gl.store(t_ptr + P_words + at, y, mask=None if WHOLE else column + 1 < columns)
     gl.store(t_ptr + at, x, mask=None if WHOLE else column < columns)
